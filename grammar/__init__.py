@@ -1,0 +1,1 @@
+"""The grammar of the specification language, as package data."""

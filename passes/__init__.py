@@ -1,0 +1,1 @@
+"""The rewrites of the compiler: `methods` say what is trained."""

@@ -1,0 +1,60 @@
+"""Weight-decomposed low-rank adaptation."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from peftc.method import Method, State, method, param
+from peftc.sites import Linear
+
+
+@method
+class DoRA(Method):
+    """LoRA on the direction of every output row, and a trained length for it."""
+
+    name = "dora"
+    formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"
+    paper = "Liu et al. 2024, arXiv:2402.09353"
+
+    r: int = param(8, "rank of the product", min=1, alias="rank")
+    alpha: float = param(16.0, "the product is scaled by alpha/r", min=0)
+    dropout: float = param(0.0, "dropout on the low-rank branch's x, in training", min=0, max=0.99)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / self.r
+
+    def state(self, site: Linear) -> dict[str, State]:
+        start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+        return {
+            "A": State((self.r, site.n_in), start),
+            "B": State((site.n_out, self.r)),
+            "m": State((site.n_out,), torch.nn.init.ones_),
+        }
+
+    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+        state["m"].copy_(weight.to(state["m"].dtype).norm(dim=1))
+
+    def rewrite(
+        self, site: Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,
+        A: Tensor, B: Tensor, m: Tensor,
+    ) -> Tensor:  # fmt: skip
+        directed = weight.to(A.dtype) + self.scale * (B.detach() @ A.detach())
+        length = m / directed.norm(dim=1)  # the norm is a constant to the gradient (section 4.3)
+        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        base = y if bias is None else y - bias
+        result = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
+        return (result if bias is None else result + bias).to(y.dtype)
+
+    def fold(
+        self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        directed = weight.to(state["A"].dtype) + self.scale * state["B"] @ state["A"]
+        length = state["m"] / directed.norm(dim=1)
+        return (length[:, None] * directed).to(weight.dtype), bias

@@ -1,0 +1,60 @@
+"""Infused adapter by inhibiting and amplifying inner activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftc.method import Method, Stage, State, method, param
+from peftc.sites import Linear
+
+
+@method
+class IA3(Method):
+    """One trained vector that scales keys, values, and what enters the feed-forward's down projection."""
+
+    name = "ia3"
+    formula = "y = l * (W x + b), or y = W (l * x) + b at mlp.down"
+    paper = "Liu et al. 2022, arXiv:2205.05638"
+    stage = Stage.OUTPUT
+
+    on: str = param(
+        "auto",
+        "what is changed; auto: the input of mlp.down, the output elsewhere",
+        choices=("auto", "input", "output"),
+    )
+    mode: str = param("multiply", "multiply by l (from 1) or add l (from 0)", choices=("multiply", "add"))
+
+    def _at_input(self, site: Linear) -> bool:
+        return self.on == "input" or (self.on == "auto" and "mlp.down" in site.roles)
+
+    def state(self, site: Linear) -> dict[str, State]:
+        start = torch.nn.init.ones_ if self.mode == "multiply" else torch.nn.init.zeros_
+        return {"l": State((site.n_in if self._at_input(site) else site.n_out,), start)}
+
+    def rewrites_input(self, site: Linear) -> bool:
+        return self._at_input(site)
+
+    def _apply(self, value: Tensor, l: Tensor) -> Tensor:  # noqa: E741 - the paper's name
+        l = l.to(value.dtype)  # noqa: E741
+        return value * l if self.mode == "multiply" else value + l
+
+    def rewrite_input(self, site: Linear, x: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        return self._apply(x, l)
+
+    def rewrite(self, site: Linear, x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        return self._apply(y, l)
+
+    def adds_bias(self, site: Linear) -> bool:
+        return self.mode == "add"
+
+    def fold(
+        self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        l = state["l"].to(weight.dtype)  # noqa: E741
+        if self.mode == "multiply":
+            if self._at_input(site):
+                return weight * l, bias
+            return weight * l[:, None], None if bias is None else bias * l
+        shift = weight @ l if self._at_input(site) else l
+        return weight, shift if bias is None else bias + shift

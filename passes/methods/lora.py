@@ -1,0 +1,89 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from peftc.method import Method, State, method, param
+from peftc.sites import Linear
+
+
+@method
+class LoRA(Method):
+    """A frozen weight and a trained product of two thin matrices beside it."""
+
+    name = "lora"
+    formula = "y = W x + (alpha/r) B A x"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+
+    r: int = param(8, "rank of the product", min=1, alias="rank")
+    alpha: float = param(16.0, "the branch is scaled by alpha/r", min=0)
+    dropout: float = param(0.0, "dropout on x, in training", min=0, max=0.99)
+    rslora: bool = param(False, "scale by alpha/sqrt(r) (Kalajdzievski 2023)")
+    init: str = param(
+        "kaiming",
+        "kaiming and gaussian: random A, B = 0; pissa: leading singular vectors; olora: leading QR columns",
+        choices=("kaiming", "gaussian", "pissa", "olora"),
+    )
+    lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", min=0)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def takes_from_weight(self) -> bool:
+        """Whether the start is a part of W, which is then taken out of W."""
+        return self.init in ("pissa", "olora")
+
+    def refuses(self, site: Linear) -> str | None:
+        if self.takes_from_weight and self.r > min(site.n_in, site.n_out):
+            return f"init={self.init} needs r <= {min(site.n_in, site.n_out)}, the smaller side of the weight"
+        if self.takes_from_weight and site.tied:
+            return f"init={self.init} changes the frozen weight, and this one is tied to another layer's"
+        return None
+
+    def state(self, site: Linear) -> dict[str, State]:
+        start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+        if self.init == "gaussian":
+            start = partial(torch.nn.init.normal_, std=1 / self.r)
+        shapes = {"A": (self.r, site.n_in), "B": (site.n_out, self.r)}
+        state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
+        if self.takes_from_weight:
+            state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
+        return state
+
+    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+        if not self.takes_from_weight:
+            return
+        if self.init == "pissa":
+            left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
+            root = (singular[: self.r] / self.scale).sqrt()
+            b, a = left[:, : self.r] * root, root[:, None] * right[: self.r]
+        else:
+            q, triangle = torch.linalg.qr(weight.float())
+            b, a = q[:, : self.r], triangle[: self.r]
+        for name, tensor in {"A": a, "B": b, "A0": a, "B0": b}.items():
+            state[name].copy_(tensor)
+
+    def prepare(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        if not self.takes_from_weight:
+            return weight
+        return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
+
+    def rewrite(self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        return y + (self.scale * linear(linear(x, A), B)).to(y.dtype)
+
+    def delta(self, site: Linear, **state: Any) -> Tensor:
+        return self.scale * state["B"] @ state["A"]
+
+    def rate(self, state: str) -> float:
+        return self.lr_ratio if state == "B" else 1.0

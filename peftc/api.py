@@ -1,0 +1,111 @@
+"""The public functions: compile, plan, check, sites. Each takes a model or a reference, a spec or its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import pipeline
+from peftc.capture import capture
+from peftc.errors import Diagnostic, PeftcError
+from peftc.inputs import example_inputs
+from peftc.module import CompiledModule
+from peftc.pipeline import Timings
+from peftc.plan import Plan
+from peftc.references import load_model, parse_reference
+from peftc.resolve import resolve
+from peftc.roles import find_sites
+from peftc.sites import Sites
+from peftc.syntax import Spec, parse, parse_file
+from peftc.text import Source
+
+
+def compile(
+    model: nn.Module | str | Path,
+    spec: Spec | str | Path,
+    *,
+    example: Any = None,
+    timings: Timings | None = None,
+) -> CompiledModule:
+    """Compiles `spec` into `model`.
+
+    Args:
+        model: a module, which is not changed, or a reference: a Hugging Face folder or id, a `.gguf` file,
+            `path/to/file.py:factory`.
+        spec: a path ending in `.peft`, spec text, or a parsed `Spec`.
+        example: inputs to capture with, for a module that is not a transformers model: a tensor, a tuple, or a dict
+            of keyword arguments, with a batch of two or more.
+        timings: collects seconds by stage.
+
+    Returns:
+        A trainable `torch.fx.GraphModule`, called as the model is. Its frozen parameters are the model's own tensors.
+
+    Raises:
+        PeftcError: with every mistake in the spec, each with its line.
+    """
+    timings = timings or Timings()
+    parsed = as_spec(spec)
+    resolve(parsed)  # everything a spec can be blamed for alone comes before the model is read
+    module, given = as_model(model)
+    plan = pipeline.plan_model(module, parsed, example_inputs(module, given if example is None else example), timings)
+    return pipeline.build(plan, timings)
+
+
+def plan(
+    model: nn.Module | str | Path,
+    spec: Spec | str | Path,
+    *,
+    example: Any = None,
+    dtype: str | None = None,
+    timings: Timings | None = None,
+) -> Plan:
+    """What `compile` would do, from shapes alone: a reference is built on the meta device, no weights are read.
+
+    Args:
+        model: as for `compile`; also a bare `config.json`.
+        spec: as for `compile`.
+        example: as for `compile`.
+        dtype: float32, float16 or bfloat16 for a reference; its config's own by default.
+        timings: collects seconds by stage.
+
+    Raises:
+        PeftcError: with every mistake in the spec, each with its line.
+    """
+    parsed = as_spec(spec)
+    resolve(parsed)
+    module, given = as_model(model, meta=True, dtype=dtype)
+    inputs = example_inputs(module, given if example is None else example)
+    return pipeline.plan_model(module, parsed, inputs, timings or Timings())
+
+
+def check(spec: Spec | str | Path) -> list[Diagnostic]:
+    """Everything wrong with a spec that can be known without a model; an empty list if nothing is."""
+    try:
+        resolve(as_spec(spec))
+    except PeftcError as error:
+        return list(error.diagnostics)
+    return []
+
+
+def sites(model: nn.Module | str | Path, *, example: Any = None) -> Sites:
+    """What `model` offers to selectors: roles, names, shapes, in the order of the forward pass."""
+    module, given = as_model(model, meta=True)
+    return find_sites(capture(module, example_inputs(module, given if example is None else example)))
+
+
+def as_spec(spec: Spec | str | Path) -> Spec:
+    """A parsed spec from a path ending in `.peft` or from text."""
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Path) or (spec.endswith(".peft") and "\n" not in spec):
+        return parse_file(spec)
+    return parse(Source("<spec>", spec))
+
+
+def as_model(model: nn.Module | str | Path, **options: Any) -> tuple[nn.Module, Any]:
+    """The module itself, or what a reference names with its example inputs."""
+    if isinstance(model, nn.Module):
+        return model, None
+    return load_model(parse_reference(str(model)), **options)

@@ -1,0 +1,136 @@
+"""Model -> one flat ATen graph, by `torch.export`: dynamic batch and sequence, dropout that follows `train()`."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
+from transformers.exporters.utils import patch_attributes
+
+from peftc.errors import PeftcError
+from peftc.inputs import Example
+from peftc.ir import get_attribute, set_tensor
+from peftc.model_errors import CannotCapture
+from peftc.normalise import normalise
+
+LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
+
+    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    result: pytree.TreeSpec
+    model: nn.Module
+    example: Example
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """The graph's name of each tensor -> all the names the model has for it, more than one where it is tied."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return {name: group for group in names.values() for name in group}
+
+
+def capture(model: nn.Module, example: Example) -> Captured:
+    """Exports `model` in train mode on `example`, without changing the model.
+
+    Raises:
+        PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up.
+    """
+    with _prepared(model, example):
+        try:
+            program = torch.export.export(
+                model,
+                example.args,
+                example.kwargs,
+                dynamic_shapes=example.dynamic_shapes(),
+                strict=False,
+            )
+        except Exception as error:
+            raise PeftcError(_diagnose(model, error)) from error
+    exported = program.module(check_guards=False)
+    result = program.call_spec.out_spec
+    assert isinstance(exported, fx.GraphModule) and result is not None
+    exported.graph.set_codegen(fx.graph.CodeGen())
+    module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
+    normalise(module)
+    inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
+    return Captured(module, inputs, result, model, example)
+
+
+@contextmanager
+def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
+    """The model as it is to be traced, and afterwards as it was: train mode, no cache, a flat signature."""
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.no_grad())
+        model.train()
+        if example.config is not None:
+            if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
+                stack.callback(model.__dict__.pop, "forward", None)
+            stack.enter_context(reset_model_state(model))
+            settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
+            stack.enter_context(patch_attributes(settings))
+            forward, constants = model.forward, example.constants
+            stack.enter_context(
+                patch_attributes([(model, "forward", lambda _old: lambda **given: forward(**given, **constants))])
+            )
+            stack.enter_context(patch_forward_signature(model, example.kwargs))
+        yield
+
+
+def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
+    """The tensors the graph reads, as frozen parameters over the same storage: tied ones stay one object."""
+    root, seen = nn.Module(), {}
+    for node in exported.graph.find_nodes(op="get_attr"):
+        tensor = get_attribute(exported, node.target)
+        if isinstance(tensor, nn.Module):  # the body of a higher-order operator
+            root.add_module(node.target, tensor)
+            continue
+        if id(tensor) not in seen:
+            detached = tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+        set_tensor(root, node.target, seen[id(tensor)])
+    return root
+
+
+def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:
+    """The last frame outside torch is where the model did what cannot be exported."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((*LIBRARIES, str(Path(__file__).parent), "<"))
+        and "exporters" not in Path(frame.filename).parts
+    ]
+    last = own[-1] if own else None
+    return CannotCapture(
+        model=type(model).__name__,
+        reason=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        file=last.filename if last else None,
+        line=last.lineno if last else None,
+        source=linecache.getline(last.filename, last.lineno or 0).strip() if last else None,
+    )

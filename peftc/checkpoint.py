@@ -1,0 +1,219 @@
+"""`save` and `load`: a folder with the spec, the added tensors, and a reference to the base model.
+
+    peftc.json            format, spec, model class and reference, fingerprints; its own checksum
+    adapter.safetensors   every tensor that is not simply the base model's
+
+No pickle, and nothing is run or imported because a file here names it. The folder is written under a temporary name,
+synced and renamed, so it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from peftc import pipeline
+from peftc import syntax as ast
+from peftc.errors import PeftcError
+from peftc.inputs import Example, example_inputs
+from peftc.ir import get_attribute
+from peftc.model_errors import BadArtifact, WrongBase
+from peftc.module import CompiledModule, added_names
+from peftc.pipeline import Timings
+from peftc.references import load_model, parse_reference
+from peftc.text import Source
+
+FORMAT = 1
+MANIFEST = "peftc.json"
+TENSORS = "adapter.safetensors"
+
+
+def save(compiled: CompiledModule, folder: Path) -> None:
+    """Writes the artifact. An artifact that is there is replaced; any other folder is left alone.
+
+    Raises:
+        PeftcError: `bad-artifact` if something else stands at `folder`.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and (_is_artifact(folder) or not any(folder.iterdir()))):
+        raise PeftcError(BadArtifact(folder=str(folder), reason="something else is there, and is left alone"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
+        blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        _write(temporary / TENSORS, blob)
+        manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
+    """The compiled model that was saved at `folder`, on its base model.
+
+    Args:
+        folder: what `CompiledModule.save` wrote.
+        model: the base model. Without it, the folder or hub id that the base was loaded from is read again; a model
+            from a Python file must be passed, since an artifact never runs code.
+
+    Raises:
+        PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered; `wrong-base` if the
+            base model's weights are not those the artifact was made on.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    state = _read_tensors(folder, manifest)
+    base = model if model is not None else _base_model(folder, manifest)
+    _check_base(folder, manifest, base)
+    spec = ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"]))
+    plan = pipeline.plan_model(base, spec, _example(base, manifest), Timings())
+    if set(state) != added_names(plan):
+        odd = sorted(set(state) ^ added_names(plan))
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
+    return pipeline.build(plan, Timings(), state)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def flattened(spec: ast.Spec) -> str:
+    """The spec as one text: what it includes stands where it was included."""
+    lines: list[str] = []
+    for statement in spec.statements:
+        included = statement.spec if isinstance(statement, ast.Use) else None
+        lines.append(flattened(included) if included else ast.unparse(statement))
+    return "\n".join(lines)
+
+
+def _manifest(compiled: CompiledModule, tensors: str) -> dict[str, Any]:
+    plan, base = compiled.plan, compiled.base
+    body = {
+        "format": FORMAT,
+        "spec": flattened(plan.spec),
+        "model": type(base).__name__,
+        "reference": str(getattr(compiled.config, "_name_or_path", "") or "") or None,
+        "base": fingerprint(base),
+        "tensors": tensors,
+        "example": _described(plan.captured.example),
+    }
+    return body | {"checksum": _checksum(body)}
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Renames into place; what stood there is gone only when the new one stands."""
+    os.chmod(temporary, 0o755)  # mkdtemp's folder is for the owner alone
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "old"
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    def bad(reason: str) -> PeftcError:
+        return PeftcError(BadArtifact(folder=str(folder), reason=reason))
+
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        checksum = manifest.pop("checksum")
+    except FileNotFoundError:
+        raise bad(f"there is no {MANIFEST}") from None
+    except (ValueError, KeyError, AttributeError, OSError):
+        raise bad(f"{MANIFEST} is cut short or altered") from None
+    if checksum != _checksum(manifest):
+        raise bad(f"{MANIFEST} was altered: its checksum does not fit")
+    if manifest["format"] != FORMAT:
+        raise bad(f"it has format {manifest['format']}, and this peftc reads {FORMAT}")
+    return dict(manifest)
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        blob = (folder / TENSORS).read_bytes()
+    except OSError:
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"there is no {TENSORS}")) from None
+    if hashlib.sha256(blob).hexdigest() != manifest["tensors"]:
+        reason = f"{TENSORS} is cut short or altered: its checksum does not fit"
+        raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    return safetensors.torch.load(blob)
+
+
+def _base_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
+    name = manifest["reference"]
+    reference = parse_reference(name) if name else None
+    if reference is None or reference.kind != "folder":
+        raise PeftcError(WrongBase(folder=str(folder), reason="it does not say where its base model is"))
+    return load_model(reference)[0]
+
+
+def _check_base(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
+    if type(model).__name__ != manifest["model"]:
+        reason = f"it was made on a {manifest['model']}, and this is a {type(model).__name__}"
+        raise PeftcError(WrongBase(folder=str(folder), reason=reason))
+    if fingerprint(model) != manifest["base"]:
+        raise PeftcError(WrongBase(folder=str(folder), reason="the base model's weights are not the same"))
+
+
+def _described(example: Example) -> dict[str, Any]:
+    """Shapes and dtypes of the inputs the graph was captured with."""
+
+    def one(tensor: Any) -> Any:
+        return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+    return {
+        "args": [one(tensor) for tensor in example.args],
+        "kwargs": {name: one(tensor) for name, tensor in example.kwargs.items()},
+    }
+
+
+def _example(model: nn.Module, manifest: dict[str, Any]) -> Example:
+    """Inputs of the recorded shapes, to capture the same graph with."""
+
+    def one(described: list[Any]) -> Tensor:
+        shape, dtype = described
+        return torch.ones(shape, dtype=getattr(torch, dtype), device=next(model.parameters()).device)
+
+    recorded = manifest["example"]
+    args = tuple(one(described) for described in recorded["args"])
+    kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
+    return example_inputs(model, args or kwargs)

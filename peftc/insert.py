@@ -1,0 +1,207 @@
+"""Bindings -> nodes: traces each method's rewrite once for each shape it meets and splices it at every site."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
+from peftc.method import State, wanted
+from peftc.plan import Binding, Plan
+from peftc.sites import Linear, Module, Use
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+ROWS = "rows"
+
+
+def dense_weight(stored: Tensor, site: Linear, index: Tensor | None = None) -> Tensor:
+    """The site's weight as [n_out, n_in], whatever way it is stored; a view where it can be one."""
+    return take(stored.t() if site.transposed else stored, site, 0, index)
+
+
+def take(whole: Tensor, site: Linear, dim: int, index: Tensor | None = None) -> Tensor:
+    """The site's rows of a fused tensor along `dim`. `index` holds them where they are no range."""
+    if site.rows is None:
+        return whole
+    if site.slice is not None:
+        return whole.narrow(dim, site.slice[0], len(site.rows))
+    return whole.index_select(dim, torch.tensor(site.rows, device=whole.device) if index is None else index)
+
+
+def _put(whole: Tensor, part: Tensor, site: Linear, index: Tensor | None) -> Tensor:
+    """`whole` with the site's rows (its last dimension) replaced."""
+    if site.rows is None:
+        return part
+    if index is None:
+        assert site.slice is not None
+        return torch.slice_scatter(whole, part, -1, *site.slice)
+    return whole.index_copy(-1, index, part)
+
+
+def materialise(module: fx.GraphModule, plan: Plan, state: dict[str, Tensor] | None = None) -> None:
+    """Gives `module` every tensor that `plan` promises: the methods' state and trained copies of parameters.
+
+    `state` (full name -> tensor) is loaded instead of being initialised, where given. Random starts are drawn from
+    torch's default generator, so `torch.manual_seed` decides them.
+    """
+    for name in plan.trained:
+        given = state[name] if state else get_attribute(module, name).detach().clone()
+        set_tensor(module, name, torch.nn.Parameter(given.clone()))
+    private: set[str] = set()
+    with torch.no_grad():
+        for binding in plan.bindings:
+            reference = _reference(module, binding)
+            tensors = {name: _start(spec, reference) for name, spec in binding.state.items()}
+            weight = dense_weight(reference, binding.site) if isinstance(binding.site, Linear) else reference
+            if state:
+                for name, tensor in tensors.items():
+                    tensor.copy_(state[f"{binding.path}.{name}"])
+            else:
+                binding.method.initialise(binding.site, weight, tensors)
+            _prepare(module, binding, weight, tensors, private)
+            for name, tensor in tensors.items():
+                trains = binding.state[name].trainable
+                set_tensor(module, f"{binding.path}.{name}", torch.nn.Parameter(tensor) if trains else tensor)
+
+
+def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
+    """The frozen tensor that says which device and precision the site computes in."""
+    tensor = get_attribute(module, binding.site.parameters[0])
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _start(spec: State, reference: Tensor) -> Tensor:
+    """State learns in fp32 where the base is in half precision, as in HF PEFT."""
+    dtype = torch.float32 if reference.dtype in HALF else reference.dtype
+    return spec.init(torch.empty(spec.shape, dtype=dtype, device=reference.device))
+
+
+def _prepare(
+    module: fx.GraphModule, binding: Binding, weight: Tensor, tensors: dict[str, Tensor], private: set[str]
+) -> None:
+    """Writes back a frozen weight that the method takes a part out of, to a copy of the base's tensor."""
+    site = binding.site
+    prepared = binding.method.prepare(site, weight, tensors)
+    if prepared is weight or not isinstance(site, Linear):
+        return
+    stored = get_attribute(module, site.weight)
+    if site.weight not in private:
+        stored = torch.nn.Parameter(stored.detach().clone(), requires_grad=False)
+        set_tensor(module, site.weight, stored)
+        private.add(site.weight)
+    canonical = stored.data.t() if site.transposed else stored.data
+    if site.rows is None:
+        canonical.copy_(prepared)
+    else:
+        canonical[list(site.rows)] = prepared
+
+
+class Inserter:
+    """Splices bindings into one graph, over all passes.
+
+    Remembers what each original value has become, and which inserted nodes read a site's input beside its own.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.current: dict[fx.Node, fx.Node] = {}
+        self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.templates: dict[Hashable, fx.Graph] = {}
+
+    def insert(self, binding: Binding, pass_name: str) -> None:
+        """The binding's nodes, at every use of its site."""
+        stamp = Provenance(pass_name, binding.site.name, binding.span)
+        match binding.site:
+            case Linear(uses=uses) if binding.method.rewrites_input(binding.site):
+                for use in uses:
+                    self._into_input(binding, use, stamp)
+            case Linear(uses=uses):
+                for use in uses:
+                    self._onto(binding, use.y, use.x, use, stamp)
+            case Module(entry=Use() as entry, h=fx.Node() as h):
+                self._onto(binding, h, entry.x, entry, stamp)
+
+    def _onto(self, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
+        """Replaces the output `y` by the method's."""
+        now = self.current.get(y, y)
+        names = wanted(type(binding.method).rewrite, 4)
+        extra = self._operands(binding, names)
+        function = self._output_function(binding, names, tuple(extra))
+        template = self._template(binding, function, [x, now, *extra.values()], tuple(extra))
+        result, made = splice(self.graph, template, [x, now, *extra.values()], now, stamp)
+        redirect(now, result, keep=made)
+        self.current[y] = result
+        self.readers[use.op] += made
+
+    def _into_input(self, binding: Binding, use: Use, stamp: Provenance) -> None:
+        """Replaces what the site reads, for the base operation and all that stands beside it."""
+        x = use.x
+        names = wanted(type(binding.method).rewrite_input, 3)
+        extra = self._operands(binding, names)
+        extra.pop(ROWS, None)
+
+        def function(x: Tensor, *given: Tensor) -> Tensor:
+            return binding.method.rewrite_input(binding.site, x, *given)
+
+        template = self._template(binding, function, [x, *extra.values()], tuple(extra))
+        result, _ = splice(self.graph, template, [x, *extra.values()], x, stamp, inside=use.op)
+        for reader in (use.op, *self.readers[use.op]):
+            reader.replace_input_with(x, result)
+
+    def _operands(self, binding: Binding, names: tuple[str, ...]) -> dict[str, fx.Node]:
+        """The nodes of the state, weight and bias that a rewrite asks for; optional state may be absent."""
+        site, state = binding.site, binding.state
+        paths = {name: f"{binding.path}.{name}" for name in names if name in state}
+        if isinstance(site, Linear):
+            paths |= {"weight": site.weight} if "weight" in names else {}
+            paths |= {"bias": site.bias} if "bias" in names and site.bias else {}
+        ordered = {name: paths[name] for name in names if name in paths}
+        if isinstance(site, Linear) and site.rows is not None and site.slice is None:
+            ordered[ROWS] = f"{binding.path}.{ROWS}"
+            set_tensor(self.module, ordered[ROWS], torch.tensor(site.rows))
+        return {name: attribute_node(self.graph, self.module, path) for name, path in ordered.items()}
+
+    def _output_function(
+        self, binding: Binding, names: tuple[str, ...], present: tuple[str, ...]
+    ) -> Callable[..., Tensor]:
+        """The method's rewrite on plain tensors: fused weights are narrowed to the site's rows and put back."""
+        method, site = binding.method, binding.site
+
+        def function(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
+            values: dict[str, Any] = dict(zip(present, given, strict=True))
+            index = values.get(ROWS)
+            if isinstance(site, Linear):
+                if "weight" in values:
+                    values["weight"] = dense_weight(values["weight"], site, index)
+                if "bias" in values:
+                    values["bias"] = take(values["bias"], site, 0, index)
+                part = take(y, site, -1, index)
+                result = method.rewrite(site, x, part, *(values.get(name) for name in names))
+                return _put(y, result, site, index)
+            return method.rewrite(site, x, y, *(values.get(name) for name in names))
+
+        return function
+
+    def _template(
+        self, binding: Binding, function: Callable[..., Tensor], args: list[fx.Node], names: tuple[str, ...]
+    ) -> fx.Graph:
+        """Traced once for each method, kind of site and shape: equal blocks share it."""
+        fakes = [value(node) for node in args]
+        site = binding.site
+        rows = site.rows if isinstance(site, Linear) else None
+        key = (
+            type(binding.method), repr(binding.method), tuple(site.facts().items()), rows, names,
+            getattr(site, "transposed", None), binding.method.rewrites_input(site),
+            tuple((str(tuple(fake.shape)), fake.dtype, str(fake.device)) for fake in fakes),
+        )  # fmt: skip
+        if key not in self.templates:
+            self.templates[key] = trace(function, *fakes)
+        return self.templates[key]

@@ -1,0 +1,85 @@
+"""Folding every method into plain weights: a model of the base's own class that computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import Diagnostic, PeftcError
+from peftc.insert import dense_weight, take
+from peftc.ir import get_attribute
+from peftc.model_errors import CannotMerge
+from peftc.module import CompiledModule
+from peftc.plan import Binding
+from peftc.sites import Linear
+
+
+def merge(compiled: CompiledModule) -> nn.Module:
+    """A deep copy of the base model with every change folded in; `compiled` and the base stay as they are.
+
+    Raises:
+        PeftcError: `cannot-merge`, one for each statement whose method has no plain weight that does the same.
+    """
+    problems = list(_problems(compiled))
+    if problems:
+        raise PeftcError(*problems)
+    model = copy.deepcopy(compiled.base)
+    by_weight: dict[str, list[Binding]] = defaultdict(list)
+    for binding in compiled.plan.bindings:
+        assert isinstance(binding.site, Linear)
+        by_weight[binding.site.weight].append(binding)
+    with torch.no_grad():
+        for name in compiled.plan.trained:
+            for alias in compiled.plan.captured.aliases.get(name, [name]):
+                get_attribute(model, alias).copy_(get_attribute(compiled, name))
+        for weight, bindings in by_weight.items():
+            _fold(compiled, model, weight, bindings)
+    return model
+
+
+def _problems(compiled: CompiledModule) -> list[Diagnostic]:
+    found: dict[int, Diagnostic] = {}
+    for binding in compiled.plan.bindings:
+        reason = binding.method.unmergeable
+        if reason is None and binding.method.adds_bias(binding.site) and binding.site.bias is None:
+            reason = f"{binding.site.name} has no bias to take the shift"
+        if reason and binding.statement not in found:
+            found[binding.statement] = CannotMerge(method=binding.method.name, reason=reason, span=binding.span)
+    return list(found.values())
+
+
+def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: list[Binding]) -> None:
+    """Folds all that stands on one weight, in the order in which it acts."""
+    first = bindings[0].site
+    assert isinstance(first, Linear)
+    stored: Tensor = get_attribute(compiled, weight).detach().clone()
+    bias = get_attribute(compiled, first.bias).detach().clone() if first.bias else None
+    for binding in bindings:
+        site = binding.site
+        assert isinstance(site, Linear)
+        state = {name: get_attribute(compiled, f"{binding.path}.{name}").detach() for name in binding.state}
+        part = None if bias is None else take(bias, site, 0)
+        new_weight, new_bias = binding.method.fold(site, dense_weight(stored, site), part, state)
+        canonical = stored.t() if site.transposed else stored
+        rows = slice(None) if site.rows is None else list(site.rows)
+        canonical[rows] = new_weight
+        if bias is not None and new_bias is not None and new_bias is not part:
+            bias[rows] = new_bias
+    _store(model, first, stored)
+    if bias is not None and first.bias:
+        get_attribute(model, first.bias).copy_(bias)
+
+
+def _store(model: nn.Module, site: Linear, weight: Tensor) -> None:
+    """Writes a folded weight. A tied one becomes the layer's own, so that the other layer keeps what it had."""
+    if not site.tied:
+        get_attribute(model, site.owner).copy_(weight)
+        return
+    owner, _, leaf = site.owner.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False

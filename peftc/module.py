@@ -1,0 +1,208 @@
+"""`CompiledModule`: the trainable graph as users, `Trainer` and `torch.compile` see it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from peftc.calling import Convention, without_loss
+from peftc.errors import PeftcError
+from peftc.ir import set_tensor
+from peftc.model_errors import CannotGenerate, NeedsLabels
+from peftc.plan import Plan
+
+Stages = list[tuple[str, fx.Graph]]
+
+
+class CompiledModule(fx.GraphModule):
+    """A model with its adapters in the graph. Call it as the base model: `module(input_ids=…, labels=…)`.
+
+    `state_dict()` holds what peftc added and what learns, not the frozen base, so a Trainer's checkpoints are small
+    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it.
+    """
+
+    plan: Plan
+    history: dict[str, fx.Graph]
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages) -> None:
+        super().__init__(root, graph, class_name=plan.sites.model)
+        # Plain values, set past nn.Module: the base model must not become a submodule.
+        self.__dict__.update(
+            plan=plan,
+            history=dict(history),
+            base=plan.captured.model,
+            convention=Convention(plan.captured.inputs, plan.captured.result),
+            _pruned={},
+        )
+        known = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            if name not in known:
+                set_tensor(self, name, tensor)
+        self.register_state_dict_post_hook(_keep_added)
+        self.register_load_state_dict_post_hook(_ignore_frozen)
+        self._set_forward()
+        self.train()
+
+    # Calling
+
+    def recompile(self) -> Any:
+        """GraphModule's, with the calling convention of the base model around the graph's own function."""
+        code = super().recompile()
+        if "convention" in self.__dict__:
+            self._set_forward()
+        return code
+
+    def _set_forward(self) -> None:
+        cls = cast(Any, type(self))
+        run = cls.forward
+
+        def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+            given = self.convention.bind(args, kwargs)
+            if len(given) == len(self.convention.inputs):
+                return self.convention.unflatten(run(self, *given.values()), with_loss=True)
+            return self.convention.unflatten(self._without_loss()(*given.values()), with_loss=False)
+
+        signature = self.convention.signature
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
+        forward.__doc__ = f"({', '.join(self.convention.inputs)}): as {self.plan.sites.model}'s forward."
+        cls.forward = forward
+
+    def _without_loss(self) -> Callable[..., Any]:
+        """The same parameters and blocks, with the graph that a call without labels needs; made on first use."""
+        if "entry" not in self._pruned:
+            graph = without_loss(self.graph, self.convention.keys)
+            if graph is None:
+                raise PeftcError(NeedsLabels(model=self.plan.sites.model))
+            self._pruned["entry"] = fx.GraphModule(self, graph, class_name=self.plan.sites.model)
+        entry = self._pruned["entry"]
+        entry.training = self.training
+        return cast(Callable[..., Any], entry.forward)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+        """nn.Module's; a graph names the device of the tensors it makes, so those names move too."""
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            self._pruned.clear()
+            for module in self.modules():
+                if isinstance(module, fx.GraphModule):
+                    _move_constants(module, before, self.device)
+        return self
+
+    # Facts
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration; None for a plain module."""
+        return getattr(self.base, "config", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's precision."""
+        return next(p.dtype for p in self.parameters() if not p.requires_grad)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What learns, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimiser groups: one for each multiple of `lr` that a method asks for (LoRA+)."""
+        rates = {
+            f"{binding.path}.{name}": binding.method.rate(name)
+            for binding in self.plan.bindings
+            for name in binding.state
+        }
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trainable_parameters().items():
+            groups.setdefault(rates.get(name, 1.0), []).append(parameter)
+        return [{"params": members, "lr": lr * rate} for rate, members in groups.items()]
+
+    def report(self) -> str:
+        """The table that `peftc compile` prints: statement, sites, parameters, share."""
+        from peftc.report import report
+
+        return report(self.plan)
+
+    # Artifacts
+
+    def save(self, folder: str | Path) -> None:
+        """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back."""
+        from peftc.checkpoint import save
+
+        save(self, Path(folder))
+
+    def merge(self) -> nn.Module:
+        """A model of the base's own class that computes the same, with no trace of peftc."""
+        from peftc.merge import merge
+
+        return merge(self)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
+        """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""
+        if "input_ids" not in self.convention.inputs or "logits" not in self.convention.keys:
+            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
+        was_training = self.training
+        self.eval()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ends = _end_tokens(self.base).to(input_ids.device)
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            logits = self(input_ids=input_ids, attention_mask=mask).logits[:, -1]
+            chosen = logits.argmax(-1)
+            if len(ends):
+                chosen = torch.where(done, ends[0], chosen)
+                done |= torch.isin(chosen, ends)
+            input_ids = torch.cat([input_ids, chosen[:, None]], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if bool(done.all()):
+                break
+        self.train(was_training)
+        return input_ids
+
+
+def _end_tokens(base: nn.Module) -> Tensor:
+    """The model's end-of-sequence tokens, none where it has none."""
+    settings = getattr(base, "generation_config", None) or getattr(base, "config", None)
+    found = getattr(settings, "eos_token_id", None)
+    return torch.tensor([] if found is None else [found] if isinstance(found, int) else found, dtype=torch.long)
+
+
+def _move_constants(module: fx.GraphModule, before: torch.device, after: torch.device) -> None:
+    for node in module.graph.nodes:
+        swapped = fx.node.map_aggregate(
+            (node.args, node.kwargs),
+            lambda item: after if isinstance(item, torch.device) and item == before else item,
+        )
+        node.args, node.kwargs = cast(Any, swapped)
+    module.recompile()
+
+
+def _keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Drops the frozen base from a state dict."""
+    kept = {prefix + name for name in added_names(module.plan)}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
+
+
+def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
+    """A state dict without the frozen base misses nothing."""
+    expected = added_names(module.plan)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]
+
+
+def added_names(plan: Plan) -> set[str]:
+    """The full names of every tensor that is not simply the base model's."""
+    state = {f"{binding.path}.{name}" for binding in plan.bindings for name in binding.state}
+    return state | set(plan.trained)

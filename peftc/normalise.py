@@ -1,0 +1,123 @@
+"""The captured graph, tidied: what `torch.export` writes for its own checks goes, dropout follows `training`.
+
+Nothing here changes a number. It makes the graph a third shorter, which every later pass walks.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from peftc.ir import is_tensor, value
+
+aten = torch.ops.aten
+
+# op -> where its `training` flag (or dropout probability, for attention) stands among the arguments
+TRAINING_FLAG = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+OUT_OF_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.relu_.default: aten.relu.default,
+    aten.silu_.default: aten.silu.default,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+}
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+VIEWS = {aten.view.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.permute.default}
+
+
+def normalise(module: fx.GraphModule) -> None:
+    """Tidies `module.graph` in place and recompiles it."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target in CASTS and _is_identity(node):
+            _bypass(node)
+        elif node.target in TRAINING_FLAG:
+            if node.args[1] == 0.0:
+                _bypass(node)
+            else:
+                node.update_arg(TRAINING_FLAG[node.target], _training_node(graph))
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _attention_dropout(graph, node)
+        elif node.target is aten.batch_norm.default:
+            node.update_arg(5, False)
+        elif node.target in OUT_OF_PLACE and _is_private(node.args[0]):
+            node.target = OUT_OF_PLACE[node.target]
+    _drop_batch_counters(graph)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """What splicing leaves behind: casts to the dtype a value already has, and what nothing reads."""
+    for node in list(module.graph.nodes):
+        if node.target in CASTS and _is_identity(node):
+            _bypass(node)
+        elif node.target in TRAINING_FLAG and node.args[2] is True:
+            node.update_arg(2, _training_node(module.graph))
+    module.graph.eliminate_dead_code()
+
+
+def _bypass(node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """A cast to the dtype and device its input already has."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(node) or not is_tensor(source):
+        return False
+    before, after = value(source), value(node)
+    return before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
+
+
+def _is_private(source: object) -> bool:
+    """Whether nobody else sees the tensor that an in-place operation overwrites."""
+    return (
+        isinstance(source, fx.Node)
+        and source.op == "call_function"
+        and source.target not in VIEWS
+        and len(source.users) == 1
+    )
+
+
+def _training_node(graph: fx.Graph) -> fx.Node:
+    """Reads `self.training` where the graph runs, so that `train()` and `eval()` mean what they always mean."""
+    for node in graph.find_nodes(op="get_attr", target="training"):
+        return node
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.create_node("get_attr", "training")
+    node.meta["val"] = True
+    return node
+
+
+def _attention_dropout(graph: fx.Graph, node: fx.Node) -> None:
+    """Multiplies an attention's dropout probability by the flag, so that it is 0 in `eval()`."""
+    probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    if not isinstance(probability, float) or probability == 0.0:
+        return
+    with graph.inserting_before(node):
+        scaled = graph.call_function(operator.mul, (_training_node(graph), probability))
+    scaled.meta["val"] = probability
+    if len(node.args) > 4:
+        node.update_arg(4, scaled)
+    else:
+        node.update_kwarg("dropout_p", scaled)
+
+
+def _drop_batch_counters(graph: fx.Graph) -> None:
+    """A frozen batch norm uses its running statistics; their update counter has nothing left to count."""
+    for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
+        counter = node.args[0]
+        if isinstance(counter, fx.Node) and counter.op == "get_attr" and not node.users:
+            graph.erase_node(node)

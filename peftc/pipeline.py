@@ -1,0 +1,120 @@
+"""The one visible list of stages, from a captured model and a plan to a trainable module.
+
+    capture -> sites -> plan -> [ PASSES ] -> fold -> CompiledModule
+
+Every pass works on the flat graph in place; the verifier runs after each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from peftc.capture import capture
+from peftc.fold import fold_blocks
+from peftc.inputs import Example
+from peftc.insert import Inserter, materialise
+from peftc.method import Stage
+from peftc.module import CompiledModule, Stages
+from peftc.normalise import tidy
+from peftc.plan import Plan, make_plan
+from peftc.roles import find_sites
+from peftc.syntax import Spec
+from peftc.verify import Verifier
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Work:
+    """What the passes share: the module under change, its plan, an artifact's tensors, and who splices."""
+
+    module: fx.GraphModule
+    plan: Plan
+    state: dict[str, Tensor] | None
+    inserter: Inserter
+
+
+def _materialise(work: Work) -> None:
+    """Tensors first: the rewrites refer to them."""
+    materialise(work.module, work.plan, work.state)
+
+
+def _insert(name: str, stage: Stage) -> Callable[[Work], None]:
+    def insert(work: Work) -> None:
+        for binding in work.plan.bindings:
+            if binding.method.stage is stage:
+                work.inserter.insert(binding, name)
+
+    return insert
+
+
+def _tidy(work: Work) -> None:
+    """Casts to the dtype a value already has, and what nothing reads any more."""
+    tidy(work.module)
+
+
+PASSES: tuple[tuple[str, Callable[[Work], None]], ...] = (
+    ("materialise", _materialise),
+    ("weight methods", _insert("weight methods", Stage.WEIGHT)),
+    ("output methods", _insert("output methods", Stage.OUTPUT)),
+    ("module methods", _insert("module methods", Stage.MODULE)),
+    ("tidy", _tidy),
+)
+
+
+@dataclass
+class Timings:
+    """Seconds of wall clock by stage, in the order they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    progress: Progress = lambda _stage: None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times one stage and announces it."""
+        self.progress(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def plan_model(model: nn.Module, spec: Spec, example: Example, timings: Timings) -> Plan:
+    """The stages that need shapes only; they run as well on the meta device."""
+    with timings.stage("capture"):
+        captured = capture(model, example)
+    with timings.stage("sites"):
+        sites = find_sites(captured)
+    with timings.stage("plan"):
+        return make_plan(captured, sites, spec)
+
+
+def build(plan: Plan, timings: Timings, state: dict[str, Tensor] | None = None) -> CompiledModule:
+    """Runs the passes over the plan's own graph, which it uses up, and emits the module.
+
+    `state` (full name -> tensor) replaces initialisation: an artifact's tensors.
+    """
+    work = Work(plan.captured.module, plan, state, Inserter(plan.captured.module))
+    verifier = Verifier(work.module, plan)
+    stages: Stages = [("capture", _copy(work.module.graph))]
+    for name, run in PASSES:
+        with timings.stage(name):
+            run(work)
+        with timings.stage("verify"):
+            verifier.check(work.module, name)
+        stages.append((name, _copy(work.module.graph)))
+    with timings.stage("fold"):
+        outer = fold_blocks(work.module, plan.sites.blocks)
+    with timings.stage("emit"):
+        return CompiledModule(work.module, outer, plan, stages)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(graph, known))
+    return copied

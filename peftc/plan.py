@@ -1,0 +1,294 @@
+"""Intentions x sites -> an ordered tuple of bindings, with every semantic error reported at once.
+
+A plan knows everything about the compiled model but its numbers: what attaches where, which tensors there will be,
+how many parameters learn, and how much memory a training step needs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from peftc import model_errors as say
+from peftc import syntax as ast
+from peftc.capture import Captured
+from peftc.cost import Memory, estimate, formatted_bytes
+from peftc.errors import Diagnostic, PeftcError
+from peftc.method import Method, State
+from peftc.resolve import Application, Budget, resolve
+from peftc.select import COMPARE, Selection
+from peftc.sites import Experts, Linear, Module, Site, Sites
+from peftc.text import Span
+
+KINDS = {Linear: "a linear layer", Module: "attn and mlp", Experts: "stacked expert weights"}
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One method at one site. `path` is where the compiled model keeps its state."""
+
+    statement: int
+    method: Method
+    site: Site
+    path: str
+    span: Span
+
+    @cached_property
+    def state(self) -> dict[str, State]:
+        """The tensors the method keeps here."""
+        return self.method.state(self.site)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a statement, what it matched, what it costs."""
+
+    statement: str
+    sites: int
+    parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain data."""
+        return {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec comes to on a model. Counts are exact; nothing has been allocated."""
+
+    spec: ast.Spec
+    captured: Captured
+    sites: Sites
+    bindings: tuple[Binding, ...]
+    trained: dict[str, Span]
+    rows: tuple[Row, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn: the methods' own and the existing ones a `train` statement names."""
+        return self._added(trainable=True) + sum(self.sites.parameters[name] for name in self.trained)
+
+    @property
+    def total(self) -> int:
+        """All parameters of the compiled model, the frozen ones included."""
+        return sum(self.sites.parameters.values()) + self._added(trainable=True) + self._added(trainable=False)
+
+    @property
+    def share(self) -> float:
+        """`trainable` over `total`."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def _added(self, *, trainable: bool) -> int:
+        return sum(
+            prod(state.shape)
+            for binding in self.bindings
+            for state in binding.state.values()
+            if state.trainable is trainable
+        )
+
+    def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
+        """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
+        return estimate(self, batch, seq, optimizer)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "model": self.sites.model,
+            "trainable": self.trainable,
+            "total": self.total,
+            "share": self.share,
+            "statements": [row.to_json() for row in self.rows],
+            "bindings": [
+                {"method": repr(binding.method), "site": binding.site.name, "path": binding.path}
+                for binding in self.bindings
+            ],
+            "trained": list(self.trained),
+        }
+
+
+def make_plan(captured: Captured, sites: Sites, spec: ast.Spec) -> Plan:
+    """Matches `spec` against `sites`.
+
+    Raises:
+        PeftcError: with all semantic errors, those that need no model and those that do.
+    """
+    return _Planner(captured, sites, spec).plan()
+
+
+class _Planner:
+    def __init__(self, captured: Captured, sites: Sites, spec: ast.Spec) -> None:
+        self.spec = spec
+        self.captured = captured
+        self.sites = sites
+        self.intentions = resolve(spec)
+        self.problems: list[Diagnostic] = []
+        self.rows: list[Row] = []
+
+    def plan(self) -> Plan:
+        bindings = [
+            binding
+            for index, application in enumerate(self.intentions.applications)
+            for binding in self._bind(index, application)
+        ]
+        self._twice(bindings)
+        trained = self._trained()
+        if not bindings and not trained and not self.problems:
+            self.problems.append(say.NothingTrains())
+        ordered = sorted(bindings, key=lambda binding: binding.method.stage)
+        plan = Plan(self.spec, self.captured, self.sites, tuple(ordered), trained, tuple(self.rows))
+        if not self.problems:
+            self.problems += [problem for budget in self.intentions.budgets if (problem := over(plan, budget))]
+        if self.problems:
+            raise PeftcError(*self.problems)
+        return plan
+
+    def _select(self, selector: ast.Selector, *, parameters: bool = False) -> list[Site]:
+        selection = Selection(self.sites, parameters=parameters)
+        found = selection(selector)
+        self.problems += selection.problems
+        return found
+
+    def _bind(self, index: int, application: Application) -> list[Binding]:
+        method = application.method
+        found = self._select(application.target)
+        wrong = [site for site in found if not isinstance(site, method.site)]
+        if wrong:
+            self._wrong_site(application, wrong)
+        fitting = [site for site in found if isinstance(site, method.site)]
+        reasons: dict[str, list[Site]] = defaultdict(list)
+        for site in fitting:
+            if reason := method.refuses(site):
+                reasons[reason].append(site)
+        for reason, refused in reasons.items():
+            self.problems.append(
+                say.Refused(
+                    method=method.name, site=refused[0].name, reason=reason, others=len(refused) - 1,
+                    span=application.target.span,
+                )
+            )  # fmt: skip
+        if wrong or reasons:
+            return []
+        bindings = [Binding(index, method, site, self._path(method, site), application.span) for site in fitting]
+        count = sum(prod(state.shape) for b in bindings for state in b.state.values() if state.trainable)
+        self.rows.append(Row(_one_line(application.span), len(bindings), count))
+        return bindings
+
+    def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
+        if any(isinstance(site, Experts) for site in wrong):
+            self.problems.append(
+                say.NotYet(
+                    what=f"{application.method.name} on stacked expert weights",
+                    instead="leave them out with 'except expert'",
+                    span=application.target.span,
+                )
+            )
+            return
+        self.problems.append(
+            say.WrongSite(
+                method=application.method.name,
+                wants=KINDS[application.method.site],
+                site=wrong[0].name,
+                site_kind=_kind_of(wrong[0]),
+                others=len(wrong) - 1,
+                span=application.target.span,
+            )
+        )
+
+    def _path(self, method: Method, site: Site) -> str:
+        """A module name for the state that nothing in the base model has."""
+        part = site.name[len(site.path) :].strip("[]")
+        path = ".".join(filter(None, (site.path, method.name + (f"_{part}" if part else ""))))
+        while any(name == path or name.startswith(f"{path}.") for name in self.sites.parameters):
+            path += "_"
+        return path
+
+    def _twice(self, bindings: list[Binding]) -> None:
+        """One error for each pair of statements that put one method on one site."""
+        first: dict[tuple[str, str], Binding] = {}
+        clashes: dict[tuple[int, int], list[tuple[Binding, Binding]]] = defaultdict(list)
+        whole = {
+            (b.method.name, b.site.weight): b for b in bindings if isinstance(b.site, Linear) and b.site.rows is None
+        }
+        for binding in bindings:
+            key = binding.method.name, binding.site.name
+            earlier = first.setdefault(key, binding)
+            if isinstance(binding.site, Linear) and binding.site.rows is not None and earlier is binding:
+                earlier = whole.get((binding.method.name, binding.site.weight), binding)
+            if earlier is not binding:
+                pair = sorted((earlier, binding), key=lambda b: b.statement)
+                clashes[pair[0].statement, pair[1].statement].append((pair[0], pair[1]))
+        for pairs in clashes.values():
+            earlier, later = pairs[0]
+            self.problems.append(
+                say.SameMethodTwice(
+                    method=later.method.name, site=later.site.name, others=len(pairs) - 1,
+                    first=earlier.span, span=later.span,
+                )
+            )  # fmt: skip
+
+    def _trained(self) -> dict[str, Span]:
+        """Existing parameters that learn, after every `train` and `freeze` in file order."""
+        trained: dict[str, Span] = {}
+        named: set[str] = set()
+        for training in self.intentions.trainings:
+            found = self._select(training.target, parameters=True)
+            self._refuse_slices(found, training.target.span)
+            parameters = dict.fromkeys(name for site in found for name in site.parameters)
+            named |= {site.name for site in found}
+            if not training.on:
+                trained = {name: span for name, span in trained.items() if name not in parameters}
+                continue
+            trained |= dict.fromkeys(parameters, training.span)
+            count = sum(self.sites.parameters[name] for name in parameters)
+            self.rows.append(Row(_one_line(training.span), len(found), count))
+        self._refuse_tied(trained, named)
+        return trained
+
+    def _refuse_slices(self, found: Iterable[Site], span: Span) -> None:
+        part = next((site for site in found if isinstance(site, Linear) and site.rows is not None), None)
+        if isinstance(part, Linear):
+            self.problems.append(say.TrainsASlice(site=part.name, weight=part.weight, span=span))
+
+    def _refuse_tied(self, trained: dict[str, Span], named: set[str]) -> None:
+        """A tied tensor trains only when all of its readers were named."""
+        for name, span in trained.items():
+            readers = [
+                site for site in self.sites
+                if name in site.parameters and ("embed" in site.roles or getattr(site, "tied", False))
+            ]  # fmt: skip
+            missing = [site.name for site in readers if site.name not in named]
+            if len(readers) > 1 and missing and len(missing) < len(readers):
+                others = tuple(site.name for site in readers)
+                self.problems.append(say.TrainsTied(weight=name, readers=others, span=span))
+
+
+def over(plan: Plan, budget: Budget) -> Diagnostic | None:
+    """The error of a budget that `plan` does not keep, or None."""
+    limit = budget.limit.scaled
+    if budget.quantity == "memory":
+        memory = plan.memory(**budget.arguments)
+        found, shown = float(memory.total), formatted_bytes(memory.total)
+        breakdown = memory.lines()
+    else:
+        count = plan.trainable if budget.quantity == "trainable" else plan.total
+        found = count / plan.total if budget.limit.unit == "%" else count
+        shown = f"{count / plan.total:.4%} ({count:,})" if budget.limit.unit == "%" else f"{count:,}"
+        breakdown = tuple(f"{row.parameters:>13,}  {row.statement}" for row in plan.rows)
+    if COMPARE[budget.op](found, limit):
+        return None
+    return say.OverBudget(
+        quantity=budget.quantity, found=shown, op=budget.op, limit=ast.unparse(budget.limit),
+        breakdown=tuple(breakdown), span=budget.span,
+    )  # fmt: skip
+
+
+def _kind_of(site: Site) -> str:
+    return {"parameters": "an existing parameter", "module": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+
+
+def _one_line(span: Span) -> str:
+    return " ".join(span.source.text[span.start : span.end].split())

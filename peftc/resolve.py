@@ -1,0 +1,318 @@
+"""AST -> intentions: `let` and `use` expanded, methods built and their parameters checked. No model is needed.
+
+Everything `peftc check` can say is said here, all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from peftc import model_errors as say
+from peftc import syntax as ast
+from peftc.errors import Diagnostic, PeftcError, suggest
+from peftc.method import Method, Param, Stage, methods
+from peftc.text import Span
+
+ROLES = (
+    "attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp", "mlp.up", "mlp.gate", "mlp.down", "mlp.*",
+    "block", "norm", "embed", "head", "linear", "conv", "bias", "expert", "self", "cross",
+)  # fmt: skip
+KINDS_OF_ATTENTION = ("self", "cross")
+FIELDS = ("in_features", "out_features", "width", "experts")
+STACKS = ("encoder", "decoder")
+QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
+LATER_METHODS = (
+    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
+    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Application:
+    """`apply METHOD to SELECTOR`, with the method built."""
+
+    method: Method
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
+class Training:
+    """`train SELECTOR` or, with `on` false, `freeze SELECTOR`."""
+
+    target: ast.Selector
+    on: bool
+    span: Span
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`require QUANTITY OP VALUE`; `arguments` are memory's batch and sequence."""
+
+    quantity: str
+    arguments: dict[str, int]
+    op: str
+    limit: ast.Number
+    span: Span
+
+
+@dataclass
+class Intentions:
+    """What a spec wants, in file order, with every name looked up."""
+
+    applications: list[Application] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
+    budgets: list[Budget] = field(default_factory=list)
+
+
+def resolve(spec: ast.Spec) -> Intentions:
+    """Looks up every name of `spec` and builds its methods.
+
+    Raises:
+        PeftcError: with everything that is wrong and can be known without a model.
+    """
+    resolver = _Resolver()
+    resolver.statements(spec.statements)
+    if resolver.problems:
+        raise PeftcError(*resolver.problems)
+    return resolver.found
+
+
+class _Resolver:
+    def __init__(self) -> None:
+        self.found = Intentions()
+        self.problems: list[Diagnostic] = []
+        self.lets: dict[str, ast.Let] = {}
+
+    def statements(self, statements: tuple[ast.Statement, ...]) -> None:
+        for statement in statements:
+            match statement:
+                case ast.Use(spec=spec) if spec is not None:
+                    self.statements(spec.statements)
+                case ast.Let():
+                    self._let(statement)
+                case ast.Apply():
+                    self._apply(statement)
+                case ast.Train() | ast.Freeze():
+                    target = self.selector(statement.target)
+                    on = isinstance(statement, ast.Train)
+                    self.found.trainings.append(Training(target, on, statement.span))
+                case ast.Require():
+                    self._require(statement)
+                case ast.Quantize():
+                    self.selector(statement.target)
+                    self._later("quantize", statement.span)
+                case ast.Task() | ast.Group():
+                    self._later(type(statement).__name__.lower(), statement.span)
+
+    def _later(self, what: str, span: Span, instead: str = "") -> None:
+        self.problems.append(say.NotYet(what=f"'{what}'", span=span, instead=instead))
+
+    def _let(self, statement: ast.Let) -> None:
+        name = statement.name.text
+        if name in ROLES:
+            self.problems.append(say.NameTaken(name=name, what="a role", span=statement.name.span))
+        elif name in methods():
+            self.problems.append(say.NameTaken(name=name, what="a method", span=statement.name.span))
+        elif name in self.lets:
+            first = self.lets[name].name.span
+            self.problems.append(say.NameTaken(name=name, what="defined", first=first, span=statement.name.span))
+        else:
+            value = statement.value
+            if isinstance(value, ast.Role) and value.text in methods():
+                value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
+            if isinstance(value, ast.Selector):
+                value = self.selector(value)
+            else:
+                self.method(value)
+            self.lets[name] = ast.Let(statement.name, value, span=statement.span)
+
+    def _apply(self, statement: ast.Apply) -> None:
+        built = self.method(statement.method)
+        target = self.selector(statement.target) if statement.target else None
+        if built is None:
+            return
+        if target is None:
+            if built.stage is not Stage.SEQUENCE:
+                example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
+                self.problems.append(
+                    say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
+                )
+            return
+        self.found.applications.append(Application(built, target, statement.span))
+
+    # Methods
+
+    def method(self, call: ast.Call) -> Method | None:
+        """The method `call` describes, or None with the reasons noted."""
+        name = call.name.text
+        if (let := self.lets.get(name)) is not None:
+            return self._named_method(call, let)
+        if name in LATER_METHODS:
+            self._later(name, call.name.span)
+            return None
+        if name not in methods():
+            known = tuple([*methods(), *self.lets])
+            self.problems.append(say.UnknownMethod(name=name, known=known, span=call.name.span))
+            return None
+        cls = methods()[name]
+        before = len(self.problems)
+        values = self._arguments(cls, call)
+        if len(self.problems) > before:
+            return None
+        built = cls(**values)
+        if conflict := built.conflict():
+            self.problems.append(say.ParametersConflict(method=name, problem=conflict, span=call.span))
+            return None
+        return built
+
+    def _named_method(self, call: ast.Call, let: ast.Let) -> Method | None:
+        if isinstance(let.value, ast.Selector):
+            wrong = say.WrongKindOfName(
+                name=call.name.text, is_a="selector", wanted="method", defined=let.name.span, span=call.name.span
+            )  # fmt: skip
+            self.problems.append(wrong)
+            return None
+        merged = (*let.value.args, *call.args)
+        return self.method(ast.Call(let.value.name, merged, span=call.span))
+
+    def _arguments(self, cls: type[Method], call: ast.Call) -> dict[str, object]:
+        by_name = cls.parameters
+        aliases = {parameter.alias: name for name, parameter in by_name.items() if parameter.alias}
+        values: dict[str, object] = {}
+        spans: dict[str, Span] = {}
+        for argument in call.args:
+            if argument.name is None:
+                first = next(iter(by_name), None)
+                self.problems.append(say.PositionalArgument(method=cls.name, first=first, span=argument.value.span))
+                continue
+            given = argument.name.text
+            name = aliases.get(given, given)
+            if name not in by_name:
+                self.problems.append(_unknown_parameter(cls, given, argument.name.span))
+                continue
+            if name in spans:
+                self.problems.append(
+                    say.GivenTwice(method=cls.name, name=name, first=spans[name], span=argument.name.span)
+                )
+                continue
+            spans[name] = argument.name.span
+            values[name] = self._value(cls, by_name[name], argument.value)
+        return values
+
+    def _value(self, cls: type[Method], parameter: Param, given: ast.Value) -> object:
+        match given:
+            case ast.Number():
+                value: object = given.scaled
+            case ast.Bool() | ast.String():
+                value = given.value
+            case ast.Name():
+                value = given.text
+            case _:
+                value = None
+        problem = parameter.problem(value) if value is not None else f"expects {parameter.expects}"
+        if problem:
+            hint = suggest(str(value), parameter.choices) if parameter.choices else None
+            self.problems.append(
+                say.BadValue(method=cls.name, name=parameter.name, problem=problem, hint=hint, span=given.span)
+            )
+        return value
+
+    # Selectors
+
+    def selector(self, selector: ast.Selector) -> ast.Selector:
+        """The selector with every `let` name replaced by what it stands for."""
+        match selector:
+            case ast.Role():
+                return self._role(selector)
+            case ast.Union(items) | ast.Intersect(items):
+                return type(selector)(tuple(map(self.selector, items)), span=selector.span)
+            case ast.Except(base, removed):
+                return ast.Except(self.selector(base), self.selector(removed), span=selector.span)
+            case ast.InLayers(base, start, stop, step):
+                return ast.InLayers(self.selector(base), start, stop, step, span=selector.span)
+            case ast.InStack(base, name):
+                if name.text not in STACKS:
+                    self.problems.append(say.UnknownRole(name=name.text, known=STACKS, span=name.span))
+                return ast.InStack(self.selector(base), name, span=selector.span)
+            case ast.Where(base, name, op, value):
+                self._where(name, value)
+                return ast.Where(self.selector(base), name, op, value, span=selector.span)
+        return selector
+
+    def _role(self, role: ast.Role) -> ast.Selector:
+        let = self.lets.get(role.text)
+        if let is not None:
+            if isinstance(let.value, ast.Selector):
+                return let.value
+            wrong = say.WrongKindOfName(
+                name=role.text, is_a="method", wanted="selector", defined=let.name.span, span=role.span
+            )  # fmt: skip
+            self.problems.append(wrong)
+        elif not _is_role(role.parts):
+            known = (
+                *ROLES,
+                *(name for name, let in self.lets.items() if isinstance(let.value, ast.Selector)),
+            )
+            self.problems.append(say.UnknownRole(name=role.text, known=known, span=role.span))
+        return role
+
+    def _where(self, name: ast.Name, value: ast.Value) -> None:
+        if name.text not in FIELDS:
+            self.problems.append(say.UnknownField(name=name.text, known=FIELDS, span=name.span))
+        if not isinstance(value, ast.Number):
+            self.problems.append(say.NotANumber(name=name.text, span=value.span))
+
+    # Budgets
+
+    def _require(self, statement: ast.Require) -> None:
+        quantity = statement.quantity.name.text
+        if quantity not in QUANTITIES:
+            known = tuple(QUANTITIES)
+            self.problems.append(say.UnknownQuantity(name=quantity, known=known, span=statement.quantity.name.span))
+            return
+        arguments = dict(self._quantity_arguments(statement.quantity))
+        unit = statement.value.unit
+        is_bytes = bool(unit and unit.upper().endswith("B") and unit != "B")
+        if (quantity == "memory") != is_bytes and not (unit is None and statement.value.value == 0):
+            expects = "an amount of memory, such as 24 GiB" if quantity == "memory" else "a count or a percentage"
+            self.problems.append(say.WrongUnit(quantity=quantity, expects=expects, span=statement.value.span))
+        self.found.budgets.append(Budget(quantity, arguments, statement.op, statement.value, statement.span))
+
+    def _quantity_arguments(self, call: ast.Call) -> Iterator[tuple[str, int]]:
+        takes = QUANTITIES[call.name.text]
+        for argument in call.args:
+            if argument.name is None or argument.name.text not in takes:
+                given = argument.name.text if argument.name else ""
+                span = argument.name.span if argument.name else argument.span
+                self.problems.append(
+                    say.UnknownParameter(method=call.name.text, name=given, takes=takes, names=takes, span=span)
+                )
+            elif not isinstance(argument.value, ast.Number) or not isinstance(argument.value.scaled, int) or (
+                argument.value.scaled < 1
+            ):  # fmt: skip
+                problem = "expects a whole number, at least 1"
+                self.problems.append(
+                    say.BadValue(
+                        method=call.name.text, name=argument.name.text, problem=problem, span=argument.value.span
+                    )
+                )  # fmt: skip
+            else:
+                yield argument.name.text, argument.value.scaled
+
+
+def _is_role(parts: tuple[str, ...]) -> bool:
+    """A word of `ROLES`, with `self.` or `cross.` before anything of attention."""
+    text = ".".join(parts)
+    if parts[0] in KINDS_OF_ATTENTION and len(parts) > 1:
+        text = ".".join(parts[1:])
+        return text in ROLES and text.startswith("attn")
+    return text in ROLES
+
+
+def _unknown_parameter(cls: type[Method], given: str, span: Span) -> Diagnostic:
+    parameters = cls.parameters.items()
+    takes = tuple(f"{name} ({p.alias})" if p.alias else name for name, p in parameters)
+    names = (*cls.parameters, *(p.alias for _, p in parameters if p.alias))
+    return say.UnknownParameter(method=cls.name, name=given, takes=takes, names=names, span=span)

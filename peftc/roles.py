@@ -1,0 +1,264 @@
+"""Graph -> sites with roles, by data flow alone.
+
+q, k and v are the nearest linear ancestors of an attention's operands, o its nearest linear descendant. The `down`
+of a feed-forward layer is a linear layer whose input is made from linear layers of one common input through an
+activation; of those the one that passes through the activation is the gate, where there are two. A fused weight
+gives sites that are sets of its rows. No module name means anything here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import networkx as nx
+import torch
+from torch import fx
+
+from peftc.blocks import Block, find_blocks
+from peftc.capture import Captured
+from peftc.existing import existing_parameters, own_name
+from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, residual_value, value_flow
+from peftc.ir import get_attribute, module_path, value
+from peftc.linears import Product, products
+from peftc.rows import feature_rows
+from peftc.sites import Experts, Linear, Module, Site, Sites
+
+aten = torch.ops.aten
+
+SPLITS = {
+    aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.select.int,
+    aten.index.Tensor, aten.narrow.default, aten.unbind.int, aten.split.sizes,
+}  # fmt: skip
+Rows = tuple[int, ...] | None
+
+
+def find_sites(captured: Captured) -> Sites:
+    """Everything `captured` offers to selectors, in the order of its forward pass."""
+    return _Finder(captured).sites()
+
+
+class _Finder:
+    """One walk over one captured model. Roles collect per (weight, rows) before sites are made."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.module = captured.module
+        self.flow: nx.DiGraph = value_flow(self.module.graph)
+        self.products = products(self.module.graph)
+        self.by_node: dict[fx.Node, Product] = {}
+        for product in self.products:
+            self.by_node[product.use.op] = product
+            self.by_node[product.use.y] = product
+        self.blocks = find_blocks(captured.model)
+        self.aliases = captured.aliases
+        self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
+        self.modules: list[Module] = []
+        self.model_name = type(captured.model).__name__
+
+    def sites(self) -> Sites:
+        decoders = self._attentions()
+        self._feed_forwards()
+        self._head()
+        blocks = _name_stacks(self.blocks, decoders)
+        linear = list(self._linear_sites())
+        items: list[Site] = [*linear, *self.modules]
+        items += existing_parameters(self.module, self.blocks, self.aliases)
+        placed = tuple(_place(site, blocks) for site in items)
+        sizes = {
+            str(node.target): get_attribute(self.module, str(node.target)).numel()
+            for node in self.module.graph.find_nodes(op="get_attr")
+            if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
+        }
+        return Sites(self.model_name, placed, sizes, tuple(block.path for block in blocks))
+
+    def _is_product(self, node: fx.Node) -> bool:
+        return node in self.by_node
+
+    def _project(self, operand: fx.Node) -> Product | None:
+        """The linear layer an operand comes from."""
+        found = next(nearest(operand, self.flow.predecessors, self._is_product), None)
+        return self.by_node[found] if found else None
+
+    def _reads_same(self, k: fx.Node, v: fx.Node) -> bool:
+        first, second = self._project(k), self._project(v)
+        return bool(first and second and first.use.x is second.use.x)
+
+    def _attentions(self) -> set[str]:
+        """Gives q, k, v, o their roles; returns the paths of blocks with cross attention."""
+        decoders = set()
+        for found in attentions(self.module.graph, self.flow, self._reads_same):
+            q, k, v = (self._project(operand) for operand in (found.q, found.k, found.v))
+            if q is None or k is None or v is None:
+                continue
+            kind = "self" if q.use.x is k.use.x else "cross"
+            if kind == "cross" and (block := self._block_of(q.weight)):
+                decoders.add(block.stack)
+            for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
+                fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
+                rows = feature_rows(self.module, product.use.y, operand) if fused else None
+                self.roles[product.weight, rows] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
+            self._attention_module(found, q, k, v, kind)
+        return decoders
+
+    def _attention_module(self, found: AttentionPattern, q: Product, k: Product, v: Product, kind: str) -> None:
+        hit = next(nearest(found.out, self.flow.successors, self._is_product), None)
+        if hit is None:
+            return
+        o = self.by_node[hit]
+        self.roles[o.weight, None] |= {"attn.o", f"{kind}.attn.o"}
+        self._add_module("attn", frozenset({"attn", f"{kind}.attn"}), q, o, [q, k, v, o])
+
+    def _feed_forwards(self) -> None:
+        """Gives up, gate and down their roles."""
+        attention = {weight for weight, _ in self.roles}
+        for down in self.products:
+            if down.weight in attention or self._block_of(down.weight) is None:
+                continue
+            sources = self._activated_sources(down)
+            if sources:
+                self.roles[down.weight, None].add("mlp.down")
+                self._up_and_gate(down, sources)
+                self._add_module("mlp", frozenset({"mlp"}), sources[0], down, [*sources, down])
+
+    def _activated_sources(self, down: Product) -> list[Product]:
+        """The linear layers of one common input that reach `down` through an activation, else none."""
+        seen, queue, sources, activated = {down.use.x}, [down.use.x], [], False
+        while queue:
+            node = queue.pop()
+            if (product := self.by_node.get(node)) is not None:
+                if sources and sources[0].use.x is not product.use.x:
+                    return []
+                sources.append(product)
+                continue
+            if node.op == "placeholder" or node.target in (
+                aten.embedding.default,
+                aten.scaled_dot_product_attention.default,
+            ):
+                return []
+            activated |= node.target in ACTIVATIONS
+            for other in node.all_input_nodes:
+                if other not in seen and other.op != "get_attr" and isinstance(
+                    other.meta.get("val"), torch.Tensor | tuple | list
+                ):  # fmt: skip
+                    seen.add(other)
+                    queue.append(other)
+        return sorted(sources, key=self.products.index) if activated and sources else []
+
+    def _up_and_gate(self, down: Product, sources: list[Product]) -> None:
+        """Of two factors the gate is the one that passes through the activation."""
+        starts = [source.use.y for source in sources]
+        activations = list(nearest(down.use.x, self._stopping_at(starts), lambda node: node.target in ACTIVATIONS))
+        gates = {
+            id(source)
+            for activation in activations
+            for hit in nearest(activation, self.flow.predecessors, self._is_product)
+            if (source := self.by_node[hit]) in sources
+        }
+        if len(sources) > 1:
+            for source in sources:
+                self.roles[source.weight, None].add("mlp.gate" if id(source) in gates else "mlp.up")
+            return
+        (source,) = sources
+        rows = self._activated_rows(source, activations)
+        if rows is None:
+            self.roles[source.weight, None].add("mlp.up")
+        else:
+            rest = tuple(sorted(set(range(source.n_out)) - set(rows)))
+            self.roles[source.weight, rows].add("mlp.gate")
+            self.roles[source.weight, rest].add("mlp.up")
+
+    def _stopping_at(self, ends: list[fx.Node]) -> Callable[[fx.Node], Iterator[fx.Node]]:
+        return lambda node: iter(()) if node in ends else self.flow.predecessors(node)
+
+    def _activated_rows(self, source: Product, activations: list[fx.Node]) -> Rows:
+        """The rows that the activation sees, where it does not see all of them."""
+        rows: set[int] = set()
+        for activation in activations:
+            operand = activation.args[0]
+            assert isinstance(operand, fx.Node)
+            rows |= set(feature_rows(self.module, source.use.y, operand))
+        return tuple(sorted(rows)) if 0 < len(rows) < source.n_out else None
+
+    def _add_module(
+        self, kind: str, roles: frozenset[str], entry: Product, last: Product, members: list[Product]
+    ) -> None:
+        path = os.path.commonpath([member.weight.replace(".", "/") for member in members]).replace("/", ".")
+        block = self._block_of(last.weight)
+        if block is not None and path == block.path:
+            path = f"{block.path}.{kind}"
+        if any(module.name == path for module in self.modules):
+            return
+        names = dict.fromkeys(member.weight for member in members)
+        biases = dict.fromkeys(member.bias for member in members if member.bias)
+        h = residual_value(last.use.y)
+        self.modules.append(
+            Module(
+                path, path, roles, parameters=(*names, *biases),
+                width=int(value(h).shape[-1]), entry=entry.use, h=h,
+            )
+        )  # fmt: skip
+
+    def _head(self) -> None:
+        """The linear layers outside every block that nothing linear stands behind."""
+        (output,) = self.module.graph.find_nodes(op="output")
+        for hit in nearest(output, self.flow.predecessors, self._is_product):
+            product = self.by_node[hit]
+            if self._block_of(product.weight) is None:
+                self.roles[product.weight, None].add("head")
+
+    def _block_of(self, parameter: str) -> Block | None:
+        return next((block for block in self.blocks if parameter.startswith(f"{block.path}.")), None)
+
+    def _linear_sites(self) -> Iterator[Site]:
+        grouped: dict[str, list[Product]] = defaultdict(list)
+        for product in self.products:
+            grouped[product.weight].append(product)
+        for weight, uses in grouped.items():
+            parts: list[Rows] = [None, *(rows for name, rows in self.roles if name == weight and rows)]
+            for rows in parts:
+                yield self._linear_site(weight, rows, uses)
+
+    def _linear_site(self, weight: str, rows: Rows, uses: list[Product]) -> Site:
+        first = uses[0]
+        roles = frozenset(self.roles.get((weight, rows), set()))
+        owner = own_name(weight, module_path(first.use.op), self.aliases)
+        path = owner.removesuffix(".weight")
+        label = sorted(role.rsplit(".", 1)[-1] for role in roles)[0] if rows else ""
+        name = f"{path}[{label}]" if rows else path
+        n_out = len(rows) if rows else first.n_out
+        if first.experts:
+            return Experts(
+                name, path.rpartition(".")[0], roles | {"expert"}, parameters=(weight,),
+                n_in=first.n_in, n_out=n_out, experts=first.experts, weight=weight, rows=rows,
+            )  # fmt: skip
+        bias = first.bias
+        return Linear(
+            name, path, roles if rows else roles | {"linear"},
+            parameters=(weight, bias) if bias else (weight,),
+            n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,
+            tied=self._is_tied(weight), uses=tuple(product.use for product in uses),
+        )  # fmt: skip
+
+    def _is_tied(self, weight: str) -> bool:
+        """Whether something other than this linear layer reads the weight, such as an embedding."""
+        (node,) = self.module.graph.find_nodes(op="get_attr", target=weight)
+        return any(user.target is aten.embedding.default for user in node.users)
+
+
+def _name_stacks(blocks: list[Block], decoders: set[str]) -> list[Block]:
+    """With two stacks, the one with cross attention is the decoder; with one, there is nothing to name."""
+    stacks = {block.stack for block in blocks}
+    if len(stacks) != 2 or not decoders:
+        return [block.named(None) for block in blocks]
+    return [block.named("decoder" if block.stack in decoders else "encoder") for block in blocks]
+
+
+def _place(site: Site, blocks: list[Block]) -> Site:
+    """The site with its layer, stack and block filled in, from where its parameters live."""
+    owner = site.parameters[0] if site.parameters else site.name
+    for block in blocks:
+        if owner.startswith(f"{block.path}.") or owner == block.path:
+            return replace(site, layer=block.layer, stack=block.role, block=block.path)
+    return site

@@ -1,0 +1,155 @@
+"""The kinds of place in a model that a method can attach to. `roles.py` finds them; nothing here looks at a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One place in the graph where a linear weight is applied.
+
+    `op` is the node that multiplies (its first tensor operand is x); `y` is the node that has the bias too.
+    They are the same node for `aten.linear` and `aten.addmm`.
+    """
+
+    op: fx.Node
+    y: fx.Node
+    x_index: int
+
+    @property
+    def x(self) -> fx.Node:
+        """The input as the graph has it now: rewriting an earlier site may have changed it."""
+        argument = self.op.args[self.x_index]
+        assert isinstance(argument, fx.Node)
+        return argument
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in the model. `name` is unique; `path` is the module under which methods keep their state."""
+
+    name: str
+    path: str
+    roles: frozenset[str]
+    layer: int | None = None
+    stack: str | None = None
+    block: str | None = None
+    parameters: tuple[str, ...] = ()
+
+    kind = "site"
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers `where` may ask for, and `--json` prints."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name} {sorted(self.roles)}>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linear(Site):
+    """y = x Wᵀ + b, with W of shape [n_out, n_in] (`transposed`: stored as [n_in, n_out]).
+
+    `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
+    `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
+    differ where the tensor is `tied` to another layer's.
+    """
+
+    n_in: int = 0
+    n_out: int = 0
+    weight: str = ""
+    owner: str = ""
+    bias: str | None = None
+    transposed: bool = False
+    rows: tuple[int, ...] | None = None
+    tied: bool = False
+    uses: tuple[Use, ...] = ()
+
+    kind = "linear"
+
+    def facts(self) -> dict[str, Any]:
+        return {"in_features": self.n_in, "out_features": self.n_out}
+
+    @property
+    def slice(self) -> tuple[int, int] | None:
+        """`rows` as a half-open range where they are one, which they are in most fused weights."""
+        if self.rows is None or self.rows[-1] - self.rows[0] + 1 != len(self.rows):
+            return None
+        return self.rows[0], self.rows[-1] + 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experts(Site):
+    """Stacked expert weights [experts, ...], applied by a grouped product after routing."""
+
+    n_in: int = 0
+    n_out: int = 0
+    experts: int = 0
+    weight: str = ""
+    rows: tuple[int, ...] | None = None
+
+    kind = "experts"
+
+    def facts(self) -> dict[str, Any]:
+        return {"in_features": self.n_in, "out_features": self.n_out, "experts": self.experts}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Module(Site):
+    """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add."""
+
+    width: int = 0
+    entry: Use | None = None
+    h: fx.Node | None = None
+
+    kind = "module"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Parameters(Site):
+    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions, blocks."""
+
+    kind = "parameters"
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything a model offers to selectors, in the order of the forward pass."""
+
+    model: str
+    items: tuple[Site, ...]
+    parameters: dict[str, int] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def roles(self) -> list[str]:
+        """Every role some site has, sorted."""
+        return sorted({role for site in self.items for role in site.roles})
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a site: name, kind, roles, layer, stack, parameters, and the site's own numbers."""
+        return [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "roles": sorted(site.roles),
+                "layer": site.layer,
+                "stack": site.stack,
+                "parameters": list(site.parameters),
+                **site.facts(),
+            }
+            for site in self.items
+        ]

@@ -1,0 +1,99 @@
+"""What must hold after every pass. A failure is a bug of peftc, and says which pass and which statement it came from."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.errors import PeftcError
+from peftc.ir import PROVENANCE, Provenance, fake_mode, get_attribute
+from peftc.model_errors import VerifierFailed
+from peftc.plan import Plan
+
+
+class Verifier:
+    """Holds what the graph was at first, and compares."""
+
+    def __init__(self, module: fx.GraphModule, plan: Plan) -> None:
+        self.plan = plan
+        self.original = set(module.graph.nodes)
+        self.checked: set[fx.Node] = set()
+        self.frozen = {
+            str(node.target): get_attribute(module, str(node.target))
+            for node in module.graph.find_nodes(op="get_attr")
+            if str(node.target) not in plan.trained
+        }
+        self.replaceable = {
+            parameter
+            for binding in plan.bindings
+            if type(binding.method).prepare is not _untouched()
+            for parameter in binding.site.parameters
+        }
+
+    def check(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Raises PeftcError (`verifier-failed`) unless every invariant holds."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
+            module.graph.lint()
+        self._new_nodes(module, pass_name)
+        self._tensors(module, pass_name)
+
+    def _new_nodes(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Provenance on each new node, and the shape and dtype it claims."""
+        mode = fake_mode(module.graph)
+        fresh = [n for n in module.graph.nodes if n not in self.original and n not in self.checked]
+        for node in fresh:
+            self.checked.add(node)
+            if node.op != "call_function":
+                continue
+            stamp = node.meta.get(PROVENANCE)
+            if not isinstance(stamp, Provenance):
+                self._fail(pass_name, f"{node.name} does not say where it comes from", None)
+            self._shapes(node, mode, pass_name, stamp)
+            for user in node.users:
+                if user in self.original and user.op == "call_function":
+                    self._shapes(user, mode, pass_name, stamp)
+
+    def _shapes(self, node: fx.Node, mode: Any, pass_name: str, stamp: Any) -> None:
+        """Runs one node on the fake values of its inputs and compares with what the graph says."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+        assert callable(node.target)
+        with mode, torch.no_grad():
+            found = node.target(*args, **kwargs)
+        claimed = node.meta["val"]
+        if isinstance(claimed, torch.Tensor) and _signature(found) != _signature(claimed):
+            reason = f"{node.name} is {_signature(found)} where {_signature(claimed)} was promised"
+            self._fail(pass_name, reason, stamp)
+
+    def _tensors(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Frozen tensors are the same objects, so tied ones are still tied; what learns is what was planned."""
+        for name, tensor in self.frozen.items():
+            if name not in self.replaceable and get_attribute(module, name) is not tensor:
+                self._fail(pass_name, f"the frozen {name} was replaced", None)
+        planned = set(self.plan.trained) | {
+            f"{binding.path}.{name}"
+            for binding in self.plan.bindings
+            for name, state in binding.state.items()
+            if state.trainable
+        }
+        learns = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
+        if learns != planned:
+            odd = sorted(learns ^ planned)
+            self._fail(pass_name, f"{odd[0]} and {len(odd) - 1} more learn unplanned, or do not", None)
+
+    def _fail(self, pass_name: str, reason: str, stamp: Provenance | None) -> None:
+        raise PeftcError(VerifierFailed(pass_name=pass_name, reason=reason, span=stamp.span if stamp else None))
+
+
+def _untouched() -> Any:
+    from peftc.method import Method
+
+    return Method.prepare
+
+
+def _signature(fake: torch.Tensor) -> tuple[str, str]:
+    """Shape (symbolically, so that comparing adds no guard) and dtype."""
+    return str(tuple(fake.shape)), str(fake.dtype)

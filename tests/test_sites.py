@@ -1,0 +1,209 @@
+"""Sites and roles, found by data flow, against the tables of `zoo.py`; those tables against the models."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import peftc
+from zoo import EXPECTED, FUSED_ROWS, ZOO, inputs
+
+# One worker of pytest-xdist gets all tests of a model: it captures the model once, see `sites_of`.
+MODELS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ZOO]
+LAYERS = (0, 1)
+PREFIXES = ("attn.", "self.attn.", "cross.attn.", "mlp.")
+FUSED_QKV = {name: key[:-3] for name, rows in FUSED_ROWS.items() for key in rows if key.endswith("[q]")}
+FUSED_MLP = {name: key[:-4] for name, rows in FUSED_ROWS.items() for key in rows if key.endswith("[up]")}
+
+
+@cache
+def sites_of(name: str) -> tuple[Any, ...]:
+    """The sites of one zoo model: capturing takes seconds, so every test of a process shares them."""
+    return tuple(peftc.sites(ZOO[name]()))
+
+
+def in_layer(name: str, layer: int) -> str:
+    """A layer-0 site's name in another layer. In T5's `block.0.layer.0` the first number counts layers."""
+    return name.replace(".0.", f".{layer}.", 1)
+
+
+def projections(site: Any) -> set[str]:
+    """Roles of the kind that EXPECTED lists, without `norm`, `bias`, `linear` and the modules."""
+    return {role for role in site.roles if role.startswith(PREFIXES)}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_roles_are_carried_by_exactly_the_expected_sites(name: str, layer: int) -> None:
+    found: dict[str, list[str]] = {}
+    for site in sites_of(name):
+        if site.layer == layer:
+            for role in projections(site):
+                found.setdefault(role, []).append(site.name)
+    expected = {role: sorted(in_layer(site, layer) for site in names) for role, names in EXPECTED[name].items()}
+    assert {role: sorted(names) for role, names in found.items()} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_site_outside_the_layers_has_a_projection_role(name: str) -> None:
+    """RoBERTa's and DistilBERT's heads are two linears around an activation, and yet no MLP of a layer."""
+    assert {site.name: projections(site) for site in sites_of(name) if site.layer is None and projections(site)} == {}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_fused_weights(name: str, layer: int) -> None:
+    found = {
+        site.name: list(site.rows)
+        for site in sites_of(name)
+        if site.layer == layer and projections(site) and site.rows is not None
+    }
+    assert found == {in_layer(site, layer): rows for site, rows in FUSED_ROWS.get(name, {}).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_are_those_of_the_weights(name: str) -> None:
+    model = ZOO[name]()
+    checked = set()
+    for site in sites_of(name):
+        if projections(site):
+            n_in, n_out = shape(model, site.name.partition("[")[0])
+            assert (site.n_in, site.n_out) == (n_in, n_out if site.rows is None else len(site.rows)), site.name
+            checked.add(site.name)
+    assert checked == {in_layer(site, layer) for role in EXPECTED[name].values() for site in role for layer in LAYERS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stacks(name: str) -> None:
+    two = ZOO[name]().config.is_encoder_decoder
+    for site in sites_of(name):
+        if projections(site):
+            stacks = [stack for stack in ("encoder", "decoder") if f"{stack}." in site.name]
+            assert site.stack == (stacks[0] if two else None), site.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_unique(name: str) -> None:
+    names = [site.name for site in sites_of(name)]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.xdist_group("mixtral")
+def test_stacked_experts_are_marked_and_their_router_is_not() -> None:
+    marked = {site.name for site in sites_of("mixtral") if site.layer == 0 and "expert" in site.roles}
+    expected = {name for role, names in EXPECTED["mixtral"].items() if role.startswith("mlp.") for name in names}
+    assert expected <= marked
+    assert "model.layers.0.mlp.gate" not in marked
+
+
+# The tables themselves, by experiment.
+
+
+def shape(model: PreTrainedModel, path: str) -> tuple[int, int]:
+    """(input features, output features) of the linear layer, or stack of experts, at `path`."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        experts = model.get_parameter(path)
+        return experts.shape[2], experts.shape[1]
+    assert isinstance(module, nn.Linear | Conv1D)
+    weight = module.weight
+    return (weight.shape[0], weight.shape[1]) if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])
+
+
+def seen_by(model: PreTrainedModel, reader: str, length: int, weight: str, change: Callable[[Tensor], None]) -> Tensor:
+    """The input of the layer `reader`, [length, features], when `change` edits the output of `weight`."""
+    seen = []
+
+    def edit(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        change(output)
+        return output
+
+    def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen.append(arguments[0].detach().reshape(length, -1))
+
+    hooks = [
+        model.get_submodule(weight).register_forward_hook(edit),
+        model.get_submodule(reader).register_forward_pre_hook(note),
+    ]
+    with torch.no_grad():
+        model(**inputs(model, batch=1, length=length))
+    for hook in hooks:
+        hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", FUSED_QKV)
+def test_oracle_of_fused_attention_rows(name: str) -> None:
+    """A row is a value if one lone token sees it, a query if it moves only its own token, and else a key."""
+    model = ZOO[name]().eval()
+    weight = FUSED_QKV[name]
+    (output,) = EXPECTED[name]["attn.o"]
+    position = 2  # with two tokens before it and one after it
+
+    def moved(row: int, length: int, at: int) -> list[int]:
+        def change(features: Tensor) -> None:
+            features[0, at, row] += 3.0
+
+        before = seen_by(model, output, length, weight, lambda _features: None)
+        after = seen_by(model, output, length, weight, change)
+        return (before - after).abs().amax(dim=1).gt(1e-6).nonzero().flatten().tolist()
+
+    found: dict[str, list[int]] = {"q": [], "k": [], "v": []}
+    for row in range(shape(model, weight)[1]):
+        if moved(row, length=1, at=0):
+            found["v"].append(row)
+        elif moved(row, length=4, at=position) == [position]:
+            found["q"].append(row)
+        else:
+            found["k"].append(row)
+    assert found == {part: FUSED_ROWS[name][f"{weight}[{part}]"] for part in found}
+
+
+@pytest.mark.parametrize("name", FUSED_MLP)
+def test_oracle_of_fused_gate_rows(name: str) -> None:
+    """An up row enters the layer's output linearly; a gate row goes through the activation first."""
+    model = ZOO[name]().eval()
+    weight = FUSED_MLP[name]
+    block, _, _ = weight.rpartition(".")
+    try:
+        tensor = model.get_submodule(weight).weight
+    except AttributeError:
+        tensor = model.get_parameter(weight)
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+
+    def outputs(row: int) -> list[Tensor]:
+        """The block's output with the row scaled by 1, 11 and 21."""
+        found = []
+        with torch.no_grad():
+            original = tensor[..., row, :].clone()
+            for scale in (1.0, 11.0, 21.0):
+                tensor[..., row, :] = scale * original
+                found.append(run(model.get_submodule(block), hidden))
+            tensor[..., row, :] = original
+        return found
+
+    found: dict[str, list[int]] = {"gate": [], "up": []}
+    for row in range(tensor.shape[-2]):
+        one, two, three = outputs(row)
+        change, bend = (two - one).abs().max(), (one - 2 * two + three).abs().max()
+        assert change > 1e-4
+        found["up" if bend < 1e-4 * change else "gate"].append(row)
+    assert found == {part: FUSED_ROWS[name][f"{weight}[{part}]"] for part in found}
+
+
+def run(block: nn.Module, hidden: Tensor) -> Tensor:
+    """An MLP's output; for a stack of experts, with every token sent to two of them."""
+    if "Experts" not in type(block).__name__:
+        output: Tensor = block(hidden)
+        return output
+    tokens = hidden[0]
+    chosen = torch.stack([torch.arange(len(tokens)) % 4, (torch.arange(len(tokens)) + 1) % 4], dim=1)
+    output = block(tokens, chosen, torch.full(chosen.shape, 0.5, dtype=tokens.dtype))
+    return output
