@@ -12,7 +12,6 @@ from peftc.capture import capture
 from peftc.errors import Diagnostic, PeftcError
 from peftc.inputs import example_inputs
 from peftc.module import CompiledModule
-from peftc.pipeline import Timings
 from peftc.plan import Plan
 from peftc.references import load_model, parse_reference
 from peftc.resolve import resolve
@@ -20,6 +19,7 @@ from peftc.roles import find_sites
 from peftc.sites import Sites
 from peftc.syntax import Spec, parse, parse_file
 from peftc.text import Source
+from peftc.timings import Timings
 
 
 def compile(

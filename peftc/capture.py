@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
@@ -24,6 +26,7 @@ from peftc.inputs import Example
 from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotCapture
 from peftc.normalise import normalise
+from peftc.timings import Timings
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
@@ -50,13 +53,16 @@ class Captured:
         return {name: group for group in names.values() for name in group}
 
 
-def capture(model: nn.Module, example: Example) -> Captured:
+def capture(model: nn.Module, example: Example, timings: Timings | None = None) -> Captured:
     """Exports `model` in train mode on `example`, without changing the model.
+
+    `timings` is told apart what `torch.export` takes and what making a plain graph of its program takes.
 
     Raises:
         PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up.
     """
-    with _prepared(model, example):
+    timings = timings or Timings()
+    with timings.stage("torch.export"), _prepared(model, example):
         try:
             program = torch.export.export(
                 model,
@@ -67,9 +73,16 @@ def capture(model: nn.Module, example: Example) -> Captured:
             )
         except Exception as error:
             raise PeftcError(_diagnose(model, error)) from error
+    with timings.stage("capture"):
+        return _as_plain_graph(program, model, example)
+
+
+def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:
+    """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
     exported = program.module(check_guards=False)
     result = program.call_spec.out_spec
-    assert isinstance(exported, fx.GraphModule) and result is not None
+    assert isinstance(exported, fx.GraphModule)
+    assert result is not None
     exported.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     normalise(module)
@@ -82,7 +95,7 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
     """The model as it is to be traced, and afterwards as it was: train mode, no cache, a flat signature."""
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        stack.callback(_restore_modes, modes)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
@@ -97,8 +110,13 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             stack.enter_context(
                 patch_attributes([(model, "forward", lambda _old: lambda **given: forward(**given, **constants))])
             )
-            stack.enter_context(patch_forward_signature(model, example.kwargs))
+            stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
         yield
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:

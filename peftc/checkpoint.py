@@ -28,9 +28,9 @@ from peftc.inputs import Example, example_inputs
 from peftc.ir import get_attribute
 from peftc.model_errors import BadArtifact, WrongBase
 from peftc.module import CompiledModule, added_names
-from peftc.pipeline import Timings
 from peftc.references import load_model, parse_reference
 from peftc.text import Source
+from peftc.timings import Timings
 
 FORMAT = 1
 MANIFEST = "peftc.json"
@@ -90,7 +90,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

@@ -6,12 +6,11 @@ that a gradient needs. Sizes are the captured ones with batch and sequence put i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 # Optimiser -> bytes of state for each parameter of `size` bytes.
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[int], int]] = {
     "adamw": lambda size: 2 * size,
     "adam": lambda size: 2 * size,
     "sgd": lambda size: 0,
@@ -212,4 +211,4 @@ class _Sizes:
         return self.count(fake) * fake.element_size()
 
     def _size(self, size: Any) -> int:
-        return int(sympy.sympify(size.node.expr).subs(self.known)) if isinstance(size, torch.SymInt) else size
+        return int(size.node.expr.subs(self.known)) if isinstance(size, torch.SymInt) else int(size)

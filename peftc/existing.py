@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -78,7 +79,7 @@ def _is_bias(node: fx.Node) -> bool:
     for user in node.users:
         if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
             return True
-        position = BIASED.get(user.target)
+        position = BIASED.get(cast(Any, user.target))
         if position is not None and position < len(user.args) and user.args[position] is node:
             return True
     return False

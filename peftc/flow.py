@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
@@ -22,7 +23,11 @@ ACTIVATIONS = {
     )
 }  # fmt: skip
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}
-SCORES = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
+SCORES: dict[Any, tuple[int, int]] = {
+    aten.matmul.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+}
 # What may stand between a softmax and its product with the values.
 PASSIVE = {
     aten.dropout.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default,
@@ -42,9 +47,9 @@ class AttentionPattern:
     out: fx.Node
 
 
-def value_flow(graph: fx.Graph) -> nx.DiGraph:
+def value_flow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
     """Nodes in the graph's order, an edge from every value to each node that reads it."""
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     for node in graph.nodes:
         flow.add_node(node)
         flow.add_edges_from((argument, node) for argument in node.all_input_nodes)
@@ -70,7 +75,7 @@ def nearest(
 
 
 def attentions(
-    graph: fx.Graph, flow: nx.DiGraph, reads_same: Callable[[fx.Node, fx.Node], bool]
+    graph: fx.Graph, flow: nx.DiGraph[fx.Node], reads_same: Callable[[fx.Node, fx.Node], bool]
 ) -> Iterator[AttentionPattern]:
     """Every attention of the graph: the fused operation, or softmax(q kᵀ) v spelt out.
 
@@ -88,21 +93,26 @@ def attentions(
 
 
 def _spelt_out(
-    softmax: fx.Node, flow: nx.DiGraph, reads_same: Callable[[fx.Node, fx.Node], bool]
+    softmax: fx.Node, flow: nx.DiGraph[fx.Node], reads_same: Callable[[fx.Node, fx.Node], bool]
 ) -> AttentionPattern | None:
     out = _times_values(softmax)
     if out is None or not isinstance(v := out.args[1], fx.Node):
         return None
 
-    def is_product(node: fx.Node) -> bool:
-        return node.target in SCORES and all(isinstance(node.args[index], fx.Node) for index in SCORES[node.target])
-
-    found = list(nearest(softmax, flow.predecessors, is_product))
-    pairs = [tuple(node.args[index] for index in SCORES[node.target]) for node in found]
-    for q, k in pairs:
+    pairs = [_factors(node) for node in nearest(softmax, flow.predecessors, lambda node: _factors(node) is not None)]
+    found = [pair for pair in pairs if pair is not None]
+    for q, k in found:
         if reads_same(k, v):
             return AttentionPattern(q, k, v, out)
-    return AttentionPattern(*pairs[0], v, out) if pairs else None
+    return AttentionPattern(*found[0], v, out) if found else None
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two factors of a product of computed values."""
+    if node.target not in SCORES:
+        return None
+    left, right = (node.args[index] for index in SCORES[node.target])
+    return (left, right) if isinstance(left, fx.Node) and isinstance(right, fx.Node) else None
 
 
 def _times_values(softmax: fx.Node) -> fx.Node | None:

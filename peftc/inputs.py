@@ -89,7 +89,7 @@ def _inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         given[main] = torch.ones(BATCH, LENGTH, dtype=torch.long, device=device)
         if "attention_mask" in accepts:
             given["attention_mask"] = torch.ones_like(given[main])
-        if "token_type_ids" in accepts and getattr(model.config, "type_vocab_size", 0):
+        if "token_type_ids" in accepts and getattr(model.config, "type_vocab_size", None):
             given["token_type_ids"] = torch.zeros_like(given[main])
     else:
         raise PeftcError(NeedsExample(model=type(model).__name__))
@@ -116,9 +116,8 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
     main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
     with FakeTensorMode() as fake, torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
-        state = {name: fake.from_tensor(tensor) for name, tensor in tensors}
-        given = {main: fake.from_tensor(given[main])}
-        logits = torch.func.functional_call(model, state, kwargs=given).logits
+        state: dict[str, torch.Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
+        logits = torch.func.functional_call(model, state, kwargs={main: fake.from_tensor(given[main])}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
     if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":

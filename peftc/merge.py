@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftc.errors import Diagnostic, PeftcError
 from peftc.insert import dense_weight, take
 from peftc.ir import get_attribute
-from peftc.model_errors import CannotMerge
+from peftc.model_errors import BadOutput, CannotMerge
 from peftc.module import CompiledModule
 from peftc.plan import Binding
 from peftc.sites import Linear
@@ -44,7 +49,11 @@ def _problems(compiled: CompiledModule) -> list[Diagnostic]:
     found: dict[int, Diagnostic] = {}
     for binding in compiled.plan.bindings:
         reason = binding.method.unmergeable
-        if reason is None and binding.method.adds_bias(binding.site) and binding.site.bias is None:
+        if (
+            reason is None
+            and isinstance(binding.site, Linear)
+            and (binding.method.adds_bias(binding.site) and binding.site.bias is None)
+        ):
             reason = f"{binding.site.name} has no bias to take the shift"
         if reason and binding.statement not in found:
             found[binding.statement] = CannotMerge(method=binding.method.name, reason=reason, span=binding.span)
@@ -83,3 +92,35 @@ def _store(model: nn.Module, site: Linear, weight: Tensor) -> None:
     config = getattr(model, "config", None)
     if config is not None:
         config.tie_word_embeddings = False
+
+
+def save_merged(model: nn.Module, folder: str | Path) -> None:
+    """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
+
+    Raises:
+        PeftcError: `bad-output` if something stands at `folder` already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise PeftcError(BadOutput(folder=str(folder)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        target = Path(temporary) / "model"
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(target)
+            _copy_tokenizer(model, target)
+        else:
+            target.mkdir()
+            safetensors.torch.save_model(model, str(target / "model.safetensors"))
+        if folder.exists():
+            folder.rmdir()
+        target.rename(folder)
+
+
+def _copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+    """The tokenizer files beside the base model, where it was read from a folder."""
+    source = Path(model.config._name_or_path or "")
+    if model.config._name_or_path and source.is_dir():
+        for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*"):
+            for file in source.glob(pattern):
+                shutil.copy2(file, folder / file.name)

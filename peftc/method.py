@@ -49,7 +49,7 @@ class Param:
     """One parameter of a method, as the language, the help and the diagnostics see it."""
 
     name: str
-    type: type
+    kind: type
     default: Any
     doc: str
     min: float | None = None
@@ -62,7 +62,7 @@ class Param:
         """Why `given` cannot be this parameter's value, or None."""
         if given is None and self.optional:
             return None
-        if isinstance(given, bool) != (self.type is bool) or not isinstance(given, self._accepts):
+        if isinstance(given, bool) != (self.kind is bool) or not isinstance(given, self._accepts):
             return f"expects {self.expects}, not {_described(given)}"
         if self.choices and given not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
@@ -72,7 +72,7 @@ class Param:
 
     @property
     def _accepts(self) -> tuple[type, ...]:
-        return (int, float) if self.type is float else (self.type,)
+        return (int, float) if self.kind is float else (self.kind,)
 
     @property
     def expects(self) -> str:
@@ -80,7 +80,7 @@ class Param:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word or a string"}
-        return words[self.type]
+        return words[self.kind]
 
     @property
     def range(self) -> str:
@@ -136,7 +136,7 @@ class Method:
                 raise ValueError(f"{name} {problem}")
         for name, parameter in self.parameters.items():
             value = given.get(name, parameter.default)
-            setattr(self, name, float(value) if parameter.type is float and value is not None else value)
+            setattr(self, name, float(value) if parameter.kind is float and value is not None else value)
 
     @property
     def values(self) -> dict[str, Any]:

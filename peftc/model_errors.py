@@ -516,6 +516,15 @@ class BadArtifact(Diagnostic):
         return f"'{self.folder}' is not an artifact that can be used: {self.reason}"
 
 
+class BadOutput(Diagnostic):
+    code = "bad-output"
+    folder: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.folder}' is not empty, and is left alone: name another folder"
+
+
 class WrongBase(Diagnostic):
     code = "wrong-base"
     folder: str

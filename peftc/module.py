@@ -28,6 +28,9 @@ class CompiledModule(fx.GraphModule):
 
     plan: Plan
     history: dict[str, fx.Graph]
+    base: nn.Module
+    convention: Convention
+    _pruned: dict[str, fx.GraphModule]
 
     def __init__(self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages) -> None:
         super().__init__(root, graph, class_name=plan.sites.model)
@@ -43,8 +46,8 @@ class CompiledModule(fx.GraphModule):
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             if name not in known:
                 set_tensor(self, name, tensor)
-        self.register_state_dict_post_hook(_keep_added)
-        self.register_load_state_dict_post_hook(_ignore_frozen)
+        self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
         self._set_forward()
         self.train()
 
@@ -82,12 +85,12 @@ class CompiledModule(fx.GraphModule):
             self._pruned["entry"] = fx.GraphModule(self, graph, class_name=self.plan.sites.model)
         entry = self._pruned["entry"]
         entry.training = self.training
-        return cast(Callable[..., Any], entry.forward)
+        return entry.forward
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
         """nn.Module's; a graph names the device of the tensors it makes, so those names move too."""
         before = self.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             self._pruned.clear()
             for module in self.modules():

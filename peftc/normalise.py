@@ -6,6 +6,7 @@ Nothing here changes a number. It makes the graph a third shorter, which every l
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 from torch import fx
@@ -93,8 +94,8 @@ def _is_private(source: object) -> bool:
 
 def _training_node(graph: fx.Graph) -> fx.Node:
     """Reads `self.training` where the graph runs, so that `train()` and `eval()` mean what they always mean."""
-    for node in graph.find_nodes(op="get_attr", target="training"):
-        return node
+    for known in graph.find_nodes(op="get_attr", target="training"):
+        return cast(fx.Node, known)
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.create_node("get_attr", "training")
     node.meta["val"] = True

@@ -7,10 +7,8 @@ Every pass works on the flat graph in place; the verifier runs after each.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
@@ -24,9 +22,8 @@ from peftc.normalise import tidy
 from peftc.plan import Plan, make_plan
 from peftc.roles import find_sites
 from peftc.syntax import Spec
+from peftc.timings import Timings
 from peftc.verify import Verifier
-
-Progress = Callable[[str], None]
 
 
 @dataclass
@@ -67,26 +64,9 @@ PASSES: tuple[tuple[str, Callable[[Work], None]], ...] = (
 )
 
 
-@dataclass
-class Timings:
-    """Seconds of wall clock by stage, in the order they ran."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    progress: Progress = lambda _stage: None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times one stage and announces it."""
-        self.progress(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def plan_model(model: nn.Module, spec: Spec, example: Example, timings: Timings) -> Plan:
     """The stages that need shapes only; they run as well on the meta device."""
-    with timings.stage("capture"):
-        captured = capture(model, example)
+    captured = capture(model, example, timings)
     with timings.stage("sites"):
         sites = find_sites(captured)
     with timings.stage("plan"):

@@ -270,7 +270,7 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
     """The error of a budget that `plan` does not keep, or None."""
     limit = budget.limit.scaled
     if budget.quantity == "memory":
-        memory = plan.memory(**budget.arguments)
+        memory = plan.memory(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
         found, shown = float(memory.total), formatted_bytes(memory.total)
         breakdown = memory.lines()
     else:

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from peftc.errors import PeftcError
-from peftc.model_errors import BadReference
+from peftc.model_errors import BadReference, NoWeights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (
@@ -98,7 +98,8 @@ def load_model(
 def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     assert reference.path is not None
     spec = importlib.util.spec_from_file_location(reference.path.stem, reference.path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     make = getattr(module, reference.factory, None)
@@ -131,8 +132,6 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
             model: nn.Module = cls._from_config(config, dtype=kind)
         return model
     if reference.kind == "config":
-        from peftc.model_errors import NoWeights
-
         raise PeftcError(NoWeights(reference=reference.text))
     loaded: nn.Module = cls.from_pretrained(source, dtype=DTYPES[dtype] if dtype else "auto", **extra)
     return loaded

@@ -153,7 +153,7 @@ class _Resolver:
             self._later(name, call.name.span)
             return None
         if name not in methods():
-            known = tuple([*methods(), *self.lets])
+            known = (*methods(), *self.lets)
             self.problems.append(say.UnknownMethod(name=name, known=known, span=call.name.span))
             return None
         cls = methods()[name]

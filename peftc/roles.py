@@ -23,7 +23,7 @@ from peftc.existing import existing_parameters, own_name
 from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, residual_value, value_flow
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
-from peftc.rows import feature_rows
+from peftc.rows import Known, feature_rows
 from peftc.sites import Experts, Linear, Module, Site, Sites
 
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ class _Finder:
 
     def __init__(self, captured: Captured) -> None:
         self.module = captured.module
-        self.flow: nx.DiGraph = value_flow(self.module.graph)
+        self.flow: nx.DiGraph[fx.Node] = value_flow(self.module.graph)
         self.products = products(self.module.graph)
         self.by_node: dict[fx.Node, Product] = {}
         for product in self.products:
@@ -53,6 +53,7 @@ class _Finder:
             self.by_node[product.use.y] = product
         self.blocks = find_blocks(captured.model)
         self.aliases = captured.aliases
+        self.known_rows: Known = {}
         self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
         self.modules: list[Module] = []
         self.model_name = type(captured.model).__name__
@@ -85,6 +86,9 @@ class _Finder:
         first, second = self._project(k), self._project(v)
         return bool(first and second and first.use.x is second.use.x)
 
+    def _rows(self, source: fx.Node, target: fx.Node) -> tuple[int, ...]:
+        return feature_rows(self.module, source, target, self.known_rows)
+
     def _attentions(self) -> set[str]:
         """Gives q, k, v, o their roles; returns the paths of blocks with cross attention."""
         decoders = set()
@@ -97,7 +101,7 @@ class _Finder:
                 decoders.add(block.stack)
             for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
                 fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
-                rows = feature_rows(self.module, product.use.y, operand) if fused else None
+                rows = self._rows(product.use.y, operand) if fused else None
                 self.roles[product.weight, rows] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
             self._attention_module(found, q, k, v, kind)
         return decoders
@@ -124,7 +128,8 @@ class _Finder:
 
     def _activated_sources(self, down: Product) -> list[Product]:
         """The linear layers of one common input that reach `down` through an activation, else none."""
-        seen, queue, sources, activated = {down.use.x}, [down.use.x], [], False
+        seen, queue, activated = {down.use.x}, [down.use.x], False
+        sources: list[Product] = []
         while queue:
             node = queue.pop()
             if (product := self.by_node.get(node)) is not None:
@@ -178,7 +183,7 @@ class _Finder:
         for activation in activations:
             operand = activation.args[0]
             assert isinstance(operand, fx.Node)
-            rows |= set(feature_rows(self.module, source.use.y, operand))
+            rows |= set(self._rows(source.use.y, operand))
         return tuple(sorted(rows)) if 0 < len(rows) < source.n_out else None
 
     def _add_module(
@@ -196,7 +201,7 @@ class _Finder:
         self.modules.append(
             Module(
                 path, path, roles, parameters=(*names, *biases),
-                width=int(value(h).shape[-1]), entry=entry.use, h=h,
+                width=int(value(h).shape[-1]), entry_width=entry.n_in, entry=entry.use, h=h,
             )
         )  # fmt: skip
 

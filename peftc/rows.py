@@ -14,13 +14,23 @@ from torch import fx
 
 from peftc.ir import get_attribute, tensor_inputs
 
+Known = dict[str, tuple[int, ...]]
 
-def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node) -> tuple[int, ...]:
+
+def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node, known: Known) -> tuple[int, ...]:
     """The indices along the last dimension of `source` that `target` depends on, ascending.
 
-    The nodes in between run on the CPU at the sizes of the capture's example.
+    The nodes in between run on the CPU at the sizes of the capture's example. `known` remembers the answers by the
+    path's shape: equal blocks ask once.
     """
     path = _path(source, target)
+    key = _shape_of_path(module, source, path)
+    if key not in known:
+        known[key] = _touched(module, source, target, path)
+    return known[key]
+
+
+def _touched(module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node]) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(0)
     env: dict[fx.Node, Any] = {}
     with torch.enable_grad():
@@ -38,6 +48,24 @@ def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node) -> tu
         (gradient,) = torch.autograd.grad((result * weights).sum(), start)
     touched = gradient.reshape(-1, gradient.shape[-1]).abs().sum(0) != 0
     return tuple(touched.nonzero().flatten().tolist())
+
+
+def _shape_of_path(module: fx.GraphModule, source: fx.Node, path: list[fx.Node]) -> str:
+    """The path written with places for names: the same for every layer that does the same."""
+    places = {node: f"%{index}" for index, node in enumerate([source, *path])}
+
+    def written(node: fx.Node) -> str:
+        if node in places:
+            return places[node]
+        fake = node.meta["val"]
+        if not isinstance(fake, torch.Tensor):
+            return str(_hint(fake))
+        if fake.is_floating_point():
+            return f"{tuple(fake.shape)} {fake.dtype}"
+        return str(_operand(module, node, torch.Generator()).tolist())  # an index: what it says matters
+
+    lines = [f"{node.target} {fx.map_arg((node.args, node.kwargs), written)}" for node in path]
+    return "\n".join([str(tuple(source.meta["val"].shape)), *lines])
 
 
 def _path(source: fx.Node, target: fx.Node) -> list[fx.Node]:

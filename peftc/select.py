@@ -84,7 +84,7 @@ class Selection:
 
     def _layers(self, selector: ast.InLayers) -> set[tuple[str | None, int | None]]:
         """(stack, layer) of every layer in the slice, each stack counted for itself."""
-        chosen = set()
+        chosen: set[tuple[str | None, int | None]] = set()
         for stack in {site.stack for site in self.sites if site.layer is not None}:
             layers = sorted({site.layer for site in self.sites if site.stack == stack and site.layer is not None})
             for layer in layers[selector.start : selector.stop : selector.step]:

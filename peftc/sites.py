@@ -104,6 +104,7 @@ class Module(Site):
     """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add."""
 
     width: int = 0
+    entry_width: int = 0
     entry: Use | None = None
     h: fx.Node | None = None
 

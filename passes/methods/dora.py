@@ -49,7 +49,7 @@ class DoRA(Method):
         length = m / directed.norm(dim=1)  # the norm is a constant to the gradient (section 4.3)
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         base = y if bias is None else y - bias
-        result = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
+        result: Tensor = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
         return (result if bias is None else result + bias).to(y.dtype)
 
     def fold(

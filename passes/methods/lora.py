@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,10 +79,11 @@ class LoRA(Method):
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        return y + (self.scale * linear(linear(x, A), B)).to(y.dtype)
+        branch: Tensor = self.scale * linear(linear(x, A), B)
+        return y + branch.to(y.dtype)
 
-    def delta(self, site: Linear, **state: Any) -> Tensor:
-        return self.scale * state["B"] @ state["A"]
+    def delta(self, site: Linear, **state: Tensor) -> Tensor:
+        return self.scale * (state["B"] @ state["A"])
 
     def rate(self, state: str) -> float:
         return self.lr_ratio if state == "B" else 1.0

@@ -1,0 +1,307 @@
+"""The `peftc` command. Exit status: 0 done, 1 a diagnostic, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from peftc.errors import PeftcError
+from peftc.text import render
+
+DEBUG = "PEFTC_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. A traceback reaches the user only with PEFTC_DEBUG set."""
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        if not os.environ.get(DEBUG):
+            warnings.simplefilter("ignore")
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            return int(arguments.run(arguments) or 0)
+        except PeftcError as error:
+            _complain(error, as_json=getattr(arguments, "json", False))
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            print(f"peftc: {type(error).__name__}: {error}\n(set {DEBUG}=1 for the traceback)", file=sys.stderr)
+            return 1
+
+
+def _complain(error: PeftcError, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"errors": [diagnostic.to_json() for diagnostic in error.diagnostics]}, indent=2))
+        return
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    text = "\n\n".join(render(diagnostic, colour=colour) for diagnostic in error.diagnostics)
+    count = len(error.diagnostics)
+    print(text + (f"\n\n{count} errors" if count > 1 else ""), file=sys.stderr)
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def _compile(given: argparse.Namespace) -> None:
+    """Compiles, verifies, reports; with -o writes the artifact."""
+    import peftc
+    from peftc.references import load_model, parse_reference
+    from peftc.report import plan_table, timings_table
+
+    with _progress(given) as timings:
+        with timings.stage("check"):
+            problems = peftc.check(given.spec)
+            if problems:
+                raise PeftcError(*problems)
+        with timings.stage("load"):
+            reference = parse_reference(given.model)
+            model, example = load_model(reference, random_weights=given.random_weights, dtype=given.dtype)
+        compiled = peftc.compile(model, given.spec, example=example, timings=timings)
+        if given.output:
+            with timings.stage("save"):
+                compiled.save(given.output)
+    if given.json:
+        _print_json(compiled.plan.to_json() | {"seconds": timings.seconds, "artifact": given.output})
+        return
+    _print(plan_table(compiled.plan))
+    if given.timings:
+        _print(timings_table(timings.seconds))
+    if given.output:
+        _print(f"written to {given.output}")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    """What each statement matches, and what a step needs, from shapes alone."""
+    import peftc
+    from peftc.report import memory_table, plan_table
+
+    with _progress(given) as timings:
+        plan = peftc.plan(given.model, given.spec, dtype=given.dtype, timings=timings)
+    memory = plan.memory(given.batch, given.seq, given.optimizer)
+    if given.json:
+        _print_json(plan.to_json() | {"memory": memory.to_json(), "seconds": timings.seconds})
+        return
+    _print(plan_table(plan), memory_table(memory, given.batch, given.seq, given.optimizer))
+
+
+def _check(given: argparse.Namespace) -> int:
+    """Diagnostics without a model."""
+    import peftc
+
+    problems = peftc.check(given.spec)
+    if given.json:
+        _print_json({"errors": [problem.to_json() for problem in problems]})
+    elif problems:
+        _complain(PeftcError(*problems), as_json=False)
+    else:
+        _print(f"{given.spec}: no errors")
+    return 1 if problems else 0
+
+
+def _sites(given: argparse.Namespace) -> None:
+    """The tree of sites with their roles."""
+    import peftc
+    from peftc.report import sites_tree
+
+    with _progress(given):
+        found = peftc.sites(given.model)
+    if given.json:
+        _print_json({"model": found.model, "sites": found.to_json()})
+        return
+    _print(sites_tree(found, every=given.all))
+
+
+def _methods(given: argparse.Namespace) -> None:
+    """The registry, or one method of it."""
+    from peftc.method import methods
+    from peftc.model_errors import UnknownMethod
+    from peftc.report import described_methods, method_page, methods_table
+
+    known = methods()
+    if given.name and given.name not in known:
+        raise PeftcError(UnknownMethod(name=given.name, known=tuple(known)))
+    if given.json:
+        _print_json([item for item in described_methods() if given.name in (None, item["name"])])
+    elif given.name:
+        _print(method_page(known[given.name]))
+    else:
+        _print(methods_table())
+
+
+def _show(given: argparse.Namespace) -> None:
+    """The graph before and after the passes."""
+    import peftc
+    from peftc.references import load_model, parse_reference
+    from peftc.show import render_show
+
+    with _progress(given) as timings:
+        with timings.stage("load"):
+            model, example = load_model(parse_reference(given.model), random_weights=given.random_weights)
+        compiled = peftc.compile(model, given.spec, example=example, timings=timings)
+    wanted = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
+    block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
+    chosen = {kind: path for kind, path in wanted.items() if path}
+    for kind, path in (chosen or {"text": "-"}).items():
+        text = render_show(
+            compiled, block=None if given.whole else block, after=given.after, format=kind, detail=given.detail
+        )
+        if path == "-":
+            print(text)
+        else:
+            _write_text(path, text)
+            _print(f"written to {path}")
+
+
+def _merge(given: argparse.Namespace) -> None:
+    """Folds an artifact into a plain model."""
+    import peftc
+    from peftc.merge import save_merged
+    from peftc.references import load_model, parse_reference
+
+    with _progress(given) as timings:
+        model = None
+        if given.model:
+            with timings.stage("load"):
+                model = load_model(parse_reference(given.model))[0]
+        with timings.stage("compile"):
+            compiled = peftc.load(given.artifact, model)
+        with timings.stage("merge"):
+            merged = compiled.merge()
+        with timings.stage("save"):
+            save_merged(merged, given.output)
+    if given.json:
+        _print_json({"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds})
+    else:
+        _print(f"a plain {type(merged).__name__}, written to {given.output}")
+
+
+# --- the arguments -----------------------------------------------------------------------------------------------
+
+MODEL_HELP = "a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peftc", description="A declarative graph compiler for parameter-efficient fine-tuning."
+    )
+    parser.add_argument("--version", action="version", version=f"peftc {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], *, model: bool, spec: bool) -> Any:
+        summary = (run.__doc__ or "").strip()
+        made = commands.add_parser(name, help=summary, description=summary)
+        made.set_defaults(run=run)
+        if spec:
+            made.add_argument("spec", metavar="SPEC", help="a .peft file")
+        if model:
+            made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        made.add_argument("--json", action="store_true", help="print data instead of tables")
+        return made
+
+    def weights(made: Any) -> None:
+        made.add_argument("--random-weights", action="store_true", help="initialise instead of reading weights")
+
+    def dtype(made: Any) -> None:
+        made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base model")
+
+    made = command("compile", _compile, model=True, spec=True)
+    made.add_argument("-o", "--output", metavar="DIR", help="write the artifact here")
+    made.add_argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes")
+    weights(made)
+    dtype(made)
+    made = command("plan", _plan, model=True, spec=True)
+    made.add_argument("--batch", type=_positive, default=1, help="examples in a step, for the memory table")
+    made.add_argument("--seq", type=_positive, default=512, help="tokens in an example, for the memory table")
+    made.add_argument("--optimizer", choices=_optimizers(), default="adamw", help="for the memory table")
+    dtype(made)
+    command("check", _check, model=False, spec=True)
+    made = command("sites", _sites, model=True, spec=False)
+    made.add_argument("--all", action="store_true", help="every layer, not the first of each stack alone")
+    made = command("methods", _methods, model=False, spec=False)
+    made.add_argument("name", nargs="?", metavar="NAME", help="one method, with its parameters")
+    made = command("show", _show, model=True, spec=True)
+    made.add_argument("--html", metavar="FILE", help="a self-contained page ('-' for standard output, as below)")
+    made.add_argument("--dot", metavar="FILE", help="Graphviz")
+    made.add_argument("--mermaid", metavar="FILE", help="Mermaid")
+    made.add_argument("--after", metavar="PASS", help="the graph after this pass instead of the last")
+    made.add_argument("--block", metavar="PATH", help="which block; the first by default")
+    made.add_argument("--whole", action="store_true", help="the whole model, a node a block")
+    made.add_argument("--detail", action="store_true", help="keep views and casts")
+    weights(made)
+    made = command("merge", _merge, model=False, spec=False)
+    made.add_argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote")
+    made.add_argument("-o", "--output", metavar="DIR", required=True, help="where the plain model goes")
+    made.add_argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}")
+    return parser
+
+
+def _version() -> str:
+    from peftc import __version__
+
+    return __version__
+
+
+def _optimizers() -> tuple[str, ...]:
+    from peftc.cost import OPTIMIZERS
+
+    return tuple(OPTIMIZERS)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expects a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(given: argparse.Namespace) -> Iterator[Any]:
+    """Timings whose stages show as they run: a spinner on a terminal, nothing elsewhere."""
+    from peftc.timings import Timings
+
+    console = Console(stderr=True)
+    if not console.is_terminal or given.json:
+        yield Timings()
+        return
+    with Status("starting", console=console) as status:
+        yield Timings(progress=lambda stage: status.update(f"{stage} …"))
+
+
+def _print(*items: Any) -> None:
+    from peftc.report import print_all
+
+    print_all(*items)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _write_text(path: str, text: str) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

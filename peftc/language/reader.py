@@ -1,0 +1,151 @@
+"""Tokens to a parse tree, with all mistakes of the text: after a bad statement it goes on with the next one."""
+
+from __future__ import annotations
+
+from lark import Token, Tree, UnexpectedToken
+
+from peftc.errors import Diagnostic
+from peftc.language import mistakes, tokens
+from peftc.language.explain import Situation, unclosed
+from peftc.language.tokens import BRACKETS, CLOSING, END, NEWLINE
+from peftc.text import Source
+
+# Brackets in brackets, filters on filters: keeps every walk over a tree within Python's own stack.
+DEEPEST = 64
+LONGEST_WORD = 4096  # characters; also of a string or a pattern
+MOST_MISTAKES = 100
+
+
+class Reader:
+    """Feeds tokens to the LALR parser and puts it back to the start of the statement after a mistake.
+
+    Putting back is cutting the parser's stacks to their height at that point: below it lies only what whole
+    statements have left, and nothing that the bad statement did has touched that.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.problems: list[Diagnostic] = []
+        self.tokens = tokens.tokens(source)
+        self.parser = tokens.grammar().parse_interactive()
+        self.taken: list[Token] = []  # what the parser has read, without the line ends it never saw
+        self.open: list[Token] = []  # brackets
+        self.start = (1, 0)  # height of the parser's stack and of `open` where the present statement starts
+        self.outer_starts: list[tuple[int, int]] = []  # the same for the tasks around it
+        self.fresh = True  # between statements
+
+    def read(self) -> Tree[Token]:
+        """The tree of the good statements; `problems` has the others."""
+        index = 0
+        while self.tokens[index].type != END:
+            token = self.tokens[index]
+            problem = self._bracket_problem(index)
+            if problem is None and token.type == NEWLINE and self._in_brackets():
+                index += 1
+                continue
+            problem = problem or self._feed(index)
+            if problem is None:
+                index += 1
+                continue
+            self.problems.append(problem)
+            if len(self.problems) == MOST_MISTAKES:
+                return Tree("spec", [])
+            if isinstance(problem, mistakes.UnclosedBracket):
+                del self.open[self.start[1] :]  # nothing to skip to
+            index = self._recover(index)
+        return self._end(self.tokens[index])
+
+    def _feed(self, index: int) -> Diagnostic | None:
+        """Give the parser one token, or explain why it does not take it."""
+        token = self.tokens[index]
+        if len(token) > LONGEST_WORD:
+            return mistakes.TooLong(limit=LONGEST_WORD, span=tokens.span(self.source, token))
+        try:
+            self.parser.feed_token(token)
+        except UnexpectedToken:
+            return self._situation(index).diagnostic()
+        if self.fresh and token.type not in (NEWLINE, "RBRACE"):
+            self.start = (len(self.parser.parser_state.state_stack) - 1, len(self.open))
+        self.fresh = token.type in (NEWLINE, "LBRACE")
+        bracket = BRACKETS.get(token.type)
+        if bracket in CLOSING:
+            self.open.append(token)
+        elif bracket:
+            self.open.pop()
+        if bracket == "{":
+            self.outer_starts.append(self.start)
+        elif bracket == "}":
+            self.start = self.outer_starts.pop()
+        self.taken.append(token)
+        return None
+
+    def _situation(self, index: int) -> Situation:
+        following = self.tokens[min(index + 1, len(self.tokens) - 1)]
+        accepts = self.parser.accepts()  # type: ignore[no-untyped-call]
+        return Situation(self.source, self.tokens[index], following, self.taken, self.open, self.fresh, accepts)
+
+    def _end(self, end: Token) -> Tree[Token]:
+        """Close the tasks that the text leaves open, so that what they hold is still checked."""
+        while self.open:
+            self.problems.append(unclosed(self.source, self.open[-1], None))
+            self.open.pop()
+            for terminal in ("RBRACE", NEWLINE):
+                self.parser.feed_token(Token.new_borrow_pos(terminal, "", end))
+        tree: Tree[Token] = self.parser.feed_token(end)
+        return tree
+
+    def _in_brackets(self) -> bool:
+        return bool(self.open) and self.open[-1] != "{"
+
+    def _starts_statement(self, index: int) -> bool:
+        """A verb first on its line, and not the name of a parameter (`group=32`)."""
+        first = index > 0 and self.tokens[index - 1].type == NEWLINE
+        return first and self.tokens[index].type in tokens.VERBS and self.tokens[index + 1].type != "_EQUAL"
+
+    def _bracket_problem(self, index: int) -> Diagnostic | None:
+        """Brackets that do not match; the parser could only say that it expected something else."""
+        token = self.tokens[index]
+        span, bracket = tokens.span(self.source, token), BRACKETS.get(token.type)
+        if self._in_brackets():
+            if self._starts_statement(index):
+                return unclosed(self.source, self.open[-1], span)
+            if self.tokens[index + 1].type == END:
+                return unclosed(self.source, self.open[-1], None)
+        if bracket is None:
+            return None
+        if bracket in CLOSING:
+            return mistakes.TooDeep(limit=DEEPEST, span=span) if len(self.open) >= DEEPEST else None
+        if not self.open:
+            return mistakes.UnopenedBracket(bracket=bracket, span=span)
+        wanted = CLOSING[self.open[-1]]
+        if bracket == wanted:
+            return None
+        return mistakes.MismatchedBracket(
+            bracket=bracket, opening=tokens.span(self.source, self.open[-1]), wanted=wanted, span=span
+        )
+
+    def _recover(self, index: int) -> int:
+        """Forget the bad statement; the index of a token that can be read next, such as its line end."""
+        brackets = blocks = 0  # of the bad statement, that are still open: ( or [, and { at the end of a line
+        if not self.fresh:
+            height, opened = self.start
+            del self.parser.parser_state.state_stack[height:]
+            del self.parser.parser_state.value_stack[height - 1 :]
+            brackets = len(self.open) - opened
+            del self.open[opened:]
+            self.fresh = True
+        while (token := self.tokens[index]).type != END:
+            if not blocks and (
+                self._starts_statement(index)
+                or (token.type == NEWLINE and not brackets)
+                or (token.type == "RBRACE" and self.open)
+            ):
+                break
+            if token.type == "LBRACE":
+                blocks += self.tokens[index + 1].type == NEWLINE
+            elif token.type == "RBRACE":
+                blocks, brackets = max(blocks - 1, 0), 0
+            elif bracket := BRACKETS.get(token.type):
+                brackets = brackets + 1 if bracket in CLOSING else max(brackets - 1, 0)
+            index += 1
+        return index
