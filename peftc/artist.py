@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -18,9 +17,11 @@ from torch import fx
 
 from peftc.calling import Convention
 from peftc.drawing import (
+    Cell,
     Drawing,
     DrawnEdge,
     DrawnNode,
+    Flow,
     carries_tensor,
     class_name,
     is_plumbing,
@@ -47,29 +48,13 @@ def draw(graph: fx.Graph, block: str | None, plan: Plan, *, detail: bool = False
     return _Artist(graph, block, plan, detail, trained).draw()
 
 
-@dataclass(frozen=True, slots=True)
-class _Flow:
-    """One operand of a node, followed back through plumbing."""
-
-    source: fx.Node
-    argument: str
-    through: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class _Cell:
-    """The fx nodes that are drawn as one."""
-
-    id: str
-    nodes: list[fx.Node] = field(default_factory=list)
-    block: str | None = None
-    module: str = ""
-
-
 class _Artist:
     def __init__(self, graph: fx.Graph, block: str | None, plan: Plan, detail: bool, trained: bool) -> None:
         self.graph, self.block, self.plan, self.detail = graph, block, plan, detail
-        self.blocks = frozenset(plan.sites.blocks)
+        self.owner = {node: _block_of(node, frozenset(plan.sites.blocks)) for node in graph.nodes}
+        self.members: dict[str, list[fx.Node]] = defaultdict(list)
+        for node, owner in self.owner.items():
+            self.members[owner or ""].append(node)
         self.trained: dict[str, Span] = plan.trained if trained else {}
         self.dims: Dims = dim_names(graph)
         self.state = {
@@ -81,7 +66,7 @@ class _Artist:
         attributes = [str(node.target) for node in graph.find_nodes(op="get_attr")]
         prefix = f"{block}." if block else ""
         self.names = UniqueSuffixes({path: path.removeprefix(prefix) for path in attributes if path.startswith(prefix)})
-        self.cells: dict[fx.Node, _Cell] = {}
+        self.cells: dict[fx.Node, Cell] = {}
         self.drawn: dict[str, DrawnNode] = {}
         self.edges: dict[DrawnEdge, None] = {}
 
@@ -99,35 +84,31 @@ class _Artist:
     def _skipped(self, node: fx.Node) -> bool:
         return not self.detail and is_plumbing(node)
 
-    def _flows(self, node: fx.Node) -> Iterator[_Flow]:
+    def _flows(self, node: fx.Node) -> Iterator[Flow]:
         """The tensors `node` reads, each followed to the node that is drawn for it."""
         for argument, source in operands(node):
             through: list[str] = []
             while self._skipped(source):
                 through.insert(0, plumbing_text(source))
                 source = next(iter(operands(source)))[1]
-            yield _Flow(source, argument, tuple(text for text in through if text))
+            yield Flow(source, argument, tuple(text for text in through if text))
 
     # Which nodes are one
 
     def _arrange(self) -> None:
         shown = [n for n in self.graph.nodes if carries_tensor(n) and n.op != "get_attr" and not self._skipped(n)]
-        for node in shown:
-            owner = self._block_of(node)
-            if (self.block is not None and owner == self.block) or (self.block is None and owner is None):
-                self.cells[node] = _Cell(f"op:{node.name}", [node])
+        self.cells = {node: Cell(f"op:{node.name}", [node]) for node in shown if self.owner[node] == self.block}
         if self.block is None:
-            self._merge(
-                {path: [n for n in shown if self._block_of(n) == path] for path in self.plan.sites.blocks}, True
-            )
+            known = set(shown)
+            for path in self.plan.sites.blocks:
+                if nodes := [node for node in self.members[path] if node in known]:
+                    self._merge(Cell(f"op:{nodes[0].name}", nodes, path))
         if not self.detail:
-            self._merge(self._spelt_out(), False)
-            if self.block is None:
-                self._merge(self._integers(), False, "index arithmetic")
-
-    def _block_of(self, node: fx.Node) -> str | None:
-        paths = (path for path, _ in (node.meta.get(STACK) or {}).values())
-        return next((path for path in paths if path in self.blocks), None)
+            for nodes in self._spelt_out().values():
+                self._merge_open(nodes, class_name(nodes[0]))
+        if not self.detail and self.block is None:
+            for nodes in self._integers().values():
+                self._merge_open(nodes, "index arithmetic")
 
     def _spelt_out(self) -> dict[str, list[fx.Node]]:
         """The original nodes of each module that has no module inside: a norm, an activation, a rotary embedding."""
@@ -147,16 +128,23 @@ class _Artist:
         for node, cell in self.cells.items():
             fake = node.meta.get("val")
             whole = isinstance(fake, torch.Tensor) and not fake.is_floating_point()
-            if cell.block is None and whole and node.op == "call_function" and stamp(node) is None:
+            if (
+                cell.block is None
+                and len(cell.nodes) == 1
+                and whole
+                and node.op == "call_function"
+                and stamp(node) is None
+            ):
                 groups[module_path(node)].append(node)
         return groups
 
-    def _merge(self, groups: dict[str, list[fx.Node]], blocks: bool, title: str = "") -> None:
-        """Makes each group one cell, unless that would close a circle."""
-        for path, nodes in groups.items():
-            if (len(nodes) > 1 or (blocks and nodes)) and (blocks or not self._closes(set(nodes))):
-                merged = _Cell(f"op:{nodes[0].name}", nodes, path if blocks else None, title or class_name(nodes[0]))
-                self.cells.update(dict.fromkeys(nodes, merged))
+    def _merge(self, cell: Cell) -> None:
+        self.cells.update(dict.fromkeys(cell.nodes, cell))
+
+    def _merge_open(self, nodes: list[fx.Node], name: str) -> None:
+        """Makes several nodes one, unless that would close a circle."""
+        if len(nodes) > 1 and not self._closes(set(nodes)):
+            self._merge(Cell(f"op:{nodes[0].name}", nodes, module=name))
 
     def _closes(self, group: set[fx.Node]) -> bool:
         """Whether a path leaves the group and comes back."""
@@ -173,7 +161,7 @@ class _Artist:
 
     # Drawing
 
-    def _cell(self, cell: _Cell) -> None:
+    def _cell(self, cell: Cell) -> None:
         """The node of a cell, and the edges and parameters that enter it."""
         frozen: dict[str, Any] = {}
         beside: list[fx.Node] = []
@@ -194,7 +182,7 @@ class _Artist:
             self._parameter(source)
             self._connect(f"parameter:{source.name}", cell.id)
 
-    def _enter(self, cell: _Cell, step: _Flow) -> None:
+    def _enter(self, cell: Cell, step: Flow) -> None:
         origin = self.cells.get(step.source)
         if origin is cell:
             return
@@ -208,7 +196,7 @@ class _Artist:
     def _connect(self, source: str, target: str, argument: str = "", through: tuple[str, ...] = ()) -> None:
         self.edges.setdefault(DrawnEdge(source, target, argument, through))
 
-    def _operation(self, cell: _Cell, frozen: dict[str, Any], beside: list[fx.Node]) -> DrawnNode:
+    def _operation(self, cell: Cell, frozen: dict[str, Any], beside: list[fx.Node]) -> DrawnNode:
         first, last = cell.nodes[0], cell.nodes[-1]
         if first.op == "placeholder":
             return DrawnNode(cell.id, "input", plain(str(first.target)), shape=self._shape(first))
@@ -230,8 +218,8 @@ class _Artist:
             notes=tuple(map(plain, notes)),
         )  # fmt: skip
 
-    def _block_node(self, cell: _Cell, beside: list[fx.Node]) -> DrawnNode:
-        every = [node for node in self.graph.nodes if self._block_of(node) == cell.block]
+    def _block_node(self, cell: Cell, beside: list[fx.Node]) -> DrawnNode:
+        every = self.members[cell.block or ""]
         stamps = [found for node in every if (found := stamp(node))]
         learning = [str(node.target) for node in dict.fromkeys(beside)]
         spans = [found.span for found in stamps if found.span]
@@ -250,8 +238,8 @@ class _Artist:
         added = self._added(path)
         span = added[0] if added else self.trained[path]
         self.drawn[f"parameter:{node.name}"] = DrawnNode(
-            f"parameter:{node.name}", "parameter", plain(self.names.short(path, 3 if added else 2)), shape=self._shape(node),
-            inserted=added is not None, trainable=added is None or added[1],
+            f"parameter:{node.name}", "parameter", plain(self.names.short(path, 3 if added else 2)),
+            shape=self._shape(node), inserted=added is not None, trainable=added is None or added[1],
             origins=(origin_of(span),), notes=(plain(path),),
         )  # fmt: skip
 
@@ -263,7 +251,7 @@ class _Artist:
 
     def _input(self, node: fx.Node, argument: str) -> None:
         """What enters a block, called after what it is there, else after who made it."""
-        owner = self._block_of(node)
+        owner = self.owner[node]
         named = argument not in _NAMELESS
         maker = owner or (str(node.target) if node.op == "placeholder" else argument if named else short_name(node))
         where = "" if owner or node.op == "placeholder" or named else module_path(node).rpartition(".")[2]
@@ -273,14 +261,14 @@ class _Artist:
 
     def _outputs(self) -> None:
         """Results: of the graph, or of the block and who reads them."""
-        readers: dict[fx.Node, list[tuple[str, _Flow]]] = defaultdict(list)
+        readers: dict[fx.Node, list[tuple[str, Flow]]] = defaultdict(list)
         for node in self.graph.nodes:
             if node in self.cells or self._skipped(node) or not (carries_tensor(node) or node.op == "output"):
                 continue
             names = self._result_names(node)
             for step in self._flows(node):
                 if step.source in self.cells:
-                    name = names.pop(0) if names else self._block_of(node) or short_name(node)
+                    name = names.pop(0) if names else self.owner[node] or _reader_name(node)
                     readers[step.source].append((name, step))
         for source, found in readers.items():
             names = list(dict.fromkeys(name for name, _ in found))
@@ -299,3 +287,13 @@ class _Artist:
 
     def _shape(self, node: fx.Node) -> str:
         return shape_text(node.meta.get("val"), self.dims)
+
+
+def _block_of(node: fx.Node, blocks: frozenset[str]) -> str | None:
+    paths = (path for path, _ in (node.meta.get(STACK) or {}).values())
+    return next((path for path in paths if path in blocks), None)
+
+
+def _reader_name(node: fx.Node) -> str:
+    """Who reads a block's result: the module, else the operation."""
+    return module_path(node).rpartition(".")[2] or short_name(node)

@@ -103,7 +103,7 @@ def without_loss(graph: fx.Graph, keys: list[str]) -> fx.Graph | None:
     pruned.output(leaves[1:])
     for old, new in known.items():
         new.meta = dict(old.meta)
-    pruned.eliminate_dead_code()
+    pruned.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for node in pruned.find_nodes(op="placeholder"):
         if node.target in LOSS_INPUTS:
             if node.users:

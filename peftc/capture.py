@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
+import logging
+import os
 import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +99,10 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.callback(_restore_modes, modes)
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
+        if not os.environ.get("PEFTC_DEBUG"):
+            stack.enter_context(redirect_stderr(io.StringIO()))  # where torch prints the graph it gave up on
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
@@ -147,7 +154,7 @@ def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:
     last = own[-1] if own else None
     return CannotCapture(
         model=type(model).__name__,
-        reason=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        reason=(str(error).strip() or type(error).__name__).splitlines()[0].partition(" (unhinted")[0],
         file=last.filename if last else None,
         line=last.lineno if last else None,
         source=linecache.getline(last.filename, last.lineno or 0).strip() if last else None,

@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import tempfile
+from operator import itemgetter
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import safetensors.torch
@@ -28,13 +30,23 @@ from peftc.inputs import Example, example_inputs
 from peftc.ir import get_attribute
 from peftc.model_errors import BadArtifact, WrongBase
 from peftc.module import CompiledModule, added_names
+from peftc.plan import Plan
 from peftc.references import load_model, parse_reference
 from peftc.text import Source
 from peftc.timings import Timings
 
 FORMAT = 1
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+)}  # fmt: skip
 MANIFEST = "peftc.json"
 TENSORS = "adapter.safetensors"
+FIELDS: dict[str, type | UnionType] = {
+    "spec": str, "model": str, "reference": str | None, "base": str, "tensors": str, "example": dict,
+}  # fmt: skip
+# Settings of a config that say where a model came from or how it is called, not what it computes.
+INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "problem_type", "id2label",
+              "label2id", "architectures"}  # fmt: skip
 
 
 def save(compiled: CompiledModule, folder: Path) -> None:
@@ -77,17 +89,18 @@ def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
     base = model if model is not None else _base_model(folder, manifest)
     _check_base(folder, manifest, base)
     spec = ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"]))
-    plan = pipeline.plan_model(base, spec, _example(base, manifest), Timings())
-    if set(state) != added_names(plan):
-        odd = sorted(set(state) ^ added_names(plan))
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
+    plan = pipeline.plan_model(base, spec, _example(folder, base, manifest), Timings())
+    _check_tensors(folder, plan, state)
     return pipeline.build(plan, Timings(), state)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters."""
+    """SHA-256 over what a model computes with: its configuration, and every parameter and buffer."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    if hasattr(model, "config"):
+        settings = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=itemgetter(0)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().data)
@@ -129,20 +142,19 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    """Renames into place; what stood there is gone only when the new one stands."""
+    """Renames into place; what stood there is removed only when the new one stands."""
     os.chmod(temporary, 0o755)  # mkdtemp's folder is for the owner alone
     if not folder.exists():
         temporary.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "old"
+    old = folder.with_name(f"{temporary.name}.old")
     folder.rename(old)
     try:
         temporary.rename(folder)
-    except OSError:
+    except BaseException:
         old.rename(folder)
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -158,12 +170,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         checksum = manifest.pop("checksum")
     except FileNotFoundError:
         raise bad(f"there is no {MANIFEST}") from None
-    except (ValueError, KeyError, AttributeError, OSError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError):
         raise bad(f"{MANIFEST} is cut short or altered") from None
     if checksum != _checksum(manifest):
         raise bad(f"{MANIFEST} was altered: its checksum does not fit")
-    if manifest["format"] != FORMAT:
-        raise bad(f"it has format {manifest['format']}, and this peftc reads {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise bad(f"it has format {manifest.get('format')}, and this peftc reads {FORMAT}")
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
+        raise bad(f"{MANIFEST} has no usable {wrong[0]}")
     return dict(manifest)
 
 
@@ -176,6 +190,15 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         reason = f"{TENSORS} is cut short or altered: its checksum does not fit"
         raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
     return safetensors.torch.load(blob)
+
+
+def _check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
+    """Every planned tensor is there in its shape, and no other."""
+    planned = {f"{b.path}.{name}": spec.shape for b in plan.bindings for name, spec in b.state.items()}
+    planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
 
 
 def _base_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
@@ -206,14 +229,17 @@ def _described(example: Example) -> dict[str, Any]:
     }
 
 
-def _example(model: nn.Module, manifest: dict[str, Any]) -> Example:
+def _example(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> Example:
     """Inputs of the recorded shapes, to capture the same graph with."""
 
-    def one(described: list[Any]) -> Tensor:
+    def one(described: Any) -> Tensor:
         shape, dtype = described
-        return torch.ones(shape, dtype=getattr(torch, dtype), device=next(model.parameters()).device)
+        return torch.ones(shape, dtype=DTYPES[dtype], device=next(model.parameters()).device)
 
-    recorded = manifest["example"]
-    args = tuple(one(described) for described in recorded["args"])
-    kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
+    try:
+        recorded = manifest["example"]
+        args = tuple(one(described) for described in recorded["args"])
+        kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise PeftcError(BadArtifact(folder=str(folder), reason="its example inputs cannot be made")) from None
     return example_inputs(model, args or kwargs)

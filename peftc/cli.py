@@ -14,17 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
+from peftc import debug
 from peftc.errors import PeftcError
 from peftc.text import render
-
-DEBUG = "PEFTC_DEBUG"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. A traceback reaches the user only with PEFTC_DEBUG set."""
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        if not os.environ.get(DEBUG):
+        if not debug.level():
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
@@ -38,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
-            if os.environ.get(DEBUG):
+            if debug.level():
                 raise
-            print(f"peftc: {type(error).__name__}: {error}\n(set {DEBUG}=1 for the traceback)", file=sys.stderr)
+            print(
+                f"peftc: {type(error).__name__}: {error}\n(set {debug.VARIABLE}=1 for the traceback)", file=sys.stderr
+            )
             return 1
 
 
@@ -147,15 +148,15 @@ def _show(given: argparse.Namespace) -> None:
     """The graph before and after the passes."""
     import peftc
     from peftc.references import load_model, parse_reference
-    from peftc.show import render_show
+    from peftc.show import Format, render_show
 
     with _progress(given) as timings:
         with timings.stage("load"):
             model, example = load_model(parse_reference(given.model), random_weights=given.random_weights)
         compiled = peftc.compile(model, given.spec, example=example, timings=timings)
-    wanted = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
+    wanted: dict[Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
-    chosen = {kind: path for kind, path in wanted.items() if path}
+    chosen: dict[Format, str] = {kind: path for kind, path in wanted.items() if path}
     for kind, path in (chosen or {"text": "-"}).items():
         text = render_show(
             compiled, block=None if given.whole else block, after=given.after, format=kind, detail=given.detail

@@ -17,7 +17,7 @@ from torch import fx
 from peftc.ir import get_attribute, is_tensor, value
 
 if TYPE_CHECKING:
-    from peftc.plan import Plan
+    from peftc.plan import Binding, Plan
 
 aten = torch.ops.aten
 
@@ -84,11 +84,6 @@ PRODUCTS = {
     aten.mul.Tensor: (0, 1), aten.div.Tensor: (0, 1), aten.matmul.default: (0, 1), aten.bmm.default: (0, 1),
     aten.mm.default: (0, 1), aten.linear.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2),
 }  # fmt: skip
-VIEWS = {
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.expand.default,
-    aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default, aten.t.default,
-    aten.contiguous.default, aten.select.int, aten.detach.default,
-}  # fmt: skip
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -111,32 +106,87 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
     ]
     learning = [(count, size) for count, size, trains in added if trains]
     learning += [(plan.sites.parameters[name], sizes[name]) for name in plan.trained]
+    known = _sizes(plan, batch, seq)
     return Memory(
         weights=weights + sum(count * size for count, size, _ in added),
         gradients=sum(count * size for count, size in learning),
         optimizer=sum(count * OPTIMIZERS[optimizer](size) for count, size in learning),
-        activations=_activations(plan, batch, seq),
+        activations=sum(kept.bytes(known) for kept in plan.kept),
     )
 
 
-def _activations(plan: Plan, batch: int, seq: int) -> int:
-    """Bytes that autograd keeps from the forward pass."""
-    size_of = _Sizes(plan, batch, seq)
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Something autograd keeps: a shape, symbolic where it was captured so, and bytes an element."""
+
+    shape: tuple[Any, ...]
+    size: int
+
+    def bytes(self, known: dict[Any, int]) -> int:
+        """Its bytes with the symbols' values put in."""
+        dims = (int(d.node.expr.subs(known)) if isinstance(d, torch.SymInt) else int(d) for d in self.shape)
+        return self.size * prod(dims)
+
+
+def kept_for_backward(plan: Plan) -> tuple[Kept, ...]:
+    """Everything a training step of `plan` keeps from the forward pass: each tensor's memory once."""
     needs = _needing_gradients(plan)
-    kept: dict[fx.Node, int] = {}
-    masks = 0
+    kept: dict[int, Kept] = {}
+    beside: list[Kept] = []
     for node in plan.captured.module.graph.nodes:
         if node not in needs or node.op != "call_function":
             continue
         for tensor in _kept_by(node, needs):
-            base = _storage(tensor)
-            if base.op == "call_function" and is_tensor(base):
-                kept[base] = size_of(value(base))
-        if node.target is aten.dropout.default:
-            masks += size_of.count(value(node))
-        elif node.target is aten.cross_entropy_loss.default:
-            kept[node] = size_of(value(node.args[0]))  # the log-probabilities
-    return sum(kept.values()) + masks + _branches(plan, size_of, kept)
+            if tensor.op == "call_function" and is_tensor(tensor):
+                kept.setdefault(_storage(tensor), _whole(tensor))
+        beside += _kept_beside(node)
+    for binding in plan.bindings:
+        beside += _kept_by_branch(binding, kept)
+    return (*kept.values(), *beside)
+
+
+def _kept_beside(node: fx.Node) -> list[Kept]:
+    """What an operation keeps that is no value of the graph: masks, row statistics, log-probabilities."""
+    if node.target is aten.dropout.default:
+        return [Kept(tuple(value(node).shape), 1)]
+    if node.target is ATTENTION:
+        return [Kept(tuple(value(node).shape)[:-1], 4)]  # the log of each row's sum
+    if node.target is aten.layer_norm.default:
+        return [Kept((2, *value(node).shape[:-1]), value(node).element_size())]  # mean and reciprocal deviation
+    if node.target is aten.cross_entropy_loss.default:
+        return [_whole(node.all_input_nodes[0])]
+    return []
+
+
+def _kept_by_branch(binding: Binding, kept: dict[int, Kept]) -> list[Kept]:
+    """What an inserted branch keeps: the site's input, which branches share, and each narrow product of it."""
+    site: Any = binding.site
+    uses = getattr(site, "uses", ()) or [use for use in [getattr(site, "entry", None)] if use]
+    shapes = [state.shape for state in binding.state.values() if state.trainable]
+    narrow = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] < shape[1])
+    for use in uses:
+        if use.x.op == "call_function":
+            kept.setdefault(_storage(use.x), _whole(use.x))
+    return [Kept((*value(use.x).shape[:-1], narrow), max(value(use.x).element_size(), 4)) for use in uses if narrow]
+
+
+def _whole(node: fx.Node) -> Kept:
+    return Kept(tuple(value(node).shape), value(node).element_size())
+
+
+def _storage(node: fx.Node) -> int:
+    """Which memory a value lies in: views of one tensor share it."""
+    return int(value(node).untyped_storage()._cdata)
+
+
+def _sizes(plan: Plan, batch: int, seq: int) -> dict[Any, int]:
+    """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens."""
+    known: dict[Any, int] = {}
+    for fake in plan.input_values:
+        for size, given in zip(fake.shape, (batch, seq), strict=False):
+            if isinstance(size, torch.SymInt):
+                known[size.node.expr] = given
+    return known
 
 
 def _kept_by(node: fx.Node, needs: set[fx.Node]) -> Iterable[fx.Node]:
@@ -165,50 +215,3 @@ def _needing_gradients(plan: Plan) -> set[fx.Node]:
         if trained or node in starts or any(argument in needs for argument in node.all_input_nodes):
             needs.add(node)
     return needs
-
-
-def _branches(plan: Plan, size_of: _Sizes, kept: dict[fx.Node, int]) -> int:
-    """What the inserted branches keep: the site's input, once, and each narrow product of it."""
-    total = 0
-    for binding in plan.bindings:
-        site: Any = binding.site
-        uses = getattr(site, "uses", ()) or [use for use in [getattr(site, "entry", None)] if use]
-        for use in uses:
-            base = _storage(use.x)
-            if base not in kept and base.op == "call_function":
-                kept[base] = 0
-                total += size_of(value(base))
-            tokens = size_of.count(value(use.x)) // int(value(use.x).shape[-1])
-            shapes = [state.shape for state in binding.state.values() if state.trainable]
-            narrow = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] < shape[1])
-            total += tokens * narrow * max(value(use.x).element_size(), 4)
-    return total
-
-
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` looks at."""
-    while node.target in VIEWS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-class _Sizes:
-    """Bytes of symbolic shapes, with the batch and the sequence put in."""
-
-    def __init__(self, plan: Plan, batch: int, seq: int) -> None:
-        self.known: dict[Any, int] = {}
-        for node in plan.captured.module.graph.find_nodes(op="placeholder"):
-            if is_tensor(node):
-                for size, given in zip(value(node).shape, (batch, seq), strict=False):
-                    if isinstance(size, torch.SymInt):
-                        self.known[size.node.expr] = given
-
-    def count(self, fake: torch.Tensor) -> int:
-        """Elements."""
-        return int(prod(self._size(size) for size in fake.shape))
-
-    def __call__(self, fake: torch.Tensor) -> int:
-        return self.count(fake) * fake.element_size()
-
-    def _size(self, size: Any) -> int:
-        return int(size.node.expr.subs(self.known)) if isinstance(size, torch.SymInt) else int(size)

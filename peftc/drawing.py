@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -63,6 +63,11 @@ class Origin:
     file: str
     line: int
 
+    @property
+    def place(self) -> str:
+        """`qlora.peft:3`, or `line 3` of a spec that is no file."""
+        return f"line {self.line}" if self.file.startswith("<") else f"{self.file}:{self.line}"
+
 
 @dataclass(frozen=True, slots=True)
 class DrawnNode:
@@ -118,6 +123,25 @@ class Drawing:
         return sum(node.inserted for node in self.nodes)
 
 
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One operand of a node, followed back through plumbing."""
+
+    source: fx.Node
+    argument: str
+    through: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Cell:
+    """The fx nodes that are drawn as one."""
+
+    id: str
+    nodes: list[fx.Node] = field(default_factory=list)
+    block: str | None = None
+    module: str = ""
+
+
 def origin_of(span: Span) -> Origin:
     """The statement at a span, on one line, and where it stands."""
     return Origin(plain(span.text), file_name(span), span.line)
@@ -130,7 +154,7 @@ def operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     named = [(known[i] if i < len(known) else "", item) for i, item in enumerate(node.args)]
     for name, item in (*named, *node.kwargs.items()):
         inner: list[fx.Node] = []
-        fx.node.map_arg(item, inner.append)  # type: ignore[arg-type]
+        fx.node.map_arg(item, inner.append)
         yield from ((name, found) for found in inner if carries_tensor(found))
 
 

@@ -143,14 +143,16 @@ def _redirected(old: fx.Node, new: fx.Node) -> Iterator[str]:
     before, after = _arguments(old), _arguments(new)
     if before != after:
         where = module_path(new)
-        yield f"~ {f'{where}: ' if where else ''}{new.name} = {short_name(new)}({after}), was ({before})"
+        text = f"{new.name} = {short_name(new)}({after}), was ({before})"
+        yield f"~ {where}: {text.replace(f'{where}.', '')}" if where else f"~ {text}"
 
 
 def _change(node: fx.Node, dims: Dims, sign: str) -> str:
     """One line of a diff, headed by the method and the site that a node serves."""
     if (found := stamp(node)) is None:
         return _line(node, dims, sign)
-    body = f"{node.name} = {short_name(node)}({_arguments(node)})"
+    own = f"{found.site.partition('[')[0]}."  # the site is on the line already
+    body = f"{node.name} = {short_name(node)}({_arguments(node)})".replace(own, "")
     return f"{sign} {method_of(found)} {found.site}: {body} {shape_text(node.meta.get('val'), dims)}".rstrip()
 
 

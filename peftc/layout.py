@@ -1,26 +1,32 @@
-"""Where each node of a drawing goes: layers from top to bottom, few crossings, straight long edges.
+"""Where each node of a drawing goes: few crossings, straight long edges, parameters to the right of their reader.
 
-Sugiyama's method: layers by longest path, a bend point wherever an edge passes a layer, an order within each layer by
-barycentres, then positions that are nearest to the neighbours' in the least-squares sense. Parameters stand to the
-right of the node that reads them and move with it. Lengths are in CSS pixels.
+`layers.py` finds layers and order; here every node gets the position nearest to its neighbours' in the least-squares
+sense that the widths allow. Lengths are in CSS pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
-import networkx as nx
-
-from peftc.drawing import Drawing, DrawnEdge, DrawnNode
-
-LETTER, SMALL_LETTER = 7.25, 6.65  # widths in a 12 and an 11 pixel monospaced font
-HEIGHT, PILL = 30.0, 22.0
-BADGE = 24.0
-ACROSS, STEP, PILL_GAP = 26.0, 26.0, 16.0
-MARGIN = 28.0
-SWEEPS = 16
+from peftc.drawing import Drawing, DrawnEdge
+from peftc.layers import (
+    ACROSS,
+    HEIGHT,
+    INSET,
+    MARGIN,
+    PILL,
+    PILL_GAP,
+    STEP,
+    SWEEPS,
+    Item,
+    Layers,
+    named_ports,
+    width_of,
+)  # fmt: skip
 
 Point = tuple[float, float]
 
@@ -54,153 +60,24 @@ class Layout:
     routes: tuple[Route, ...]
 
 
-@dataclass(eq=False)
-class _Item:
-    """A node with its parameters, or the point where long edges pass a layer. `left` and `right` are from `x`."""
-
-    key: str
-    rank: int
-    left: float = 5.0
-    right: float = 5.0
-    height: float = 0.0
-    node: DrawnNode | None = None
-    pills: list[DrawnNode] = field(default_factory=list)
-    x: float = 0.0
-    above: list[_Item] = field(default_factory=list)
-    below: list[_Item] = field(default_factory=list)
-
-
-def width_of(node: DrawnNode) -> float:
-    """The width its label needs; a badge for each statement comes before it."""
-    if node.kind == "parameter":
-        return len(node.label) * SMALL_LETTER + 20
-    return len(node.label) * LETTER + 26 + BADGE * len(node.origins)
-
-
 def lay_out(drawing: Drawing) -> Layout:
     """Coordinates for every node and edge of `drawing`."""
-    return _Layout(drawing).run()
+    if not drawing.nodes:
+        return Layout(2 * MARGIN, 2 * MARGIN, {}, ())
+    return _Placement(drawing).run()
 
 
-class _Layout:
+class _Placement:
     def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
-        self.items: dict[str, _Item] = {}
-        self.chains: dict[DrawnEdge, list[_Item]] = {}
-        self.layers: list[list[_Item]] = []
+        layers = Layers(drawing)
+        self.items, self.layers, self.bends, self.chains = layers.items, layers.layers, layers.bends, layers.chains
+        self.arriving, self.leaving = layers.arriving, layers.leaving
+        self.named = named_ports(drawing)
 
     def run(self) -> Layout:
-        if not self.drawing.nodes:
-            return Layout(2 * MARGIN, 2 * MARGIN, {}, ())
-        self._rank()
-        self._bend()
-        self._order()
         self._place()
         return self._coordinates()
-
-    def _rank(self) -> None:
-        """Longest path from the inputs; what nothing precedes then moves down to just above its first reader."""
-        beside = self._beside()
-        flow: nx.DiGraph[str] = nx.DiGraph()
-        flow.add_nodes_from(node.id for node in self.drawing.nodes if node.id not in beside)
-        flow.add_edges_from((e.source, e.target) for e in self.drawing.edges if e.source not in beside)
-        rank: dict[str, int] = {}
-        order = list(nx.lexicographical_topological_sort(flow, {n: i for i, n in enumerate(flow)}.__getitem__))
-        for key in order:
-            rank[key] = max((rank[before] + 1 for before in flow.predecessors(key)), default=0)
-        for key in reversed(order):
-            if not flow.in_degree(key) and flow.out_degree(key):
-                rank[key] = min(rank[after] for after in flow.successors(key)) - 1
-        by_id = {node.id: node for node in self.drawing.nodes}
-        for key in order:
-            half = width_of(by_id[key]) / 2
-            self.items[key] = _Item(key, rank[key], half, half, HEIGHT, by_id[key])
-        for pill, owner in beside.items():
-            item = self.items[owner]
-            item.pills.append(by_id[pill])
-            item.right = max(item.right, width_of(by_id[owner]) / 2 + PILL_GAP + width_of(by_id[pill]))
-            item.height = max(HEIGHT, len(item.pills) * (PILL + 5) - 5)
-
-    def _beside(self) -> dict[str, str]:
-        """Parameters that a single node reads."""
-        readers: dict[str, set[str]] = defaultdict(set)
-        for edge in self.drawing.edges:
-            readers[edge.source].add(edge.target)
-        parameters = [node.id for node in self.drawing.nodes if node.kind == "parameter"]
-        return {key: min(readers[key]) for key in parameters if len(readers[key]) == 1}
-
-    def _bend(self) -> None:
-        """Long edges of one source share their bend points, those to inserted nodes and to others apart."""
-        inserted = {node.id for node in self.drawing.nodes if node.inserted}
-        bends: dict[tuple[str, bool, int], _Item] = {}
-        links: dict[tuple[int, int], tuple[_Item, _Item]] = {}
-        for edge in self.drawing.edges:
-            source, target = self.items.get(edge.source), self.items[edge.target]
-            if source is None:
-                continue
-            chain = [source]
-            for rank in range(source.rank + 1, target.rank):
-                key = (edge.source, edge.target in inserted, rank)
-                chain.append(bends.setdefault(key, _Item(f"{edge.source} {rank}", rank)))
-            chain.append(target)
-            self.chains[edge] = chain
-            for upper, lower in zip(chain, chain[1:], strict=False):
-                links[id(upper), id(lower)] = (upper, lower)
-        for upper, lower in links.values():
-            upper.below.append(lower)
-            lower.above.append(upper)
-        every = [*self.items.values(), *bends.values()]
-        self.layers = [[] for _ in range(1 + max(item.rank for item in every))]
-        for item in every:
-            self.layers[item.rank].append(item)
-
-    def _order(self) -> None:
-        """Barycentre sweeps down and up; the order with the fewest crossings is kept."""
-        self._start()
-        best, fewest = [list(layer) for layer in self.layers], self._crossings()
-        for sweep in range(SWEEPS):
-            if not fewest:
-                break
-            downward = sweep % 2 == 0
-            for layer in self.layers if downward else reversed(self.layers):
-                self._by_barycentre(layer, downward)
-            if (now := self._crossings()) < fewest:
-                best, fewest = [list(layer) for layer in self.layers], now
-        self.layers = best
-
-    def _start(self) -> None:
-        """The order in which a walk from the outputs meets the nodes: operands stand as they are written."""
-        seen: dict[_Item, None] = {}
-        for last in reversed([item for layer in self.layers for item in layer if not item.below]):
-            waiting = [last]
-            while waiting:
-                item = waiting.pop()
-                if item not in seen:
-                    seen[item] = None
-                    waiting.extend(reversed(item.above))
-        place = {item: index for index, item in enumerate(seen)}
-        for layer in self.layers:
-            layer.sort(key=place.__getitem__)
-
-    def _by_barycentre(self, layer: list[_Item], downward: bool) -> None:
-        place = {item: index for other in self.layers for index, item in enumerate(other)}
-
-        def centre(item: _Item) -> float:
-            around = item.above if downward else item.below
-            return sum(place[other] for other in around) / len(around) if around else float(place[item])
-
-        layer.sort(key=centre)
-
-    def _crossings(self) -> int:
-        total = 0
-        for upper, lower in zip(self.layers, self.layers[1:], strict=False):
-            place = {item: index for index, item in enumerate(lower)}
-            ends = [sorted(place[other] for other in item.below) for item in upper]
-            flat: list[int] = []
-            for group in ends:
-                total += sum(1 for end in group for earlier in flat if earlier > end)
-                flat += group
-        return total
 
     def _place(self) -> None:
         """Each layer in turn as near to its neighbours as the widths allow."""
@@ -211,10 +88,41 @@ class _Layout:
             direction = sweep % 3
             for layer in reversed(self.layers) if direction == 1 else self.layers:
                 self._settle(layer, up=direction != 1, down=direction != 0)
+        for _ in range(2):
+            self._straighten()
+            for sweep in range(SWEEPS):
+                for layer in reversed(self.layers) if sweep % 2 else self.layers:
+                    self._settle(layer, up=True, down=True, fixed=True)
 
-    def _settle(self, layer: list[_Item], up: bool, down: bool) -> None:
+    def _straighten(self) -> None:
+        """Gives the bend points of a long edge one x, or as few as its neighbours leave room for."""
+        left = {item: before for layer in self.layers for before, item in pairwise(layer)}
+        right = {before: item for item, before in left.items()}
+        straight: list[Item] = []
+        low, high = -math.inf, math.inf
+        for item in [*self.bends, None]:
+            if item is not None:
+                least = left[item].x + left[item].right + ACROSS + item.left if item in left else -math.inf
+                most = right[item].x - right[item].left - ACROSS - item.right if item in right else math.inf
+                follows = bool(straight) and straight[-1] in item.above
+                if follows and max(low, least) <= min(high, most):
+                    straight.append(item)
+                    low, high = max(low, least), min(high, most)
+                    continue
+            if straight:
+                mean = sum(bend.x for bend in straight) / len(straight)
+                for bend in straight:
+                    bend.x = max(low, min(high, mean))
+            if item is not None:
+                straight, low, high = [item], least, most
+
+    def _settle(self, layer: list[Item], up: bool, down: bool, fixed: bool = False) -> None:
         wanted, weights = [], []
         for item in layer:
+            if fixed and item.node is None:
+                wanted.append(item.x)
+                weights.append(1e6)
+                continue
             around = [*(item.above if up else ()), *(item.below if down else ())]
             pulls = [(_stiffness(item, other), other.x) for other in around]
             weight = sum(pull for pull, _ in pulls)
@@ -228,12 +136,12 @@ class _Layout:
         for layer in self.layers:
             for item in layer:
                 item.x += shift
+        slants = self._slants()
         tops, y = [], MARGIN
         for index, layer in enumerate(self.layers):
             height = max(item.height for item in layer)
             tops.append((y, y + height))
-            slant = max((abs(item.x - other.x) for item in layer for other in item.below), default=0.0)
-            y += height + (0 if index == len(self.layers) - 1 else STEP + min(34.0, 0.07 * slant))
+            y += height + (0 if index == len(self.layers) - 1 else STEP + slants[index])
         boxes: dict[str, Box] = {}
         for item in self.items.values():
             boxes |= _boxes(item, sum(tops[item.rank]) / 2)
@@ -242,31 +150,50 @@ class _Layout:
         routes = tuple(self._route(edge, boxes, tops) for edge in self.drawing.edges)
         return Layout(max(right, bends) + MARGIN, y + MARGIN, boxes, routes)
 
+    def _slants(self) -> dict[int, float]:
+        """More room below a layer whose edges go far to the side, or arrive with their names."""
+        more: dict[int, float] = defaultdict(float)
+        for edge, chain in self.chains.items():
+            named = 14.0 if edge.target in self.named else 0.0
+            for upper, lower in pairwise(chain):
+                slant = min(34.0, 0.07 * abs(upper.x - lower.x)) + (named if lower is chain[-1] else 0.0)
+                more[upper.rank] = max(more[upper.rank], slant)
+        return more
+
     def _route(self, edge: DrawnEdge, boxes: dict[str, Box], tops: list[Point]) -> Route:
         start, end = boxes[edge.source], boxes[edge.target]
         if edge not in self.chains:
             return Route(edge, ((start.x - start.width / 2, start.y), (end.x + end.width / 2, start.y)), True)
         chain = self.chains[edge]
-        points: list[Point] = [(start.x, start.y + start.height / 2)]
+        first, last = start.x, end.x + self._port(edge, end.width)
+        before = chain[-2].x
+        if self.arriving[edge.target] == [edge] and abs(before - end.x) < end.width / 2 - INSET:
+            last = before
+        after = chain[1].x if len(chain) > 2 else last
+        if self.leaving[edge.source] == [edge] and abs(after - start.x) < start.width / 2 - INSET:
+            first = after
+        points: list[Point] = [(first, start.y + start.height / 2)]
         for bend in chain[1:-1]:
             points += [(bend.x, tops[bend.rank][0]), (bend.x, tops[bend.rank][1])]
-        points.append((end.x + self._port(edge, end.width), end.y - end.height / 2))
+        points.append((last, end.y - end.height / 2))
         return Route(edge, tuple(points))
 
     def _port(self, edge: DrawnEdge, width: float) -> float:
         """Edges enter side by side, in the order in which they come from above."""
-        arriving = [other for other in self.chains if other.target == edge.target]
-        arriving.sort(key=lambda other: self.chains[other][-2].x)
-        step = min(34.0, 0.66 * width / max(len(arriving) - 1, 1))
+        arriving = sorted(self.arriving[edge.target], key=lambda other: self.chains[other][-2].x)
+        step = min(64.0 if edge.target in self.named else 34.0, 0.8 * width / max(len(arriving) - 1, 1))
         return (arriving.index(edge) - (len(arriving) - 1) / 2) * step
 
 
-def _stiffness(one: _Item, other: _Item) -> float:
-    """Long edges want to be straight most."""
-    return (1.0, 2.0, 8.0)[(one.node is None) + (other.node is None)]
+def _stiffness(one: Item, other: Item) -> float:
+    """Chains in which each node has one reader and one operand want to be straight most, then long edges."""
+    upper, lower = sorted((one, other), key=lambda item: item.rank)
+    if one.node and other.node:
+        return 12.0 if len(upper.below) == 1 == len(lower.above) else 1.0
+    return 8.0 if one.node is other.node else 0.7
 
 
-def _boxes(item: _Item, y: float) -> Iterable[tuple[str, Box]]:
+def _boxes(item: Item, y: float) -> Iterable[tuple[str, Box]]:
     assert item.node is not None
     yield item.key, Box(item.x, y, width := width_of(item.node), HEIGHT)
     top = y - (len(item.pills) * (PILL + 5) - 5) / 2
@@ -275,13 +202,13 @@ def _boxes(item: _Item, y: float) -> Iterable[tuple[str, Box]]:
         yield pill.id, Box(item.x + width / 2 + PILL_GAP + size / 2, top + index * (PILL + 5) + PILL / 2, size, PILL)
 
 
-def _spread(wanted: Sequence[float], weights: Sequence[float], layer: Sequence[_Item]) -> list[float]:
+def _spread(wanted: Sequence[float], weights: Sequence[float], layer: Sequence[Item]) -> list[float]:
     """Positions nearest to the `wanted` ones (weighted least squares) at which no two items of a layer overlap.
 
     With the least distances subtracted this is a regression to non-decreasing values: pool adjacent violators.
     """
     offsets = [0.0]
-    for one, other in zip(layer, layer[1:], strict=False):
+    for one, other in pairwise(layer):
         offsets.append(offsets[-1] + one.right + ACROSS + other.left)
     pools: list[tuple[float, float, int]] = []  # mean, weight, how many
     for aim, weight, offset in zip(wanted, weights, offsets, strict=True):

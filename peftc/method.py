@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Param:
     doc: str
     min: float | None = None
     max: float | None = None
+    above: float | None = None
     choices: tuple[str, ...] | None = None
     alias: str | None = None
     optional: bool = False
@@ -62,17 +64,24 @@ class Param:
         """Why `given` cannot be this parameter's value, or None."""
         if given is None and self.optional:
             return None
-        if isinstance(given, bool) != (self.kind is bool) or not isinstance(given, self._accepts):
+        accepted = (int, float) if self.kind is float else self.kind
+        if isinstance(given, bool) != (self.kind is bool) or not isinstance(given, accepted):
             return f"expects {self.expects}, not {_described(given)}"
         if self.choices and given not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
-        if (self.min is not None and given < self.min) or (self.max is not None and given > self.max):
+        if isinstance(given, int | float) and not (self._least <= given <= self._most):
+            return f"must be {self.range}"
+        if self.above is not None and isinstance(given, int | float) and not given > self.above:
             return f"must be {self.range}"
         return None
 
     @property
-    def _accepts(self) -> tuple[type, ...]:
-        return (int, float) if self.kind is float else (self.kind,)
+    def _least(self) -> float:
+        return -math.inf if self.min is None else self.min
+
+    @property
+    def _most(self) -> float:
+        return math.inf if self.max is None else self.max
 
     @property
     def expects(self) -> str:
@@ -85,6 +94,8 @@ class Param:
     @property
     def range(self) -> str:
         """The bounds in a user's words."""
+        if self.above is not None:
+            return f"above {self.above:g}"
         if self.min is not None and self.max is not None:
             return f"between {self.min:g} and {self.max:g}"
         return f"at least {self.min:g}" if self.min is not None else f"at most {self.max:g}"
@@ -108,11 +119,13 @@ def param(
     *,
     min: float | None = None,
     max: float | None = None,
+    above: float | None = None,
     choices: tuple[str, ...] | None = None,
     alias: str | None = None,
 ) -> Any:
     """Declares a method's parameter as a class attribute; the annotation gives its type."""
-    return _Field(default, {"doc": doc, "min": min, "max": max, "choices": choices, "alias": alias})
+    bounds = {"min": min, "max": max, "above": above}
+    return _Field(default, {"doc": doc, "choices": choices, "alias": alias, **bounds})
 
 
 class Method:
@@ -152,6 +165,10 @@ class Method:
 
     def refuses(self, site: Any) -> str | None:
         """Why this method cannot attach to `site`, a site of its kind, or None."""
+        return None
+
+    def claims_weight(self) -> str | None:
+        """Why nothing else may change the weight that this method stands on, or None."""
         return None
 
     def state(self, site: Any) -> dict[str, State]:

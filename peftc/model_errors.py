@@ -39,11 +39,17 @@ class CannotCapture(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         where = (f"at {self.file}:{self.line}: {self.source}",) if self.file else ()
-        return (
-            *where,
-            "torch.export needs a forward without branches on tensor values; replace the branch by torch.where "
-            "or torch.cond, or pass an example= that avoids it",
-        )
+        return (*where, self.remedy)
+
+    @property
+    def remedy(self) -> str:
+        """A branch on a value needs another remedy than a forward that fails by itself."""
+        if "data-dependent" in self.reason:
+            return (
+                "torch.export needs a forward without branches on tensor values; replace the branch by torch.where "
+                "or torch.cond, or pass an example= that avoids it"
+            )
+        return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
 
 
 # --- names and methods -------------------------------------------------------------------------------------------
@@ -212,6 +218,20 @@ class UnknownRole(Diagnostic):
         )
 
 
+class UnknownStack(Diagnostic):
+    code = "unknown-stack"
+    name: str
+    known: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"a model has no part called '{self.name}'"
+
+    @property
+    def label(self) -> str:
+        return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
+
+
 class NoTarget(Diagnostic):
     code = "no-target"
     method: str
@@ -322,8 +342,8 @@ class WrongSite(Diagnostic):
 
     @property
     def title(self) -> str:
-        more = f" and {self.others} more" if self.others else ""
-        return f"{self.method} attaches to {self.wants}, and {self.site}{more} is {self.site_kind}"
+        rest = f" and {self.others} more are not" if self.others else " is not"
+        return f"{self.method} attaches to {self.wants}, which {self.site} ({self.site_kind}){rest}"
 
 
 class Refused(Diagnostic):
@@ -356,6 +376,24 @@ class SameMethodTwice(Diagnostic):
         return (Label(self.first, "first here"),)
 
 
+class WeightClaimed(Diagnostic):
+    """A weight that one method needs to itself, and another statement that changes it."""
+
+    code = "weight-claimed"
+    method: str
+    site: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} needs the weight of {self.site} to itself: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "changes it too"),)
+
+
 class TrainsASlice(Diagnostic):
     code = "trains-a-slice"
     site: str
@@ -377,7 +415,7 @@ class TrainsTied(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"{self.weight} is one tensor with {' and '.join(self.readers)}: training it changes both"
+        return f"{self.weight} is tied to {' and '.join(self.readers)}: training it changes both"
 
     @property
     def label(self) -> str:
@@ -537,3 +575,36 @@ class WrongBase(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("pass the model it was made on: peftc.load(folder, model)",)
+
+
+# --- show --------------------------------------------------------------------------------------------------------
+
+
+class UnknownBlock(Diagnostic):
+    code = "unknown-block"
+    name: str
+    model: str
+    near: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} has no block '{self.name}'"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"nearest: {', '.join(self.near)}",) if self.near else ("peftc sites lists the blocks of a model",)
+
+
+class UnknownPass(Diagnostic):
+    code = "unknown-pass"
+    name: str
+    known: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"there is no pass '{self.name}'"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        near = suggest(self.name, self.known)
+        return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")

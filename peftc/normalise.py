@@ -56,14 +56,20 @@ def normalise(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def tidy(module: fx.GraphModule) -> None:
-    """What splicing leaves behind: casts to the dtype a value already has, and what nothing reads."""
+def tidy(module: fx.GraphModule) -> bool:
+    """Removes the casts that splicing leaves behind, and lets its dropout follow `training`.
+
+    Returns whether there was anything to do.
+    """
+    changed = False
     for node in list(module.graph.nodes):
         if node.target in CASTS and _is_identity(node):
             _bypass(node)
+            changed = True
         elif node.target in TRAINING_FLAG and node.args[2] is True:
             node.update_arg(2, _training_node(module.graph))
-    module.graph.eliminate_dead_code()
+            changed = True
+    return bool(module.graph.eliminate_dead_code()) or changed
 
 
 def _bypass(node: fx.Node) -> None:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from peftc.drawing import DrawnEdge, DrawnNode, Drawing, Origin, origin_of
+from peftc.drawing import Drawing, DrawnEdge, DrawnNode, Origin, origin_of
 from peftc.graphtext import plain
-from peftc.layout import BADGE, Layout, Route, lay_out
+from peftc.layers import BADGE, named_ports
+from peftc.layout import Layout, Route, lay_out
 from peftc.page_style import CSS, SCRIPT
 from peftc.plan import Plan
-from peftc.text import Source, Span
+from peftc.text import Source
 
 HUES = 8
 Stages = list[tuple[str, Drawing]]
@@ -120,7 +121,7 @@ class _Page:
             index = hues.get(number)
             mark = "" if index is None else f' class="on h{index % HUES}" data-origin="{index}"'
             items.append(f"<li{mark}><i>{number}</i><code>{''.join(_coloured(text))}</code></li>")
-        name = re.split(r"[\\/]", source.name)[-1]
+        name = "Specification" if source.name.startswith("<") else re.split(r"[\\/]", source.name)[-1]
         return f'<h2>{escape(plain(name))}</h2>\n<ol class="spec">{"".join(items)}</ol>\n'
 
     def _table(self) -> str:
@@ -146,7 +147,7 @@ class _Page:
         badge = '<tspan class="op">op</tspan>'
         entries = [
             (sample("operation", badge), "operation of the model, with the frozen weight it reads"),
-            (sample("operation mine h0", badge), "inserted by peftc; the number is the statement’s line"),
+            (sample("operation mine h0", badge), "inserted by peftc; the number is its line in the specification"),
             (sample("parameter learns h0", "A"), "parameter that learns"),
             (sample("parameter still h0", "A"), "inserted tensor that stays as it is"),
             (sample("input", "x"), "enters or leaves what is drawn"),
@@ -159,13 +160,14 @@ class _Page:
         layout = lay_out(drawing)
         nodes = {node.id: node for node in drawing.nodes}
         routes = sorted(layout.routes, key=lambda route: self._edge_hue(route.edge, nodes) is not None)
-        fan_in = {node.id: sum(edge.target == node.id and bool(edge.argument) for edge in drawing.edges) for node in nodes.values()}
-        edges = "\n".join(self._edge(route, nodes, fan_in[route.edge.target] > 2) for route in routes)
+        named = named_ports(drawing)
+        edges = "\n".join(self._edge(route, nodes, route.edge.target in named) for route in routes)
         boxes = "\n".join(self._node(node, layout) for node in drawing.nodes)
         width, height = f"{layout.width:.0f}", f"{layout.height:.0f}"
         return (
             f'<svg viewBox="0 0 {width} {height}" data-width="{width}" data-height="{height}" role="group" '
-            f'preserveAspectRatio="xMidYMin meet" aria-label="{escape(plain(drawing.title))}">\n{edges}\n{boxes}\n</svg>'
+            f'preserveAspectRatio="xMidYMin meet" aria-label="{escape(plain(drawing.title))}">\n'
+            f"{edges}\n{boxes}\n</svg>"
         )
 
     def _hues(self, node: DrawnNode) -> list[int]:
@@ -198,9 +200,11 @@ class _Page:
         focus = ' tabindex="0"' if "mine" in classes else ""
         return (
             f'<g class="{" ".join(classes)}" role="img" aria-label="{escape(_first_line(node))}"{focus} '
-            f'data-id="{escape(node.id)}" data-origin="{" ".join(map(str, hues))}"><title>{escape(_facts(node))}</title>'
+            f'data-id="{escape(node.id)}" data-origin="{" ".join(map(str, hues))}">'
+            f"<title>{escape(_facts(node))}</title>"
             f'<rect class="body" x="{left:.1f}" y="{box.y - box.height / 2:.1f}" width="{box.width:.1f}" '
-            f'height="{box.height:.1f}"/>{"".join(badges)}<text x="{middle:.1f}" y="{box.y + 0.5:.1f}">{op}{name}</text></g>'
+            f'height="{box.height:.1f}"/>{"".join(badges)}'
+            f'<text x="{middle:.1f}" y="{box.y + 0.5:.1f}">{op}{name}</text></g>'
         )
 
     def _badge(self, origin: Origin, x: float, y: float) -> str:
@@ -218,7 +222,7 @@ class _Page:
             if route.sideways
             else f"{x:.1f},{y:.1f} {x - 3.5:.1f},{y - 6:.1f} {x + 3.5:.1f},{y - 6:.1f}"
         )
-        label = f'<text x="{x:.1f}" y="{y - 13:.1f}">{escape(edge.argument)}</text>' if named and edge.argument else ""
+        label = _port_label(edge.argument, x, y - 14) if named else ""
         mine = "" if hue is None else f" mine h{hue % HUES}"
         origin = "" if hue is None else f' data-origin="{hue}"'
         through = f"\nthrough {', '.join(edge.through)}" if edge.through else ""
@@ -249,6 +253,15 @@ def _path(route: Route) -> str:
     return "".join(steps)
 
 
+def _port_label(text: str, x: float, y: float) -> str:
+    """The operand's name on its edge, just above the node."""
+    width = 6.1 * len(text) + 4
+    return (
+        f'<rect x="{x - width / 2:.1f}" y="{y - 6:.1f}" width="{width:.1f}" height="12"/>'
+        f'<text x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+    )
+
+
 def _first_line(node: DrawnNode) -> str:
     state = "inserted " if node.inserted else ""
     learns = ("trainable " if node.trainable else "frozen ") if node.kind == "parameter" else ""
@@ -258,7 +271,7 @@ def _first_line(node: DrawnNode) -> str:
 def _facts(node: DrawnNode) -> str:
     """The tooltip: what it is, its shape, why it is there."""
     learns = {True: "learns", False: "does not learn"}[node.trainable] if node.kind == "parameter" else ""
-    origins = [f"{origin.file}:{origin.line}: {origin.statement}" for origin in node.origins]
+    origins = [f"{origin.place}: {origin.statement}" for origin in node.origins]
     return "\n".join(filter(None, [node.label, node.shape, learns, *origins, *node.notes]))
 
 
@@ -267,8 +280,3 @@ def _coloured(line: str) -> Iterator[str]:
     for found in _WORDS.finditer(line):
         text = escape(found[0].replace("\0", "\ufffd"))
         yield f"<{found.lastgroup}>{text}</{found.lastgroup}>" if found.lastgroup else text
-
-
-def lines_of(span: Span) -> range:
-    """The lines a statement covers."""
-    return range(span.line, span.end_line + 1)

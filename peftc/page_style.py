@@ -6,7 +6,8 @@ CSS = """
   --ground: #f6f7f9; --sheet: #ffffff; --ink: #1b2230; --soft: #566072; --faint: #98a1b2; --line: #dfe3ea;
   --node: #ffffff; --node-line: #c3cad6; --edge: #a9b2c1; --grid: #e7eaf0; --end: #eef1f5; --focus: #1d4ed8;
   --pill-ink: #ffffff;
-  --h0: #0f766e; --h1: #b45309; --h2: #6d28d9; --h3: #be185d; --h4: #1d4ed8; --h5: #4d7c0f; --h6: #b91c1c; --h7: #0e7490;
+  --h0: #0f766e; --h1: #b45309; --h2: #6d28d9; --h3: #be185d; --h4: #1d4ed8; --h5: #4d7c0f; --h6: #b91c1c;
+    --h7: #0e7490;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -29,24 +30,29 @@ header { display: flex; flex-wrap: wrap; gap: 4px 28px; align-items: baseline; p
   background: var(--sheet); border-bottom: 1px solid var(--line) }
 h1 { margin: 0; font-size: 17px; font-weight: 650; letter-spacing: -.01em }
 h1 span { color: var(--soft); font-weight: 400 }
-.facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 22px; color: var(--soft); font-variant-numeric: tabular-nums }
+.facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 22px; color: var(--soft);
+  font-variant-numeric: tabular-nums }
 .facts b { color: var(--ink); font-weight: 600 }
 main { display: grid; grid-template-columns: minmax(0, 1fr) 400px; min-height: 0 }
 .work { display: grid; grid-template-rows: auto 1fr; min-width: 0; min-height: 0 }
 .bar { display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: center; padding: 9px 22px;
   border-bottom: 1px solid var(--line) }
 [role=tablist] { display: flex; flex-wrap: wrap; gap: 2px }
-[role=tab], .tools button { font: inherit; font-size: 13px; color: var(--soft); background: none; border: 1px solid transparent;
+[role=tab], .tools button { font: inherit; font-size: 13px; color: var(--soft); background: none;
+  border: 1px solid transparent;
   border-radius: 7px; padding: 4px 10px; cursor: pointer }
 [role=tab]:hover, .tools button:hover { background: var(--end); color: var(--ink) }
-[role=tab][aria-selected=true] { background: var(--sheet); border-color: var(--line); color: var(--ink); font-weight: 600;
+[role=tab][aria-selected=true] { background: var(--sheet); border-color: var(--line); color: var(--ink);
+  font-weight: 600;
   box-shadow: 0 1px 2px rgb(0 0 0 / .06) }
-[role=tab] small { margin-left: 5px; font-size: 11px; font-weight: 600; color: var(--soft); font-variant-numeric: tabular-nums }
+[role=tab] small { margin-left: 5px; font-size: 11px; font-weight: 600; color: var(--soft);
+  font-variant-numeric: tabular-nums }
 [role=tab].same { color: var(--faint) }
 [role=tab].same[aria-selected=true] { color: var(--ink) }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px }
 .tools { display: flex; gap: 4px; align-items: center; margin-left: auto }
-.tools label { display: flex; gap: 7px; align-items: center; margin-right: 10px; font-size: 13px; color: var(--soft); cursor: pointer }
+.tools label { display: flex; gap: 7px; align-items: center; margin-right: 10px; font-size: 13px;
+  color: var(--soft); cursor: pointer }
 .tools label:hover { color: var(--ink) }
 .tools input { accent-color: var(--focus); margin: 0 }
 .tools button { min-width: 30px; padding: 4px 8px; border-color: var(--line); background: var(--sheet) }
@@ -56,6 +62,7 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) 400px; min-height: 0
 .pane[hidden] { display: none }
 .pane h2 { position: absolute; z-index: 1; top: 12px; left: 20px; margin: 0; padding: 2px 9px; border-radius: 6px;
   font-size: 12px; font-weight: 600; color: var(--soft); background: var(--ground); border: 1px solid var(--line) }
+.before[hidden] + .pane h2 { display: none }
 .view { min-height: 0; cursor: grab; touch-action: none; overflow: hidden;
   background: radial-gradient(circle at 1px 1px, var(--grid) 1px, transparent 1.5px) 0 0 / 22px 22px }
 .view.dragging { cursor: grabbing }
@@ -65,11 +72,12 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) 400px; min-height: 0
 aside { overflow: auto; border-left: 1px solid var(--line); background: var(--sheet); padding: 6px 22px 26px }
 aside h2 { margin: 20px 0 8px; font-size: 12px; font-weight: 650; color: var(--soft); letter-spacing: .02em }
 aside h2 + p { margin-top: 0 }
-.spec { margin: 0; padding: 6px 0; list-style: none; border: 1px solid var(--line); border-radius: 9px; background: var(--ground);
-  font-size: 12.5px; line-height: 1.65; overflow-x: auto }
-.spec li { display: grid; grid-template-columns: 38px minmax(max-content, 1fr); border-left: 3px solid transparent }
+.spec { margin: 0; padding: 6px 0; list-style: none; border: 1px solid var(--line); border-radius: 9px;
+  background: var(--ground);
+  font-size: 12.5px; line-height: 1.65; overflow: hidden }
+.spec li { display: grid; grid-template-columns: 38px minmax(0, 1fr); border-left: 3px solid transparent }
 .spec li > i { padding-right: 12px; text-align: right; font-style: normal; color: var(--soft); user-select: none }
-.spec li code { padding-right: 14px; white-space: pre; tab-size: 4 }
+.spec li code { padding-right: 14px; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4 }
 .spec li.on { border-left-color: var(--hue); background: color-mix(in srgb, var(--hue) 11%, transparent) }
 .spec li.on > i { color: var(--hue); font-weight: 700 }
 .spec b { font-weight: 650 } .spec em { color: var(--soft); font-style: italic }
@@ -83,9 +91,12 @@ tr:last-child td { border-bottom: 0; font-weight: 650 }
 .legend li { display: grid; grid-template-columns: 66px 1fr; gap: 12px; align-items: center }
 .legend svg { display: block }
 .keys { margin: 18px 0 0; font-size: 12.5px; color: var(--soft) }
-kbd { font: inherit; font-size: 11.5px; padding: 0 5px; border: 1px solid var(--line); border-radius: 4px; background: var(--ground) }
-#tip { position: fixed; z-index: 5; max-width: 460px; padding: 9px 13px 10px; border-radius: 9px; pointer-events: none;
-  background: var(--sheet); color: var(--soft); border: 1px solid var(--line); box-shadow: 0 8px 28px rgb(0 0 0 / .16);
+kbd { font: inherit; font-size: 11.5px; padding: 0 5px; border: 1px solid var(--line); border-radius: 4px;
+  background: var(--ground) }
+#tip { position: fixed; z-index: 5; max-width: 460px; padding: 9px 13px 10px; border-radius: 9px;
+  pointer-events: none;
+  background: var(--sheet); color: var(--soft); border: 1px solid var(--line);
+    box-shadow: 0 8px 28px rgb(0 0 0 / .16);
   font-size: 12.5px; line-height: 1.5; white-space: pre-line; overflow-wrap: anywhere }
 #tip[hidden] { display: none }
 #tip b { display: block; color: var(--ink); font-weight: 650 }
@@ -93,7 +104,8 @@ svg text { font-size: 12px; fill: var(--ink); dominant-baseline: central; text-a
 .node rect.body { fill: var(--node); stroke: var(--node-line); rx: 8px }
 .node .op { font-weight: 600 } .node .name { fill: var(--soft); font-weight: 400 }
 .node.input rect.body, .node.output rect.body { fill: var(--end); stroke: var(--node-line); rx: 15px }
-.node.mine rect.body { fill: color-mix(in srgb, var(--hue) 13%, var(--node)); stroke: var(--hue); stroke-width: 1.6px }
+.node.mine rect.body { fill: color-mix(in srgb, var(--hue) 13%, var(--node)); stroke: var(--hue);
+  stroke-width: 1.6px }
 .node.mine.h rect.body { fill: var(--node); stroke: var(--ink) }
 .badge rect { fill: var(--hue); rx: 5px }
 .badge text { font-size: 10.5px; font-weight: 700; fill: var(--pill-ink) }
@@ -107,8 +119,8 @@ svg text { font-size: 12px; fill: var(--ink); dominant-baseline: central; text-a
 .edge polygon { fill: var(--edge) }
 .edge.mine path.wire { stroke: var(--hue); stroke-width: 1.7px }
 .edge.mine polygon { fill: var(--hue) }
-.edge text { font-size: 10px; fill: var(--soft); text-anchor: middle; paint-order: stroke; stroke: var(--ground);
-  stroke-width: 4px; stroke-linejoin: round }
+.edge text { font-size: 10px; fill: var(--soft) }
+.edge rect { fill: var(--ground) }
 .node:focus-visible { outline: none } .node:focus-visible rect.body { stroke: var(--focus); stroke-width: 3px }
 .dim .node:not(.lit), .dim .edge:not(.lit) { opacity: .22 }
 .edge.touched path.wire { stroke-width: 2.6px; stroke: var(--ink) } .edge.touched polygon { fill: var(--ink) }
@@ -135,13 +147,20 @@ SCRIPT = """
     const { x, y, scale } = cameras.get(svg), box = svg.parentElement.getBoundingClientRect();
     svg.setAttribute("viewBox", [x, y, box.width / scale, box.height / scale].join(" "));
   };
-  const fit = (svg, whole) => {
-    const box = svg.parentElement.getBoundingClientRect(), width = +svg.dataset.width, height = +svg.dataset.height;
-    if (!box.width) return;
-    const across = Math.min(1.15, box.width / width), down = box.height / height;
-    const scale = Math.min(across, whole ? down : Math.max(down, 0.8));
-    cameras.set(svg, { scale, x: width / 2 - box.width / scale / 2, y: Math.min(0, height / 2 - box.height / scale / 2) });
-    apply(svg);
+  const size = svg => [+svg.dataset.width, +svg.dataset.height, svg.parentElement.getBoundingClientRect()];
+  const fit = (svgs, whole) => {
+    const scales = svgs.map(svg => {
+      const [width, height, box] = size(svg), across = Math.min(1.15, box.width / width), down = box.height / height;
+      const least = svgs.length > 1 ? 0.5 : 0.62;
+      return whole ? Math.min(across, down) : Math.max(least, Math.min(across, Math.max(down, 0.8)));
+    });
+    const scale = Math.min(...scales);
+    for (const svg of svgs) {
+      const [width, height, box] = size(svg), spare = box.height / scale - height;
+      const y = svgs.length > 1 || spare < 0 ? 0 : -spare / 2;
+      cameras.set(svg, { scale, x: (width - box.width / scale) / 2, y });
+      apply(svg);
+    }
   };
   const zoom = (svg, factor, at) => {
     const camera = cameras.get(svg), box = svg.parentElement.getBoundingClientRect();
@@ -158,8 +177,7 @@ SCRIPT = """
     apply(svg);
   };
   const visible = () => [before, after].filter(pane => !pane.hidden).map(shown).filter(Boolean);
-  const seen = svg => { if (!cameras.has(svg)) fit(svg, false); else apply(svg); };
-  const refit = whole => visible().forEach(svg => fit(svg, whole));
+  const refit = whole => fit(visible(), whole);
 
   // Stages
   const select = (tab, focus) => {
@@ -171,7 +189,7 @@ SCRIPT = """
     one("h2", after).textContent = tab.dataset.name;
     if (focus) tab.focus();
     tip.hidden = true;
-    visible().forEach(seen);
+    refit(false);
   };
   const together = () => {
     if (!one(".panel", before)) {
@@ -202,7 +220,8 @@ SCRIPT = """
     const pane = view.parentElement;
     let last = null;
     view.addEventListener("pointerdown", event => {
-      if (event.button === 0) { last = event; view.setPointerCapture(event.pointerId); view.classList.add("dragging"); }
+      if (event.button === 0) { last = event; view.setPointerCapture(event.pointerId);
+    view.classList.add("dragging"); }
     });
     view.addEventListener("pointermove", event => {
       if (!last) return;
@@ -219,7 +238,7 @@ SCRIPT = """
     view.addEventListener("keydown", event => {
       const svg = shown(pane), far = 70;
       const act = {
-        "+": () => zoom(svg, 1.25), "=": () => zoom(svg, 1.25), "-": () => zoom(svg, 0.8), "0": () => fit(svg, true),
+        "+": () => zoom(svg, 1.25), "=": () => zoom(svg, 1.25), "-": () => zoom(svg, 0.8), "0": () => refit(true),
         ArrowLeft: () => move(svg, -far, 0), ArrowRight: () => move(svg, far, 0),
         ArrowUp: () => move(svg, 0, -far), ArrowDown: () => move(svg, 0, far),
       }[event.key];
@@ -246,8 +265,7 @@ SCRIPT = """
   function watch(root) {
     for (const element of all(".node, .edge", root)) {
       const title = one("title", element);
-      element.dataset.tip = title.textContent;
-      title.remove();
+      if (title) { element.dataset.tip = title.textContent; title.remove(); }
       const wires = element.classList.contains("edge") ? [element] : all(".edge", element.ownerSVGElement)
         .filter(edge => edge.dataset.from === element.dataset.id || edge.dataset.to === element.dataset.id);
       const touch = on => wires.forEach(edge => edge.classList.toggle("touched", on));

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from peftc import debug
 from peftc.capture import capture
 from peftc.fold import fold_blocks
 from peftc.inputs import Example
@@ -36,26 +37,31 @@ class Work:
     inserter: Inserter
 
 
-def _materialise(work: Work) -> None:
+Pass = Callable[[Work], bool]  # returns whether it changed the graph
+
+
+def _materialise(work: Work) -> bool:
     """Tensors first: the rewrites refer to them."""
     materialise(work.module, work.plan, work.state)
+    return False
 
 
-def _insert(name: str, stage: Stage) -> Callable[[Work], None]:
-    def insert(work: Work) -> None:
-        for binding in work.plan.bindings:
-            if binding.method.stage is stage:
-                work.inserter.insert(binding, name)
+def _insert(name: str, stage: Stage) -> Pass:
+    def insert(work: Work) -> bool:
+        mine = [binding for binding in work.plan.bindings if binding.method.stage is stage]
+        for binding in mine:
+            work.inserter.insert(binding, name)
+        return bool(mine)
 
     return insert
 
 
-def _tidy(work: Work) -> None:
+def _tidy(work: Work) -> bool:
     """Casts to the dtype a value already has, and what nothing reads any more."""
-    tidy(work.module)
+    return tidy(work.module)
 
 
-PASSES: tuple[tuple[str, Callable[[Work], None]], ...] = (
+PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
     ("output methods", _insert("output methods", Stage.OUTPUT)),
@@ -78,15 +84,21 @@ def build(plan: Plan, timings: Timings, state: dict[str, Tensor] | None = None) 
 
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors.
     """
+    with timings.stage("cost"):
+        _ = plan.kept  # of the graph as captured, which the passes rewrite
     work = Work(plan.captured.module, plan, state, Inserter(plan.captured.module))
     verifier = Verifier(work.module, plan)
-    stages: Stages = [("capture", _copy(work.module.graph))]
+    with timings.stage("history"):
+        stages: Stages = [("capture", _copy(work.module.graph))]
+    debug.tell_plan(plan)
     for name, run in PASSES:
         with timings.stage(name):
-            run(work)
+            changed = run(work)
         with timings.stage("verify"):
             verifier.check(work.module, name)
-        stages.append((name, _copy(work.module.graph)))
+        with timings.stage("history"):
+            stages.append((name, _copy(work.module.graph) if changed else stages[-1][1]))
+        debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks)
     with timings.stage("emit"):

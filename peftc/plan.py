@@ -13,18 +13,20 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
+
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.capture import Captured
-from peftc.cost import Memory, estimate, formatted_bytes
+from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
 from peftc.errors import Diagnostic, PeftcError
-from peftc.method import Method, State
+from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, resolve
 from peftc.select import COMPARE, Selection
 from peftc.sites import Experts, Linear, Module, Site, Sites
 from peftc.text import Span
 
-KINDS = {Linear: "a linear layer", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,16 @@ class Plan:
             if state.trainable is trainable
         )
 
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """What autograd keeps, read off the captured graph; building the module, which rewrites it, asks first."""
+        return kept_for_backward(self)
+
+    @cached_property
+    def input_values(self) -> tuple[torch.Tensor, ...]:
+        """The fake values of the graph's inputs."""
+        return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
+
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
         return estimate(self, batch, seq, optimizer)
@@ -136,6 +148,7 @@ class _Planner:
         ]
         self._twice(bindings)
         trained = self._trained()
+        self._claims(bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -143,7 +156,7 @@ class _Planner:
         if not self.problems:
             self.problems += [problem for budget in self.intentions.budgets if (problem := over(plan, budget))]
         if self.problems:
-            raise PeftcError(*self.problems)
+            raise PeftcError(*in_file_order(self.problems))
         return plan
 
     def _select(self, selector: ast.Selector, *, parameters: bool = False) -> list[Site]:
@@ -230,6 +243,27 @@ class _Planner:
                 )
             )  # fmt: skip
 
+    def _claims(self, bindings: list[Binding], trained: dict[str, Span]) -> None:
+        """A method that needs the weight to itself shares it neither with another nor with `train`."""
+        by_weight: dict[str, list[Binding]] = defaultdict(list)
+        for binding in bindings:
+            if isinstance(binding.site, Linear) and binding.method.stage is Stage.WEIGHT:
+                by_weight[binding.site.weight].append(binding)
+        seen: set[tuple[Span, Span]] = set()
+        for weight, sharing in by_weight.items():
+            for one in sharing:
+                others = [other.span for other in sharing if other.span != one.span and _overlap(one, other)]
+                others += [trained[weight]] if weight in trained else []
+                reason = one.method.claims_weight()
+                if reason and others and (one.span, others[0]) not in seen:
+                    seen.add((one.span, others[0]))
+                    self.problems.append(
+                        say.WeightClaimed(
+                            method=one.method.name, site=one.site.name, reason=reason,
+                            other=others[0], span=one.span,
+                        )
+                    )  # fmt: skip
+
     def _trained(self) -> dict[str, Span]:
         """Existing parameters that learn, after every `train` and `freeze` in file order."""
         trained: dict[str, Span] = {}
@@ -262,8 +296,7 @@ class _Planner:
             ]  # fmt: skip
             missing = [site.name for site in readers if site.name not in named]
             if len(readers) > 1 and missing and len(missing) < len(readers):
-                others = tuple(site.name for site in readers)
-                self.problems.append(say.TrainsTied(weight=name, readers=others, span=span))
+                self.problems.append(say.TrainsTied(weight=name, readers=tuple(missing), span=span))
 
 
 def over(plan: Plan, budget: Budget) -> Diagnostic | None:
@@ -284,6 +317,20 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
         quantity=budget.quantity, found=shown, op=budget.op, limit=ast.unparse(budget.limit),
         breakdown=tuple(breakdown), span=budget.span,
     )  # fmt: skip
+
+
+def _overlap(one: Binding, other: Binding) -> bool:
+    """Whether two bindings stand on common rows of a weight."""
+    assert isinstance(one.site, Linear)
+    assert isinstance(other.site, Linear)
+    if one.site.rows is None or other.site.rows is None:
+        return True
+    return not set(one.site.rows).isdisjoint(other.site.rows)
+
+
+def in_file_order(problems: list[Diagnostic]) -> list[Diagnostic]:
+    """As they stand in the text; those of an included file where it begins."""
+    return sorted(problems, key=lambda problem: problem.span.start if problem.span else 0)
 
 
 def _kind_of(site: Site) -> str:

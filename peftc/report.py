@@ -87,6 +87,16 @@ def methods_table() -> Table:
     return table
 
 
+def methods_markdown() -> str:
+    """The registry as the README's table."""
+    lines = ["| method | formula | parameters | merges | paper |", "|---|---|---|---|---|"]
+    for item in described_methods():
+        parameters = ", ".join(f"`{name}`" for name in item["parameters"])
+        merges = "yes" if item["merges"] else "no"
+        lines.append(f"| `{item['name']}` | {item['formula']} | {parameters} | {merges} | {item['paper']} |")
+    return "\n".join(lines)
+
+
 def described_methods() -> list[dict[str, Any]]:
     """The registry as plain data."""
     return [

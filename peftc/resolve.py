@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.errors import Diagnostic, PeftcError, suggest
+from peftc.language import mistakes
 from peftc.method import Method, Param, Stage, methods
 from peftc.text import Span
 
@@ -75,7 +76,7 @@ def resolve(spec: ast.Spec) -> Intentions:
     resolver = _Resolver()
     resolver.statements(spec.statements)
     if resolver.problems:
-        raise PeftcError(*resolver.problems)
+        raise PeftcError(*sorted(resolver.problems, key=lambda problem: problem.span.start if problem.span else 0))
     return resolver.found
 
 
@@ -84,12 +85,15 @@ class _Resolver:
         self.found = Intentions()
         self.problems: list[Diagnostic] = []
         self.lets: dict[str, ast.Let] = {}
+        self.broken: set[str] = set()  # names of methods already complained of
 
     def statements(self, statements: tuple[ast.Statement, ...]) -> None:
         for statement in statements:
             match statement:
-                case ast.Use(spec=spec) if spec is not None:
-                    self.statements(spec.statements)
+                case ast.Use(spec=None):
+                    self.problems.append(mistakes.UseWithoutFile(path=statement.path.value, span=statement.path.span))
+                case ast.Use(spec=ast.Spec(statements=included)):
+                    self.statements(included)
                 case ast.Let():
                     self._let(statement)
                 case ast.Apply():
@@ -124,8 +128,8 @@ class _Resolver:
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
             if isinstance(value, ast.Selector):
                 value = self.selector(value)
-            else:
-                self.method(value)
+            elif self.method(value) is None:
+                self.broken.add(name)
             self.lets[name] = ast.Let(statement.name, value, span=statement.span)
 
     def _apply(self, statement: ast.Apply) -> None:
@@ -168,6 +172,8 @@ class _Resolver:
         return built
 
     def _named_method(self, call: ast.Call, let: ast.Let) -> Method | None:
+        if call.name.text in self.broken:
+            return None
         if isinstance(let.value, ast.Selector):
             wrong = say.WrongKindOfName(
                 name=call.name.text, is_a="selector", wanted="method", defined=let.name.span, span=call.name.span
@@ -234,7 +240,7 @@ class _Resolver:
                 return ast.InLayers(self.selector(base), start, stop, step, span=selector.span)
             case ast.InStack(base, name):
                 if name.text not in STACKS:
-                    self.problems.append(say.UnknownRole(name=name.text, known=STACKS, span=name.span))
+                    self.problems.append(say.UnknownStack(name=name.text, known=STACKS, span=name.span))
                 return ast.InStack(self.selector(base), name, span=selector.span)
             case ast.Where(base, name, op, value):
                 self._where(name, value)

@@ -38,7 +38,8 @@ class Selection:
     def _evaluate(self, selector: ast.Selector, may_be_empty: bool = False) -> list[Site]:
         before = len(self.problems)
         found = self._meaning(selector, may_be_empty)
-        if not found and not may_be_empty and len(self.problems) == before:
+        excused = may_be_empty and not isinstance(selector, ast.Glob | ast.Regex)
+        if not found and not excused and len(self.problems) == before:
             self.problems.append(self._no_match(selector))
         return found
 
@@ -56,10 +57,8 @@ class Selection:
                     found = _intersection(found, other)
                 return found
             case ast.Except(base, removed):
-                harmless = isinstance(removed, ast.Role | ast.Union)
-                return self._difference(
-                    self._evaluate(base, may_be_empty), self._evaluate(removed, may_be_empty=harmless)
-                )
+                # A role that is not there need not be left out; a name that is not there is a mistake.
+                return self._difference(self._evaluate(base, may_be_empty), self._evaluate(removed, may_be_empty=True))
             case ast.InLayers(base):
                 chosen = self._layers(selector)
                 return [site for site in self._evaluate(base, may_be_empty) if (site.stack, site.layer) in chosen]

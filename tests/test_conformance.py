@@ -156,12 +156,12 @@ def other_values(parameter: Param) -> list[Any]:
     """Each other choice; the other truth; one other number that the parameter allows."""
     if parameter.choices:
         return [choice for choice in parameter.choices if choice != parameter.default]
-    if parameter.type is bool:
+    if parameter.kind is bool:
         return [not parameter.default]
-    if parameter.type is str:
+    if parameter.kind is str:
         return []
     start = parameter.default or 0
-    numbers = [3, 5] if parameter.type is int else [start + 2.5, start + 0.25]
+    numbers = [3, 5] if parameter.kind is int else [start + 2.5, start + 0.25]
     return [value for value in numbers if value != parameter.default and parameter.problem(value) is None][:1]
 
 
@@ -184,17 +184,28 @@ def statement(variant: str) -> str:
 
 
 VARIANTS = [variant for cls in methods().values() for variant in variants(cls)]
-QUICK = [("plain", variant) for variant in VARIANTS] + [(name, method) for name in ARCHITECTURES for method in methods()]
+QUICK = [("plain", variant) for variant in VARIANTS] + [
+    (name, method) for name in ARCHITECTURES for method in methods()
+]
 FULL = [(name, variant) for name in ARCHITECTURES for variant in VARIANTS if variant not in methods()]
 
 
 def on(name: str, value: str, *marks: pytest.MarkDecorator) -> Any:
     """Parameters of a test; one worker of pytest-xdist gets all of a model, which it captures once."""
-    return pytest.param(name, value, id=f"{name}-{value}", marks=[pytest.mark.xdist_group(f"conformance-{name}"), *marks])
+    return pytest.param(
+        name, value, id=f"{name}-{value}", marks=[pytest.mark.xdist_group(f"conformance-{name}"), *marks]
+    )
 
 
 CASES = [on(*case) for case in QUICK] + [on(*case, pytest.mark.slow) for case in FULL]
 every_variant = pytest.mark.parametrize(("name", "variant"), CASES)
+
+SLICE_INPUT = ("gpt2", "ia3(on=input)")
+BUG = "scaling the input of one slice of a fused weight scales that of the others, too"
+FOLDING = [on(*case) for case in QUICK]
+FOLDING += [on(*case, pytest.mark.slow) for case in FULL if case != SLICE_INPUT]
+FOLDING += [on(*SLICE_INPUT, pytest.mark.xfail(strict=True, reason=BUG))]
+every_folding_variant = pytest.mark.parametrize(("name", "variant"), FOLDING)
 
 
 @dataclass
@@ -211,9 +222,9 @@ class Compiled:
         for parameter in self.module.parameters():
             parameter.grad = None
 
-    def randomise(self) -> None:
+    def randomise(self, seed: int = 2) -> None:
         """Random values in all that learns: a zero B would hide what A does."""
-        random = torch.Generator().manual_seed(2)
+        random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.module.trainable_parameters().values():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype))
@@ -254,23 +265,32 @@ def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
         if state.trainable
     }
     everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    # Several random states: where one closes every ReLU of an adapter one unit wide, another opens it.
+    reached: set[str] = set()
+    for seed in range(2, 12):
+        case.randomise(seed)
+        case.subject.loss(module).backward()
+        reached |= {key for key, tensor in everything.items() if tensor.grad is not None and tensor.grad.any()}
+        if reached >= declared:
+            break
+    assert reached == declared
+    case.reset()
+
     start = {key: tensor.detach().clone() for key, tensor in everything.items()}
     with torch.no_grad():
         loss = case.subject.loss(module)
-
     module.train()
     optimizer = torch.optim.Adam(module.param_groups(lr=1e-2))
-    reached: set[str] = set()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)  # of the dropout
         for _ in range(10):
             optimizer.zero_grad()
             case.subject.loss(module).backward()
-            reached |= {key for key, tensor in everything.items() if tensor.grad is not None and tensor.grad.any()}
             optimizer.step()
-
-    assert reached == declared
-    assert {key for key, tensor in everything.items() if not torch.equal(tensor, start[key])} == declared
+    changed = {key for key, tensor in everything.items() if not torch.equal(tensor, start[key])}
+    assert changed
+    assert changed <= declared
     module.eval()
     with torch.no_grad():
         assert case.subject.loss(module) < loss
@@ -322,7 +342,7 @@ def test_1_it_starts_as_the_base_model(name: str, variant: str) -> None:
     starts_as_the_base(compiled(name, statement(variant)))
 
 
-@every_variant
+@every_folding_variant
 def test_2_the_compiled_model_is_the_definition(name: str, variant: str) -> None:
     """Against a copy of the base whose weights the test itself replaces by the method's dense ones."""
     case = compiled(name, statement(variant))
@@ -357,7 +377,7 @@ def test_3_it_learns_what_it_declares_and_nothing_else(name: str, variant: str) 
     learns_what_it_declares_and_nothing_else(compiled(name, statement(variant)))
 
 
-@every_variant
+@every_folding_variant
 def test_4_it_merges_or_says_why_not(name: str, variant: str) -> None:
     merges_or_says_why_not(compiled(name, statement(variant)))
 
@@ -381,24 +401,31 @@ def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
 
 # ---- Claim 2 on its own: any shape -------------------------------------------------------------------------------
 
+
 def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
     """The method with any values its parameters allow, small ones, and no dropout: that is not part of a definition."""
 
     def values(parameter: Param) -> st.SearchStrategy[Any]:
         if parameter.choices:
             return st.sampled_from(parameter.choices)
-        if parameter.type is bool:
+        if parameter.kind is bool:
             return st.booleans()
-        if parameter.name == "dropout" or parameter.type is str:
+        if parameter.name == "dropout" or parameter.kind is str:
             return st.just(parameter.default)
         low, high = (4 if bound is None else min(bound, 4) for bound in (parameter.min, parameter.max))
-        number: Any = st.integers(int(low), int(high)) if parameter.type is int else st.floats(low, high, width=16)
-        return number | st.none() if parameter.optional else number
+        numbers: st.SearchStrategy[Any] = st.integers(int(low), int(high))
+        if parameter.kind is float:
+            numbers = st.floats(low, high, width=16)
+        return st.one_of(numbers, st.none()) if parameter.optional else numbers
 
-    return st.fixed_dictionaries({name: values(p) for name, p in cls.parameters.items()}).map(lambda given: cls(**given))
+    return st.fixed_dictionaries({name: values(p) for name, p in cls.parameters.items()}).map(
+        lambda given: cls(**given)
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, cls in methods().items() if cls.site is Linear and not cls.unmergeable])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in methods().items() if cls.site is Linear and not cls.unmergeable]
+)
 @given(
     data=st.data(),
     n_in=st.integers(1, 12),
@@ -443,7 +470,7 @@ def test_2_rewrite_equals_fold_on_any_shape(
 @given(width=st.integers(1, 12), entering=st.integers(1, 12), size=st.integers(1, 6), seed=st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_2_an_adapter_is_its_formula(at: str, bias: bool, width: int, entering: int, size: int, seed: int) -> None:
-    """h + s (U f(D x + b) + c), one number at a time; x is h where the adapter is sequential."""
+    """h + s (U f(D x + b) + c), one output at a time; x is h where the adapter is sequential."""
     random = torch.Generator().manual_seed(seed)
     x, h = (torch.randn(n, generator=random, dtype=torch.float64) for n in (entering, width))
     source = h if at == "sequential" else x
@@ -453,13 +480,260 @@ def test_2_an_adapter_is_its_formula(at: str, bias: bool, width: int, entering: 
     )
     method = methods()["adapter"](size=size, at=at, bias=bias, scale=1.5, activation="tanh")
     given = (down, up, down_bias, up_bias) if bias else (down, up, None, None)
-    inner = [
-        torch.tanh(sum(down[j, i] * source[i] for i in range(len(source))) + (down_bias[j] if bias else 0))
-        for j in range(size)
-    ]
-    expected = torch.stack([
-        h[k] + 1.5 * (sum(up[k, j] * inner[j] for j in range(size)) + (up_bias[k] if bias else 0))
-        for k in range(width)
-    ])  # fmt: skip
+    inner = [torch.tanh((down[j] * source).sum() + (down_bias[j] if bias else 0)) for j in range(size)]
+    outer = [sum(up[k, j] * inner[j] for j in range(size)) + (up_bias[k] if bias else 0) for k in range(width)]
+    expected = torch.stack([h[k] + 1.5 * outer[k] for k in range(width)])
     found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], *given)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- Claim 5 on its own: what happens to an artifact that something happened to -----------------------------------
+
+SPEC = "apply lora(r=2) to attn.q, mlp.down\ntrain norm"
+TENSORS, MANIFEST = "adapter.safetensors", "peftc.json"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    case = compiled("plain", SPEC)
+    case.randomise()
+    folder = tmp_path / "adapter"
+    case.module.save(folder)
+    return folder
+
+
+def refused(folder: Path, code: str, base: nn.Module | None = None) -> None:
+    """Loading fails with a diagnostic, and the base model is as it was."""
+    with pytest.raises(peftc.PeftcError) as raised:
+        peftc.load(folder, base or subject("plain").base)
+    assert [diagnostic.code for diagnostic in raised.value.diagnostics] == [code]
+    assert subject("plain").is_untouched()
+
+
+@pytest.mark.parametrize("file", [TENSORS, MANIFEST])
+@pytest.mark.xdist_group("conformance-plain")
+class TestDamage:
+    def test_a_missing_file(self, artifact: Path, file: str) -> None:
+        (artifact / file).unlink()
+        refused(artifact, "bad-artifact")
+
+    @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+    def test_a_truncated_file(self, artifact: Path, file: str, share: float) -> None:
+        whole = (artifact / file).read_bytes()
+        (artifact / file).write_bytes(whole[: int(share * len(whole))])
+        refused(artifact, "bad-artifact")
+
+    def test_a_flipped_bit(self, artifact: Path, file: str) -> None:
+        """Two hundred bits, spread over the file."""
+        whole = (artifact / file).read_bytes()
+        for bit in range(0, 8 * len(whole), max(1, len(whole) // 25)):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (artifact / file).write_bytes(damaged)
+            refused(artifact, "bad-artifact")
+
+    @pytest.mark.parametrize("content", [b"{}", b"null", b'"peftc"', b"\xff\xfe", b"\x80\x04K\x01."])
+    def test_another_file(self, artifact: Path, file: str, content: bytes) -> None:
+        (artifact / file).write_bytes(content)
+        refused(artifact, "bad-artifact")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"7", b"[" * 20_000], ids=["a list", "a number", "deep"])
+@pytest.mark.xdist_group("conformance-plain")
+def test_a_manifest_of_another_kind(artifact: Path, content: bytes, request: pytest.FixtureRequest) -> None:
+    if content != b"7":
+        reason = "_read_manifest lets TypeError (a list) and RecursionError (deep nesting) through"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    (artifact / MANIFEST).write_bytes(content)
+    refused(artifact, "bad-artifact")
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Edits the manifest and makes its checksum fit again; None removes a field."""
+    body = json.loads((folder / MANIFEST).read_text()) | changes
+    body = {key: value for key, value in body.items() if key != "checksum" and value is not None}
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(body | {"checksum": seal}))
+
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="load trusts the fields of a manifest whose checksum fits")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 99},
+        {"tensors": "0" * 64},
+        {"spec": "apply lora(r=2) to attn.k\ntrain norm"},
+        {"spec": "apply dora(r=2) to attn.q, mlp.down\ntrain norm"},
+        pytest.param({"spec": "apply loraa to attn.q"}, id="no such method"),
+        pytest.param({"spec": "apply lora(r=4) to attn.q, mlp.down\ntrain norm"}, id="rank", marks=UNCHECKED),
+        pytest.param({"spec": None}, id="no spec", marks=UNCHECKED),
+        pytest.param({"spec": 7}, id="spec is a number", marks=UNCHECKED),
+        pytest.param({"base": None}, id="no base", marks=UNCHECKED),
+        pytest.param({"format": None}, id="no format", marks=UNCHECKED),
+        pytest.param(
+            {"example": {"args": [], "kwargs": {"x": [[3, 6, 24], "no_such_type"]}}}, id="dtype", marks=UNCHECKED
+        ),
+    ],
+)
+@pytest.mark.xdist_group("conformance-plain")
+def test_an_edited_manifest_is_refused(artifact: Path, changes: dict[str, Any]) -> None:
+    reseal(artifact, **changes)
+    with pytest.raises(peftc.PeftcError):
+        peftc.load(artifact, subject("plain").base)
+    assert subject("plain").is_untouched()
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_a_wrong_base_is_refused(artifact: Path) -> None:
+    other = copy.deepcopy(subject("plain").base)
+    with torch.no_grad():
+        other.get_parameter("head.bias")[0] += 1e-9
+    refused(artifact, "wrong-base", other)
+    refused(artifact, "wrong-base", subject("llama").base)
+
+
+@pytest.mark.xfail(strict=True, reason="fingerprint covers parameters only: neither the config nor buffers")
+@pytest.mark.xdist_group("conformance-llama")
+def test_a_base_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    """The same weights under another configuration give other outputs."""
+    case = compiled("llama", "apply ia3 to attn.k")
+    case.module.save(tmp_path / "adapter")
+    other = ZOO["llama"]()
+    changed = type(other)(type(other.config).from_dict({**other.config.to_dict(), "hidden_act": "gelu"}))
+    changed.load_state_dict(other.state_dict())
+    with pytest.raises(peftc.PeftcError):
+        peftc.load(tmp_path / "adapter", changed)
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_save_leaves_alone_what_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(peftc.PeftcError, match="something else"):
+        compiled("plain", SPEC).module.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def fail(error: type[BaseException], at: int) -> Callable[..., Any]:
+    """A function that passes its calls on, but for one."""
+    calls = 0
+    rename = Path.rename
+
+    def rename_or_fail(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return rename(self, target)
+
+    return rename_or_fail
+
+
+def disk_full(_descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+LEFT_OVER = pytest.mark.xfail(strict=True, reason="_replace leaves the folder it made for the old artifact")
+LOST = pytest.mark.xfail(strict=True, reason="_replace restores on OSError only, and then deletes the old artifact")
+RENAME = "pathlib.Path.rename"
+INTERRUPTIONS = [
+    pytest.param("os.fsync", lambda: disk_full, id="the disk is full"),
+    pytest.param(RENAME, lambda: fail(OSError, at=1), id="the old one cannot be moved", marks=LEFT_OVER),
+    pytest.param(RENAME, lambda: fail(OSError, at=2), id="the new one cannot be moved"),
+    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=1), id="Ctrl-C before the old one moves", marks=LEFT_OVER),
+    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=2), id="Ctrl-C before the new one moves", marks=LOST),
+]
+
+
+@pytest.mark.parametrize(("function", "replacement"), INTERRUPTIONS)
+@pytest.mark.xdist_group("conformance-plain")
+def test_an_interrupted_save_leaves_the_old_artifact_whole(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, function: str, replacement: Callable[[], Any]
+) -> None:
+    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    newer = compiled("plain", SPEC)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, replacement())
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            newer.module.save(artifact)
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
+    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name], "something was left lying about"
+    newer.module.save(artifact)
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} != before
+
+
+# ---- Claim 7: methods that meet -----------------------------------------------------------------------------------
+
+
+def chosen(variant: str) -> bool:
+    """Whether the variant is the default or another choice, which may change how a method works, not only how much."""
+    name, _, rest = variant.partition("(")
+    return not rest or methods()[name].parameters[rest.partition("=")[0]].choices is not None
+
+
+TRAININGS = ("train norm", "train linear")
+MEETING = [*map(statement, filter(chosen, VARIANTS)), *TRAININGS]
+PLAINEST = [*map(statement, methods()), "train norm"]
+
+
+def stage(line: str) -> int:
+    """When the line's method acts; only within a stage does the order of the file matter."""
+    return 0 if line in TRAININGS else methods()[method_of(line)].stage
+
+
+def method_of(line: str) -> str:
+    return "train" if line in TRAININGS else line.split()[1].partition("(")[0]
+
+
+def meetings(lines: list[str]) -> list[str]:
+    """Every two lines about different methods, in both orders where that makes a difference."""
+    pairs = [pair for pair in permutations(lines, 2) if method_of(pair[0]) != method_of(pair[1])]
+    return ["\n".join(pair) for pair in pairs if stage(pair[0]) <= stage(pair[1])]
+
+
+def known_bug(spec: str) -> list[pytest.MarkDecorator]:
+    takes_weight = "init=pissa" in spec or "init=olora" in spec
+    first, second = spec.splitlines()
+    if first == "train linear" and takes_weight:
+        return [pytest.mark.xfail(strict=True, reason="_prepare freezes a weight that the spec trains")]
+    if method_of(first) == "dora" and takes_weight:
+        return [pytest.mark.xfail(strict=True, reason="lora takes its start out of W after dora has measured |W|")]
+    if method_of(first) == "lora" and method_of(second) == "dora":
+        return [pytest.mark.xfail(strict=True, reason="dora measures |W + its BA|; its fold measures |W + lora + BA|")]
+    return []
+
+
+def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(name, spec, id=f"{name}: {' / '.join(spec.splitlines())}",
+                        marks=[pytest.mark.xdist_group(f"conformance-{name}"), *known_bug(spec), *marks])  # fmt: skip
+
+
+QUICK_MEETINGS = [("plain", spec) for spec in meetings(PLAINEST)] + [
+    ("plain", f"{statement('dora')}\n{statement('lora(init=pissa)')}"),
+    ("plain", f"train linear\n{statement('lora(init=pissa)')}"),
+    *(
+        ("llama", f"{statement(first)}\n{statement(second)}")
+        for first, second in combinations(("lora", "ia3", "adapter"), 2)
+    ),
+]
+FULL_MEETINGS = [("llama", spec) for spec in meetings(MEETING)] + [("gpt2", spec) for spec in meetings(PLAINEST)]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [meeting(*case) for case in QUICK_MEETINGS]
+    + [meeting(*case, pytest.mark.slow) for case in FULL_MEETINGS if case not in QUICK_MEETINGS],
+)
+def test_7_two_that_meet(name: str, spec: str, tmp_path: Path) -> None:
+    starts_as_the_base(compiled(name, spec))
+    learns_what_it_declares_and_nothing_else(compiled(name, spec))
+    merges_or_says_why_not(compiled(name, spec))
+    comes_back_from_disk(compiled(name, spec), tmp_path / "adapter")
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_7_all_at_once(tmp_path: Path) -> None:
+    """Every method and an existing parameter, in one model."""
+    spec = "\n".join(["train norm, head", *(statement(name) for name in methods() if name != "dora")])
+    test_7_two_that_meet("plain", spec, tmp_path)

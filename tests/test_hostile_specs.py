@@ -1,4 +1,4 @@
-"""Specifications made to break the reader: long, deep, ambiguous; and that every caret stands below what it is about."""
+"""Specifications made to break the reader: long, deep, ambiguous; and whether carets stand where they should."""
 
 import dataclasses
 import fnmatch
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import test_syntax
 from peftc import syntax
 from peftc.errors import Diagnostic, PeftcError
-from peftc.syntax import Glob, Node, Selector, Spec, Statement, Value, parse, parse_file, unparse
-from peftc.text import Source, Span
+from peftc.syntax import Glob, Node, Selector, Spec, Statement, Value, parse_file, unparse
+from peftc.text import Source
 
 read, NOWHERE = test_syntax.read, test_syntax.NOWHERE
 unhurried = settings(deadline=None)  # other processes may take the machine meanwhile
@@ -51,6 +51,8 @@ def read_alone(node: Node) -> Node | None:
             return test_syntax.selector(f"({node.span.text})")
         case syntax.Call() if "(" not in node.span.text:
             return read(f"apply {node.span.text}").statements[0].method  # type: ignore[attr-defined, no-any-return]
+        case syntax.Name():
+            assert node.span.text == node.text
         case Value():
             (statement,) = read(f"apply f(x={node.span.text})").statements
             return statement.method.args[0].value  # type: ignore[attr-defined, no-any-return]
@@ -78,7 +80,11 @@ def check_carets(text: str) -> None:
 
 
 @unhurried
-@given(st.lists(st.sampled_from([*test_syntax.WORDS, *test_syntax.SIGNS, "8 q", "a*b.c", '"\\q"', "\u0430b", "\U0001f600"])))
+@given(
+    st.lists(
+        st.sampled_from([*test_syntax.WORDS, *test_syntax.SIGNS, "8 q", "a*b.c", '"\\q"', "\u0430b", "\U0001f600"])
+    )
+)
 def test_carets(words: list[str]) -> None:
     check_carets(" ".join(words))
     check_carets("".join(words))
@@ -95,3 +101,145 @@ def test_damaged_goldens(text: str, data: st.DataObject) -> None:
     damaged = text[:start] + data.draw(st.sampled_from(["", *test_syntax.SIGNS])) + text[end:]
     test_syntax.only_diagnostics(damaged)
     check_carets(damaged)
+
+
+# --- limits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train {}",
+        "train {}é",
+        "train {}.",
+        "train {}*",
+        "apply f({})",
+        'use "{}"',
+        'train "{}"',
+        "train /{}/",
+        "let {} = norm",
+        "train norm in {}",
+        "train norm {}",
+    ],
+)
+def test_words_have_a_longest(text: str) -> None:
+    assert [problem.code for problem in mistakes(text.format("1" * 5000))] == ["too-long"]
+
+
+def test_many_mistakes_in_one_statement() -> None:
+    """They come from the builder, which does not stop by itself."""
+    found = [problem.code for problem in mistakes(r'train "a", ' + r'"\q", ' * 1000 + "b")]
+    assert found == ["bad-escape"] * syntax.MOST_MISTAKES + ["too-many-mistakes"]
+
+
+def test_the_operators_of_a_budget_with_a_verb_among_its_parameters() -> None:
+    (problem,) = mistakes("require memory(train=1) = 3")
+    assert problem.notes == ("comparisons here: <= < >= > ==",)
+
+
+# --- name patterns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*a" * 1000,
+        "{*,a*}" * 9,
+        ".".join(["**", "*a*"] * 500),
+        "**.x*." * 500 + "b",
+        "{a,a}" * 9,
+        ".".join(["*"] * 2000),
+    ],
+)
+@pytest.mark.parametrize("path", ["a" * 300, "a." * 150 + "a", "xa." * 100 + "c"])
+def test_name_patterns_match_in_reasonable_time(pattern: str, path: str) -> None:
+    selected = test_syntax.selector(f'"{pattern}"')
+    assert isinstance(selected, Glob)
+    start = time.process_time()
+    selected.regex().fullmatch(path)
+    assert time.process_time() - start < 2
+
+
+def test_choices_are_limited() -> None:
+    (problem,) = mistakes('train "' + "{a,b}" * 10 + '"')
+    assert problem.code == "bad-name-pattern"
+
+
+def matches(pattern: list[str], path: list[str]) -> bool:
+    """The definition of a name pattern without choices."""
+    if not pattern:
+        return not path
+    first, *rest = pattern
+    if first == "**":
+        return any(matches(rest, path[start:]) for start in range(len(path) + 1))
+    if not path or (first == "*" and not path[0]):
+        return False
+    return fnmatch.fnmatchcase(path[0], first) and matches(rest, path[1:])
+
+
+segments = st.one_of(
+    st.just(["**"]),
+    st.lists(st.sampled_from(["a", "b", "ab", "a*", "*b", "*a*", "a*b*a", "*", "a.b", "*.a"]), min_size=1, max_size=3),
+)
+paths = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@unhurried
+@given(st.lists(segments, min_size=1, max_size=5), paths)
+def test_name_patterns_match_by_their_definition(choices: list[list[str]], path: list[str]) -> None:
+    text = ".".join(f"{{{','.join(choice)}}}" if len(choice) > 1 else choice[0] for choice in choices)
+    selected = test_syntax.selector(f'"{text}"')
+    assert isinstance(selected, Glob)
+    wanted = any(matches(".".join(spelt_out).split("."), path) for spelt_out in itertools.product(*choices))
+    assert bool(selected.regex().fullmatch(".".join(path))) == wanted
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def codes(path: Path) -> list[str]:
+    with pytest.raises(PeftcError) as raised:
+        parse_file(path)
+    return [problem.code for problem in raised.value.diagnostics]
+
+
+def test_use_beside_a_link(tmp_path: Path) -> None:
+    """What counts is the folder of the path that was given, wherever the file itself lies."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there" / "main.peft").write_text('use "part.peft"')
+    (tmp_path / "here" / "main.peft").symlink_to(tmp_path / "there" / "main.peft")
+    (tmp_path / "here" / "part.peft").write_text("train norm")
+    assert parse_file(tmp_path / "here" / "main.peft")
+    assert codes(tmp_path / "there" / "main.peft") == ["unreadable-file"]
+
+
+def test_no_way_out_of_the_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.peft"
+    outside.write_text("train norm")
+    inside = tmp_path / "inside"
+    (inside / "sub").mkdir(parents=True)
+    (tmp_path / "inside-too").mkdir()
+    (tmp_path / "inside-too" / "x.peft").write_text("train norm")
+    (inside / "up").symlink_to(tmp_path)
+    (inside / "deep").symlink_to(inside / "sub")
+    ways = ["../outside.peft", "sub/../../outside.peft", "up/outside.peft", "deep/../../outside.peft", str(outside)]
+    for way in [*ways, "../inside-too/x.peft", "..", "up"]:
+        (inside / "main.peft").write_text(f'use "{way}"')
+        assert codes(inside / "main.peft") == ["use-outside"]
+    for way in ["", ".", "sub", "\\u0000", "a" * 4000, "main.peft/x"]:
+        (inside / "main.peft").write_text(f'use "{way}"')
+        assert codes(inside / "main.peft") == ["unreadable-file"]
+
+
+def test_paths_that_cannot_be_resolved(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert codes(tmp_path / "loop") == ["unreadable-file"]
+    assert codes(tmp_path / "loop" / "main.peft") == ["unreadable-file"]
+    assert codes(tmp_path / "a\0b") == ["unreadable-file"]
+
+
+def test_a_file_used_twice_has_its_mistakes_once(tmp_path: Path) -> None:
+    (tmp_path / "main.peft").write_text('use "bad.peft"\ntask a {\n    use "bad.peft"\n}')
+    (tmp_path / "bad.peft").write_text("train")
+    assert codes(tmp_path / "main.peft") == ["missing-selector"]

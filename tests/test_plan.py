@@ -158,6 +158,14 @@ def test_selector(model: str, selector: str, expected: set[str] | None) -> None:
     assert found == sorted(found, key=order.index)
 
 
+@pytest.mark.xfail(strict=True, reason="what a union removes is never checked, a misspelt name in it included")
+@together("gpt2")
+def test_a_misspelt_name_among_what_is_removed() -> None:
+    """A role may be missing from a model; a name that nothing has is a mistake, alone or in a list."""
+    with pytest.raises(peftc.PeftcError, match="nearest: lm_head"):
+        select("gpt2", 'linear except (attn.q, "lm_haed")')
+
+
 Element = tuple[str, int, int | None]
 
 
@@ -175,7 +183,7 @@ def denotation(found: Iterable[Site]) -> frozenset[Element]:
 ATOMS = {
     "gpt2": (
         "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp.*", "mlp.down", "linear", "head", "norm", "bias", "attn",
-        "mlp", "mlp.gate", '"transformer.h.*.attn.c_attn"', '"transformer.h.0.**"', "/c_proj$/", "/nothing/",
+        "mlp", "mlp.gate", '"transformer.h.*.attn.c_attn"', '"transformer.h.0.**"', "/c_proj$/",
     ),
     "phi3": ("attn.q", "attn.*", "mlp.up", "mlp.gate", "mlp.*", "linear", '"**.gate_up_proj"', "norm", "block"),
 }  # fmt: skip
@@ -248,7 +256,7 @@ def expressions(model: str) -> st.SearchStrategy[Expression]:
 
 @pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
     """A selector means the set of rows that its parts mean, combined; it fails exactly where a part is empty."""
     text, meaning = data.draw(expressions(model), label="selector")
@@ -267,9 +275,9 @@ def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_laws_of_the_algebra(model: str, data: st.DataObject) -> None:
-    atoms = st.sampled_from([text for text in ATOMS[model] if text not in ("mlp.gate", "/nothing/")])
+    atoms = st.sampled_from([text for text in ATOMS[model] if text != "mlp.gate"])
     a, b = data.draw(atoms, label="a"), data.draw(atoms, label="b")
     assert names(model, f"{a}, {a}") == names(model, a) == names(model, f"{a} & {a}")
     assert names(model, f"{a}, {b}") == names(model, f"{b}, {a}")
@@ -293,7 +301,7 @@ GPT3 = {
 T5_XXL = {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 4096, "d_kv": 64, "num_heads": 64,
     "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "vocab_size": 32128,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "decoder_start_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 GPT3_COUNTS = [
     ("apply lora(r=1) to attn.q, attn.v", 4_718_592),  # Hu et al. 2021, table 4: 4.7M
@@ -342,7 +350,7 @@ def test_counts_of_t5_xxl(tmp_path: Path) -> None:
     """Liu et al. 2022: IA3 on T0-11B keeps 4.2 MB a task, which is 1 081 344 numbers of four bytes."""
     counts = planner(written(tmp_path, T5_XXL))
     assert counts("apply ia3 to attn.k, attn.v, mlp.down").trainable == 1_081_344
-    assert counts("apply ia3 to attn.k, attn.v in encoder").trainable == 24 * 2 * 4096
+    assert counts("apply ia3 to (attn.k, attn.v) in encoder").trainable == 24 * 2 * 4096
     assert counts("apply ia3 to cross.attn.k, cross.attn.v").trainable == 24 * 2 * 4096
     assert counts("apply ia3 to mlp.down in decoder").trainable == 24 * 10240
     assert 11.0e9 < counts("train norm").total < 11.2e9

@@ -36,7 +36,7 @@ class Adapter(Method):
     reduction: int | None = param(None, "width as the model's divided by this; 16 if neither is given", min=1)
     at: str = param("sequential", "on the sublayer's output, or beside it", choices=("sequential", "parallel"))
     activation: str = param("relu", "f", choices=tuple(ACTIVATIONS))
-    scale: float = param(1.0, "s", min=0)
+    scale: float = param(1.0, "s", above=0)
     dropout: float = param(0.0, "dropout on the bottleneck, in training", min=0, max=0.99)
     bias: bool = param(True, "whether D and U have biases")
 

@@ -22,13 +22,16 @@ class DoRA(Method):
     paper = "Liu et al. 2024, arXiv:2402.09353"
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
-    alpha: float = param(16.0, "the product is scaled by alpha/r", min=0)
+    alpha: float = param(16.0, "the product is scaled by alpha/r", above=0)
     dropout: float = param(0.0, "dropout on the low-rank branch's x, in training", min=0, max=0.99)
 
     @property
     def scale(self) -> float:
         """The factor of B A."""
         return self.alpha / self.r
+
+    def claims_weight(self) -> str | None:
+        return "its lengths are those of the weight's own rows"
 
     def state(self, site: Linear) -> dict[str, State]:
         start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))

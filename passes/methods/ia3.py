@@ -28,6 +28,11 @@ class IA3(Method):
     def _at_input(self, site: Linear) -> bool:
         return self.on == "input" or (self.on == "auto" and "mlp.down" in site.roles)
 
+    def refuses(self, site: Linear) -> str | None:
+        if self._at_input(site) and site.rows is not None:
+            return "its input is also that of the weight's other rows: use on=output"
+        return None
+
     def state(self, site: Linear) -> dict[str, State]:
         start = torch.nn.init.ones_ if self.mode == "multiply" else torch.nn.init.zeros_
         return {"l": State((site.n_in if self._at_input(site) else site.n_out,), start)}

@@ -22,7 +22,7 @@ class LoRA(Method):
     paper = "Hu et al. 2021, arXiv:2106.09685"
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
-    alpha: float = param(16.0, "the branch is scaled by alpha/r", min=0)
+    alpha: float = param(16.0, "the branch is scaled by alpha/r", above=0)
     dropout: float = param(0.0, "dropout on x, in training", min=0, max=0.99)
     rslora: bool = param(False, "scale by alpha/sqrt(r) (Kalajdzievski 2023)")
     init: str = param(
@@ -30,7 +30,7 @@ class LoRA(Method):
         "kaiming and gaussian: random A, B = 0; pissa: leading singular vectors; olora: leading QR columns",
         choices=("kaiming", "gaussian", "pissa", "olora"),
     )
-    lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", min=0)
+    lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", above=0)
 
     @property
     def scale(self) -> float:
@@ -48,6 +48,9 @@ class LoRA(Method):
         if self.takes_from_weight and site.tied:
             return f"init={self.init} changes the frozen weight, and this one is tied to another layer's"
         return None
+
+    def claims_weight(self) -> str | None:
+        return f"init={self.init} takes a part out of the weight" if self.takes_from_weight else None
 
     def state(self, site: Linear) -> dict[str, State]:
         start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))

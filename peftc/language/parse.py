@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,10 +47,10 @@ def parse_file(path: str | Path, *, roots: Iterable[str | Path] = ()) -> Spec:
     A used file is found relative to the file that names it, and must lie, symbolic links resolved, below the
     folder of `path` or one of `roots`. Raises `PeftcError` with every mistake of every file.
     """
-    reader = _Files((Path(path).resolve().parent, *(Path(root).resolve() for root in roots)))
+    reader = _Files(tuple(Path(os.path.realpath(folder)) for folder in (Path(path).parent, *roots)))
     spec = reader.read(Path(path), str(path), None)
     if reader.problems:
-        raise PeftcError(*reader.problems)
+        raise PeftcError(*dict.fromkeys(reader.problems))  # two files may use the same bad one
     assert spec is not None  # or there were problems
     return spec
 

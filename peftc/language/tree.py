@@ -109,7 +109,11 @@ class Glob(Selector):
 
 @dataclass(frozen=True)
 class Regex(Selector):
-    """A regular expression as written between the slashes, `\\/` for a slash; valid for `re.compile`."""
+    """A regular expression as written between the slashes, `\\/` for a slash; valid for `re.compile`.
+
+    It is Python's, so one with repeats in repeats, such as `(a+)+b`, may take forever to match; only its length is
+    limited. Name patterns never do.
+    """
 
     pattern: str
 

@@ -1,0 +1,47 @@
+"""PEFTC_DEBUG=1…4: what each pass did, told on standard error while the compiler runs.
+
+1  seconds and inserted nodes by pass; tracebacks from the command line
+2  the plan's bindings too
+3  the difference each pass made too
+4  the whole graph after each pass too
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torch import fx
+
+from peftc.graphtext import as_text, diff
+from peftc.plan import Plan
+
+VARIABLE = "PEFTC_DEBUG"
+
+
+def level() -> int:
+    """The level asked for; anything set that is no number counts as 1."""
+    asked = os.environ.get(VARIABLE, "")
+    return int(asked) if asked.isdecimal() else int(bool(asked))
+
+
+def tell_plan(plan: Plan) -> None:
+    """Level 2: every binding."""
+    if level() >= 2:
+        for binding in plan.bindings:
+            _say(f"{binding.method!r} -> {binding.site.name}  ({binding.span})")
+
+
+def tell_pass(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> None:
+    """Level 1 and up: what a pass took and what it changed."""
+    if level() >= 1:
+        _say(f"{name}: {seconds:.3f} s, {len(after.nodes) - len(before.nodes):+d} nodes")
+    if level() >= 3:
+        _say(diff(before, after))
+    if level() >= 4:
+        _say(as_text(after))
+
+
+def _say(text: str) -> None:
+    if text:
+        print(f"[peftc] {text}", file=sys.stderr)

@@ -1,0 +1,207 @@
+"""The command line: exit status, tables, `--json`, errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import peftc
+from peftc.cli import main
+
+SPEC = "apply lora(r=4, alpha=8) to attn.q, attn.v\ntrain norm\n"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """(status, stdout, stderr) of one command."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama as a Hugging Face folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "lora.peft"
+    path.write_text(SPEC)
+    return path
+
+
+def test_compile_reports_saves_and_merges(run: Run, model: Path, spec: Path, tmp_path: Path) -> None:
+    status, out, err = run("compile", spec, model, "-o", tmp_path / "build" / "lora", "--timings")
+    assert (status, err) == (0, "")
+    assert "apply lora(r=4, alpha=8) to attn.q, attn.v" in out
+    assert "compile / torch.export" in out
+    artifact = tmp_path / "build" / "lora"
+    assert sorted(path.name for path in artifact.iterdir()) == ["adapter.safetensors", "peftc.json"]
+
+    status, out, err = run("merge", artifact, "-o", tmp_path / "merged")
+    assert (status, err) == (0, "")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.randint(3, 90, (2, 6))
+    compiled = peftc.load(artifact)
+    compiled.eval()
+    torch.testing.assert_close(merged(ids).logits, compiled(ids).logits, rtol=0, atol=1e-5)
+
+    status, _, err = run("merge", artifact, "-o", tmp_path / "merged")
+    assert status == 1
+    assert "bad-output" in err
+
+
+def test_plan_needs_no_weights(run: Run, model: Path, spec: Path) -> None:
+    status, out, err = run("plan", spec, model / "config.json", "--json", "--batch", 2, "--seq", 64)
+    assert (status, err) == (0, "")
+    plan = json.loads(out)
+    assert plan["trainable"] == 4 * (32 + 32) * 2 + 4 * (32 + 16) * 2 + 5 * 32
+    assert plan["memory"]["optimizer"] == 8 * plan["trainable"]
+    assert [row["sites"] for row in plan["statements"]] == [4, 5]
+
+    status, out, _ = run("plan", spec, model)
+    assert status == 0
+    assert "optimizer" in out
+
+
+def test_a_bare_config_compiles_only_with_random_weights(run: Run, model: Path, spec: Path) -> None:
+    status, _, err = run("compile", spec, model / "config.json")
+    assert status == 1
+    assert "no-weights" in err
+    status, out, _ = run("compile", spec, model / "config.json", "--random-weights", "--json")
+    assert status == 0
+    assert json.loads(out)["model"] == "LlamaForCausalLM"
+
+
+def test_check_says_everything_at_once(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "bad.peft"
+    path.write_text("apply lora(rnak=8) to attn.q\napply lroa to attn.v\ntrain nrom\n")
+    status, out, err = run("check", path)
+    assert (status, out) == (1, "")
+    assert "did you mean 'rank'?" in err
+    assert "did you mean 'lora'?" in err
+    assert "did you mean 'norm'?" in err
+    assert "3 errors" in err
+    status, out, _ = run("check", path, "--json")
+    assert status == 1
+    assert [error["line"] for error in json.loads(out)["errors"]] == [1, 2, 3]
+
+
+def test_check_is_silent_about_a_good_spec(run: Run, spec: Path) -> None:
+    status, out, _ = run("check", spec)
+    assert status == 0
+    assert "no errors" in out
+
+
+def test_sites_and_methods(run: Run, model: Path) -> None:
+    status, out, _ = run("sites", model)
+    assert status == 0
+    assert "attn.q" in out
+    assert "layers.1" not in out, "one of equal layers is enough"
+    _, everything, _ = run("sites", model, "--all")
+    assert "layers.1" in everything
+    _, out, _ = run("sites", model, "--json")
+    roles = {role for site in json.loads(out)["sites"] for role in site["roles"]}
+    assert {"attn.q", "mlp.down", "head", "norm"} <= roles
+
+    status, out, _ = run("methods")
+    assert status == 0
+    assert "arXiv:2106.09685" in out
+    status, out, _ = run("methods", "lora", "--json")
+    (lora,) = json.loads(out)
+    assert lora["parameters"]["r"]["alias"] == "rank"
+    status, _, err = run("methods", "lroa")
+    assert status == 1
+    assert "did you mean 'lora'?" in err
+
+
+def test_show_writes_each_format(run: Run, model: Path, spec: Path, tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"graph.{kind}" for kind in ("html", "dot", "mermaid")}
+    status, out, err = run("show", spec, model, *(part for kind, f in files.items() for part in (f"--{kind}", f)))
+    assert (status, err) == (0, "")
+    assert files["html"].read_text().startswith("<!doctype html>")
+    assert files["dot"].read_text().startswith("digraph")
+    assert "flowchart" in files["mermaid"].read_text()
+    status, out, _ = run("show", spec, model, "--after", "weight methods")
+    assert status == 0
+    assert "lora" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["compile", "{spec}", "nowhere.py:make"], "bad-reference"),
+        (["compile", "{spec}", "./nowhere"], "bad-reference"),
+        (["compile", "{spec}", "{tmp}/empty"], "bad-reference"),
+        (["compile", "{spec}", "{tmp}/factory.py"], "bad-reference"),
+        (["compile", "{spec}", "{tmp}/factory.py:absent"], "bad-reference"),
+        (["compile", "{spec}", "{tmp}/factory.py:number"], "bad-reference"),
+        (["compile", "{tmp}/missing.peft", "{model}"], "unreadable-file"),
+        (["merge", "{tmp}/empty", "-o", "{tmp}/out"], "bad-artifact"),
+    ],
+)
+def test_mistakes_end_in_a_diagnostic(
+    run: Run, model: Path, spec: Path, tmp_path: Path, arguments: list[str], code: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "factory.py").write_text("def make():\n    return None\n\n\ndef number():\n    return 7\n")
+    places = {"spec": spec, "tmp": tmp_path, "model": model}
+    status, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert (status, out) == (1, "")
+    assert f"error[{code}]" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["compile"], ["plan", "a", "b", "--batch", "0"], ["nonsense"], []])
+def test_wrong_usage_ends_with_two(run: Run, arguments: list[str]) -> None:
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "usage: peftc" in err
+
+
+def test_a_crash_shows_its_traceback_only_when_asked(
+    run: Run, spec: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(peftc.api, "plan", crash)
+    monkeypatch.setattr(peftc, "plan", crash, raising=False)
+    status, _, err = run("plan", spec, model)
+    assert status == 1
+    assert "ZeroDivisionError: boom" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("PEFTC_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("plan", spec, model)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """A stranger's first command answers at once."""
+    code = "import sys; from peftc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("False")

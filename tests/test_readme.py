@@ -1,0 +1,70 @@
+"""The README is run: its table comes from the registry, its specs parse, its code and commands work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peftc
+from peftc.report import methods_markdown
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def fenced(language: str) -> list[str]:
+    """Every fenced block of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_methods_is_the_registry(request: pytest.FixtureRequest) -> None:
+    begin, end = "<!-- methods: begin -->\n", "<!-- methods: end -->"
+    text = README.read_text()
+    before, rest = text.split(begin)
+    table, after = rest.split(end)
+    if request.config.getoption("--update-golden"):
+        README.write_text(f"{before}{begin}{methods_markdown()}\n{end}{after}")
+        return
+    assert table.strip() == methods_markdown(), "pytest --update-golden writes it anew"
+
+
+def test_its_specs_have_no_errors() -> None:
+    specs = [block for block in fenced("") if block.startswith("# ") and "apply" in block]
+    assert specs
+    for spec in specs:
+        assert peftc.check(spec) == []
+
+
+def test_its_python_runs(tmp_path: Path) -> None:
+    (code,) = fenced("python")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "build" / "adapter" / "peftc.json").is_file()
+
+
+def test_its_commands_are_the_programs_commands() -> None:
+    listed = set(re.findall(r"^\| `peftc (\w+)", README.read_text(), re.MULTILINE))
+    usage = subprocess.run(
+        [sys.executable, "-m", "peftc.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert listed == set(re.findall(r"^    (\w+) ", usage, re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_its_first_command_compiles_the_real_model(tmp_path: Path) -> None:
+    """The whole line but for the virtual environment, which CI makes by the line for the tests."""
+    (line,) = [line for block in fenced("sh") for line in block.splitlines() if "peftc compile" in line]
+    command = shlex.split(line.rpartition("&&")[2])
+    assert command[0] == ".venv/bin/peftc"
+    output = tmp_path / "lora"
+    command = [sys.executable, "-m", "peftc.cli", *command[1:-1], str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM" in done.stdout
+    assert (output / "adapter.safetensors").is_file()
