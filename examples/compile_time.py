@@ -12,6 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -61,15 +62,11 @@ def main() -> None:
     print(f"{'layers':>6} {'export':>9} {'compile':>9} {'ratio':>6} {'compile a layer':>16}")
     for layers in given.layers:
         model = model_of(layers)
-        pairs = [
-            (seconds(lambda model=model: bare_export(model)), seconds(lambda model=model: peftc.compile(model, SPEC)))
-            for _ in range(given.repeat)
-        ]
+        runs = (partial(bare_export, model), partial(peftc.compile, model, SPEC))
+        pairs = [[seconds(run) for run in runs] for _ in range(given.repeat)]
         export, compiling = (min(column) for column in zip(*pairs, strict=True))
-        print(
-            f"{layers:>6} {export:>7.2f} s {compiling:>7.2f} s {compiling / export:>6.2f} {compiling / layers:>14.3f} s",
-            flush=True,
-        )
+        ratio, each = compiling / export, compiling / layers
+        print(f"{layers:>6} {export:>7.2f} s {compiling:>7.2f} s {ratio:>6.2f} {each:>14.3f} s", flush=True)
 
 
 if __name__ == "__main__":

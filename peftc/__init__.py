@@ -1,17 +1,37 @@
 """peftc: a declarative graph compiler for parameter-efficient fine-tuning."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not (Path(__file__).parent / "passes").exists():  # run from a checkout, not installed
     __path__.append(str(Path(__file__).parent.parent))
 
-from peftc.api import check, compile, plan, sites
-from peftc.checkpoint import load
-from peftc.errors import Diagnostic, PeftcError
-from peftc.module import CompiledModule
-from peftc.plan import Plan
+if TYPE_CHECKING:
+    from peftc.api import compile, plan, sites
+    from peftc.checkpoint import load
+    from peftc.errors import Diagnostic, PeftcError
+    from peftc.module import CompiledModule
+    from peftc.planning import Plan
+    from peftc.specs import check
 
 __version__ = "0.1.0"
 __all__ = [
     "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "compile", "load", "plan", "sites",
 ]  # fmt: skip
+
+_HOME = {
+    "CompiledModule": "module", "Diagnostic": "errors", "PeftcError": "errors", "Plan": "planning", "check": "specs",
+    "compile": "api", "load": "checkpoint", "plan": "api", "sites": "api",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: `peftc --help` and `peftc check` do not wait for transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'peftc' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"peftc.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

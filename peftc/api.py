@@ -1,4 +1,4 @@
-"""The public functions: compile, plan, check, sites. Each takes a model or a reference, a spec or its text."""
+"""compile, plan, sites: the public functions that take a model, or a reference to one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import nn
 
 from peftc import pipeline
 from peftc.capture import capture
-from peftc.errors import Diagnostic, PeftcError
 from peftc.inputs import example_inputs
 from peftc.module import CompiledModule
-from peftc.plan import Plan
+from peftc.planning import Plan
 from peftc.references import load_model, parse_reference
 from peftc.resolve import resolve
 from peftc.roles import find_sites
-from peftc.sites import Sites
-from peftc.syntax import Spec, parse, parse_file
-from peftc.text import Source
+from peftc.site import Sites
+from peftc.specs import as_spec
+from peftc.syntax import Spec
 from peftc.timings import Timings
 
 
@@ -80,28 +79,10 @@ def plan(
     return pipeline.plan_model(module, parsed, inputs, timings or Timings())
 
 
-def check(spec: Spec | str | Path) -> list[Diagnostic]:
-    """Everything wrong with a spec that can be known without a model; an empty list if nothing is."""
-    try:
-        resolve(as_spec(spec))
-    except PeftcError as error:
-        return list(error.diagnostics)
-    return []
-
-
 def sites(model: nn.Module | str | Path, *, example: Any = None) -> Sites:
     """What `model` offers to selectors: roles, names, shapes, in the order of the forward pass."""
     module, given = as_model(model, meta=True)
     return find_sites(capture(module, example_inputs(module, given if example is None else example)))
-
-
-def as_spec(spec: Spec | str | Path) -> Spec:
-    """A parsed spec from a path ending in `.peft` or from text."""
-    if isinstance(spec, Spec):
-        return spec
-    if isinstance(spec, Path) or (spec.endswith(".peft") and "\n" not in spec):
-        return parse_file(spec)
-    return parse(Source("<spec>", spec))
 
 
 def as_model(model: nn.Module | str | Path, **options: Any) -> tuple[nn.Module, Any]:

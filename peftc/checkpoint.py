@@ -22,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftc import pipeline
 from peftc import syntax as ast
@@ -30,7 +31,7 @@ from peftc.inputs import Example, example_inputs
 from peftc.ir import get_attribute
 from peftc.model_errors import BadArtifact, WrongBase
 from peftc.module import CompiledModule, added_names
-from peftc.plan import Plan
+from peftc.planning import Plan
 from peftc.references import load_model, parse_reference
 from peftc.text import Source
 from peftc.timings import Timings
@@ -97,7 +98,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over what a model computes with: its configuration, and every parameter and buffer."""
     digest = hashlib.sha256()
-    if hasattr(model, "config"):
+    if isinstance(model, PreTrainedModel):
         settings = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=itemgetter(0)):

@@ -83,7 +83,7 @@ def _compile(given: argparse.Namespace) -> None:
     if given.timings:
         _print(timings_table(timings.seconds))
     if given.output:
-        _print(f"written to {given.output}")
+        print(f"written to {given.output}")
 
 
 def _plan(given: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def _check(given: argparse.Namespace) -> int:
     elif problems:
         _complain(PeftcError(*problems), as_json=False)
     else:
-        _print(f"{given.spec}: no errors")
+        print(f"{given.spec}: no errors")
     return 1 if problems else 0
 
 
@@ -165,7 +165,7 @@ def _show(given: argparse.Namespace) -> None:
             print(text)
         else:
             _write_text(path, text)
-            _print(f"written to {path}")
+            print(f"written to {path}")
 
 
 def _merge(given: argparse.Namespace) -> None:
@@ -188,7 +188,7 @@ def _merge(given: argparse.Namespace) -> None:
     if given.json:
         _print_json({"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds})
     else:
-        _print(f"a plain {type(merged).__name__}, written to {given.output}")
+        print(f"a plain {type(merged).__name__}, written to {given.output}")
 
 
 # --- the arguments -----------------------------------------------------------------------------------------------
@@ -258,9 +258,9 @@ def _version() -> str:
 
 
 def _optimizers() -> tuple[str, ...]:
-    from peftc.cost import OPTIMIZERS
+    from peftc.optimizers import STATE_BYTES
 
-    return tuple(OPTIMIZERS)
+    return tuple(STATE_BYTES)
 
 
 def _positive(text: str) -> int:

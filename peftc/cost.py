@@ -6,7 +6,7 @@ that a gradient needs. Sizes are the captured ones with batch and sequence put i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,21 +15,12 @@ import torch
 from torch import fx
 
 from peftc.ir import get_attribute, is_tensor, value
+from peftc.optimizers import STATE_BYTES
 
 if TYPE_CHECKING:
-    from peftc.plan import Binding, Plan
+    from peftc.planning import Binding, Plan
 
 aten = torch.ops.aten
-
-# Optimiser -> bytes of state for each parameter of `size` bytes.
-OPTIMIZERS: dict[str, Callable[[int], int]] = {
-    "adamw": lambda size: 2 * size,
-    "adam": lambda size: 2 * size,
-    "sgd": lambda size: 0,
-    "momentum": lambda size: size,
-    "lion": lambda size: size,
-    "adamw8bit": lambda size: 2,
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
         plan: of any device; its graph gives the shapes.
         batch: examples in a step.
         seq: tokens in an example; without effect on models that take no tokens.
-        optimizer: a key of `OPTIMIZERS`; its state is in the parameters' own precision.
+        optimizer: a key of `peftc.optimizers.STATE_BYTES`; its state is in the parameters' own precision.
     """
     module = plan.captured.module
     sizes = {name: get_attribute(module, name).element_size() for name in plan.sites.parameters}
@@ -110,7 +101,7 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
     return Memory(
         weights=weights + sum(count * size for count, size, _ in added),
         gradients=sum(count * size for count, size in learning),
-        optimizer=sum(count * OPTIMIZERS[optimizer](size) for count, size in learning),
+        optimizer=sum(count * STATE_BYTES[optimizer](size) for count, size in learning),
         activations=sum(kept.bytes(known) for kept in plan.kept),
     )
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
-from peftc.graphtext import as_text, diff
-from peftc.plan import Plan
+    from peftc.planning import Plan
 
 VARIABLE = "PEFTC_DEBUG"
 
@@ -34,6 +35,8 @@ def tell_plan(plan: Plan) -> None:
 
 def tell_pass(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> None:
     """Level 1 and up: what a pass took and what it changed."""
+    from peftc.graphtext import as_text, diff  # needs torch, which `level` must not wait for
+
     if level() >= 1:
         _say(f"{name}: {seconds:.3f} s, {len(after.nodes) - len(before.nodes):+d} nodes")
     if level() >= 3:

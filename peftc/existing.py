@@ -11,7 +11,7 @@ from torch import fx
 from peftc.blocks import Block
 from peftc.ir import module_path, value
 from peftc.linears import CASTS, parameter_of
-from peftc.sites import Parameters, Site
+from peftc.site import Parameters, Site
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import State, wanted
-from peftc.plan import Binding, Plan
-from peftc.sites import Linear, Module, Use
+from peftc.planning import Binding, Plan
+from peftc.site import Linear, Module, Use
 
 HALF = (torch.float16, torch.bfloat16)
 

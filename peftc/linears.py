@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from peftc.ir import is_tensor, value
-from peftc.sites import Use
+from peftc.site import Use
 
 aten = torch.ops.aten
 

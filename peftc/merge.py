@@ -18,8 +18,8 @@ from peftc.insert import dense_weight, take
 from peftc.ir import get_attribute
 from peftc.model_errors import BadOutput, CannotMerge
 from peftc.module import CompiledModule
-from peftc.plan import Binding
-from peftc.sites import Linear
+from peftc.planning import Binding
+from peftc.site import Linear
 
 
 def merge(compiled: CompiledModule) -> nn.Module:

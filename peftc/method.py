@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from peftc.sites import Linear, Site
+from peftc.site import Linear, Site
 
 Init = Callable[[Tensor], Tensor]
 

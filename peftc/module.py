@@ -14,7 +14,7 @@ from peftc.calling import Convention, without_loss
 from peftc.errors import PeftcError
 from peftc.ir import set_tensor
 from peftc.model_errors import CannotGenerate, NeedsLabels
-from peftc.plan import Plan
+from peftc.planning import Plan
 
 Stages = list[tuple[str, fx.Graph]]
 

@@ -20,7 +20,7 @@ from peftc.insert import Inserter, materialise
 from peftc.method import Stage
 from peftc.module import CompiledModule, Stages
 from peftc.normalise import tidy
-from peftc.plan import Plan, make_plan
+from peftc.planning import Plan, make_plan
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings

@@ -14,8 +14,8 @@ from rich.tree import Tree
 
 from peftc.cost import Memory, formatted_bytes
 from peftc.method import Method, methods
-from peftc.plan import Plan
-from peftc.sites import Site, Sites
+from peftc.planning import Plan
+from peftc.site import Site, Sites
 
 # Stages of a command that are not compiling, and the one that is torch.export and nothing else.
 NOT_COMPILING = ("check", "load", "save", "merge")

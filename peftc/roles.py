@@ -24,7 +24,7 @@ from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, resid
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
 from peftc.rows import Known, feature_rows
-from peftc.sites import Experts, Linear, Module, Site, Sites
+from peftc.site import Experts, Linear, Module, Site, Sites
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.errors import Diagnostic
-from peftc.sites import Experts, Linear, Parameters, Site, Sites
+from peftc.site import Experts, Linear, Parameters, Site, Sites
 
 COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,

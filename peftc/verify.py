@@ -13,7 +13,7 @@ from peftc.errors import PeftcError
 from peftc.ir import PROVENANCE, Provenance, fake_mode, get_attribute
 from peftc.method import Method
 from peftc.model_errors import VerifierFailed
-from peftc.plan import Plan
+from peftc.planning import Plan
 
 
 class Verifier:

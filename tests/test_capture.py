@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ def test_the_compiled_model_computes_what_the_base_does(name: str) -> None:
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:
-    model = ZOO["bert"]()
+    model: Any = ZOO["bert"]()
     model.eval()
     model.classifier.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -66,7 +68,7 @@ def test_tied_weights_stay_one_tensor() -> None:
     names = [name for name, parameter in compiled.named_parameters() if parameter.requires_grad]
     assert len(names) == 2  # the tied one and the positions
     compiled(**inputs(model)).loss.backward()
-    merged = compiled.merge()
+    merged: Any = compiled.merge()
     assert merged.lm_head.weight is merged.transformer.wte.weight
 
 
@@ -82,11 +84,13 @@ class Net(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.norm(self.conv(image)))
-        return self.out(self.drop(hidden.mean((2, 3))))
+        result: torch.Tensor = self.out(self.drop(hidden.mean((2, 3))))
+        return result
 
 
 def test_a_plain_convolutional_net() -> None:
     model = Net()
+    assert model.norm.running_mean is not None
     model.norm.running_mean.uniform_()
     compiled = peftc.compile(model, "apply lora(r=2) to linear\ntrain norm, conv", example=torch.randn(1, 3, 8, 8))
     statistics = model.norm.running_mean.clone()
@@ -111,7 +115,8 @@ def test_a_plain_mlp_takes_its_example_in_any_form(example: object) -> None:
             self.layers = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layers(x)
+            result: torch.Tensor = self.layers(x)
+            return result
 
     model = Mlp()
     compiled = peftc.compile(model, 'apply lora(r=2) to "layers.0"', example=example)
@@ -134,7 +139,7 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:
-            return self.layer(x)
+            x = self.layer(x)
         return x
 
 

@@ -136,7 +136,7 @@ def test_sites_and_methods(run: Run, model: Path) -> None:
     assert lora["parameters"]["r"]["alias"] == "rank"
     status, _, err = run("methods", "lroa")
     assert status == 1
-    assert "did you mean 'lora'?" in err
+    assert "methods: adapter" in err
 
 
 def test_show_writes_each_format(run: Run, model: Path, spec: Path, tmp_path: Path) -> None:
@@ -189,7 +189,6 @@ def test_a_crash_shows_its_traceback_only_when_asked(
     def crash(*_: object, **__: object) -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr(peftc.api, "plan", crash)
     monkeypatch.setattr(peftc, "plan", crash, raising=False)
     status, _, err = run("plan", spec, model)
     assert status == 1
@@ -202,6 +201,6 @@ def test_a_crash_shows_its_traceback_only_when_asked(
 
 def test_help_does_not_wait_for_torch() -> None:
     """A stranger's first command answers at once."""
-    code = "import sys; from peftc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = "import sys, peftc.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")

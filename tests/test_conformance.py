@@ -31,7 +31,7 @@ from peftc import pipeline
 from peftc.capture import Captured, capture
 from peftc.ir import get_attribute
 from peftc.method import Method, Param, methods, wanted
-from peftc.sites import Linear, Module, Site
+from peftc.site import Linear, Module, Site
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

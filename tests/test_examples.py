@@ -13,9 +13,9 @@ from safetensors import safe_open
 import peftc
 from peftc.capture import Captured, capture
 from peftc.inputs import example_inputs
-from peftc.plan import make_plan
+from peftc.planning import make_plan
 from peftc.roles import find_sites
-from peftc.sites import Sites
+from peftc.site import Sites
 from peftc.syntax import parse, parse_file, unparse
 from peftc.text import Source
 from zoo import ZOO, inputs

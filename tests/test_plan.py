@@ -16,14 +16,14 @@ from torch import nn
 
 import golden
 import peftc
-from peftc.api import as_spec
 from peftc.capture import Captured, capture
 from peftc.inputs import example_inputs
-from peftc.plan import Plan, make_plan
+from peftc.planning import Plan, make_plan
 from peftc.references import load_model, parse_reference
 from peftc.roles import find_sites
 from peftc.select import Selection
-from peftc.sites import Linear, Site, Sites
+from peftc.site import Linear, Site, Sites
+from peftc.specs import as_spec
 from peftc.syntax import Apply, Train, Union
 from zoo import ZOO
 

@@ -14,7 +14,6 @@ from torch import fx
 import peftc
 from golden import check
 from peftc.graphtext import UniqueSuffixes, plain
-from peftc.layout import lay_out
 from peftc.module import CompiledModule
 from peftc.show import (
     Drawing,
@@ -30,6 +29,7 @@ from peftc.show import (
     to_mermaid,
     to_text,
 )
+from peftc.show.layout import lay_out
 from zoo import ZOO
 
 GOLDEN = Path(__file__).parent / "golden" / "show"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.method import Method, Stage, State, method, param
-from peftc.sites import Module
+from peftc.site import Module
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

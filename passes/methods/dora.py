@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from peftc.method import Method, State, method, param
-from peftc.sites import Linear
+from peftc.site import Linear
 
 
 @method

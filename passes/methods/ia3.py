@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftc.method import Method, Stage, State, method, param
-from peftc.sites import Linear
+from peftc.site import Linear
 
 
 @method

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from peftc.drawing import Drawing, DrawnEdge
-from peftc.layers import (
+from peftc.show.drawing import Drawing, DrawnEdge
+from peftc.show.layers import (
     ACROSS,
     HEIGHT,
     INSET,

@@ -16,7 +16,10 @@ import torch
 from torch import fx
 
 from peftc.calling import Convention
-from peftc.drawing import (
+from peftc.graphtext import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
+from peftc.ir import STACK, module_path
+from peftc.planning import Plan
+from peftc.show.drawing import (
     Cell,
     Drawing,
     DrawnEdge,
@@ -30,9 +33,6 @@ from peftc.drawing import (
     plumbing_text,
     window,
 )  # fmt: skip
-from peftc.graphtext import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
-from peftc.ir import STACK, module_path
-from peftc.plan import Plan
 from peftc.text import Span
 
 # Operands whose names say nothing of what they are.

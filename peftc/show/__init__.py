@@ -8,12 +8,12 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
-from peftc.artist import draw
-from peftc.drawing import Drawing, DrawnEdge, DrawnNode
 from peftc.errors import PeftcError
 from peftc.graphtext import as_text, diff
 from peftc.model_errors import UnknownBlock, UnknownPass
-from peftc.page import to_html
+from peftc.show.artist import draw
+from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
+from peftc.show.page import to_html
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule

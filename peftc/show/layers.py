@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import networkx as nx
 
-from peftc.drawing import Drawing, DrawnEdge, DrawnNode
+from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
 
 LETTER, SMALL_LETTER = 7.25, 6.65  # widths in a 12 and an 11 pixel monospaced font
 HEIGHT, PILL = 30.0, 22.0

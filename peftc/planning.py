@@ -23,7 +23,7 @@ from peftc.errors import Diagnostic, PeftcError
 from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, resolve
 from peftc.select import COMPARE, Selection
-from peftc.sites import Experts, Linear, Module, Site, Sites
+from peftc.site import Experts, Linear, Module, Site, Sites
 from peftc.text import Span
 
 KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from peftc.drawing import Drawing, DrawnEdge, DrawnNode, Origin, origin_of
 from peftc.graphtext import plain
-from peftc.layers import BADGE, named_ports
-from peftc.layout import Layout, Route, lay_out
-from peftc.page_style import CSS, SCRIPT
-from peftc.plan import Plan
+from peftc.planning import Plan
+from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode, Origin, origin_of
+from peftc.show.layers import BADGE, named_ports
+from peftc.show.layout import Layout, Route, lay_out
+from peftc.show.style import CSS, SCRIPT
 from peftc.text import Source
 
 HUES = 8
