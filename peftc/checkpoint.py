@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 
 from peftc import pipeline
 from peftc import syntax as ast
+from peftc.artifact_errors import BadArtifact, WrongBase
 from peftc.errors import PeftcError
 from peftc.inputs import Example, example_inputs
 from peftc.ir import get_attribute
-from peftc.model_errors import BadArtifact, WrongBase
 from peftc.module import CompiledModule, added_names
 from peftc.planning import Plan
 from peftc.references import load_model, parse_reference

@@ -61,7 +61,6 @@ def _complain(error: PeftcError, *, as_json: bool) -> None:
 def _compile(given: argparse.Namespace) -> None:
     """Compiles, verifies, reports; with -o writes the artifact."""
     import peftc
-    from peftc.references import load_model, parse_reference
     from peftc.report import plan_table, timings_table
 
     with _progress(given) as timings:
@@ -70,8 +69,7 @@ def _compile(given: argparse.Namespace) -> None:
             if problems:
                 raise PeftcError(*problems)
         with timings.stage("load"):
-            reference = parse_reference(given.model)
-            model, example = load_model(reference, random_weights=given.random_weights, dtype=given.dtype)
+            model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
         compiled = peftc.compile(model, given.spec, example=example, timings=timings)
         if given.output:
             with timings.stage("save"):
@@ -130,8 +128,8 @@ def _sites(given: argparse.Namespace) -> None:
 def _methods(given: argparse.Namespace) -> None:
     """The registry, or one method of it."""
     from peftc.method import methods
-    from peftc.model_errors import UnknownMethod
     from peftc.report import described_methods, method_page, methods_table
+    from peftc.spec_errors import UnknownMethod
 
     known = methods()
     if given.name and given.name not in known:
@@ -147,12 +145,11 @@ def _methods(given: argparse.Namespace) -> None:
 def _show(given: argparse.Namespace) -> None:
     """The graph before and after the passes."""
     import peftc
-    from peftc.references import load_model, parse_reference
     from peftc.show import Format, render_show
 
     with _progress(given) as timings:
         with timings.stage("load"):
-            model, example = load_model(parse_reference(given.model), random_weights=given.random_weights)
+            model, example = _load_model(given.model, random_weights=given.random_weights)
         compiled = peftc.compile(model, given.spec, example=example, timings=timings)
     wanted: dict[Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
@@ -172,13 +169,13 @@ def _merge(given: argparse.Namespace) -> None:
     """Folds an artifact into a plain model."""
     import peftc
     from peftc.merge import save_merged
-    from peftc.references import load_model, parse_reference
 
+    _watched_only()
     with _progress(given) as timings:
         model = None
         if given.model:
             with timings.stage("load"):
-                model = load_model(parse_reference(given.model))[0]
+                model = _load_model(given.model)[0]
         with timings.stage("compile"):
             compiled = peftc.load(given.artifact, model)
         with timings.stage("merge"):
@@ -189,6 +186,22 @@ def _merge(given: argparse.Namespace) -> None:
         _print_json({"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds})
     else:
         print(f"a plain {type(merged).__name__}, written to {given.output}")
+
+
+def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
+    """The model and its example."""
+    from peftc.references import load_model, parse_reference
+
+    _watched_only()
+    return load_model(parse_reference(text), **options)
+
+
+def _watched_only() -> None:
+    """The progress bar of weights being read shows only where somebody watches it."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 # --- the arguments -----------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peftc.artifact_errors import BadOutput
 from peftc.errors import Diagnostic, PeftcError
 from peftc.insert import dense_weight, take
 from peftc.ir import get_attribute
-from peftc.model_errors import BadOutput, CannotMerge
+from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
 from peftc.planning import Binding
 from peftc.site import Linear

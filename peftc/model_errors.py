@@ -1,14 +1,11 @@
-"""The mistakes that only show with a model at hand: capture, matching, attaching, budgets, artifacts.
-
-The same small classes as in `errors.py`, in sections by the stage that finds them.
-"""
+"""The mistakes that only show with a model at hand: capture, matching, attaching, budgets, using."""
 
 from __future__ import annotations
 
 from peftc.errors import Diagnostic, suggest
 from peftc.text import Label, Span
 
-# --- capture -----------------------------------------------------------------------------------------------------
+# --- capture ----------------------------------------------------------------------------------------------------------
 
 
 class NeedsExample(Diagnostic):
@@ -52,248 +49,7 @@ class CannotCapture(Diagnostic):
         return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
 
 
-# --- names and methods -------------------------------------------------------------------------------------------
-
-
-class NotYet(Diagnostic):
-    """Part of the language that this version parses and does not carry out."""
-
-    code = "not-yet"
-    what: str
-    instead: str = ""
-
-    @property
-    def title(self) -> str:
-        return f"{self.what} is part of the language, but this version of peftc cannot carry it out"
-
-    @property
-    def label(self) -> str:
-        return self.instead
-
-
-class UnknownMethod(Diagnostic):
-    code = "unknown-method"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"there is no method '{self.name}'"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"methods: {', '.join(self.known)}",)
-
-
-class UnknownParameter(Diagnostic):
-    code = "unknown-parameter"
-    method: str
-    name: str
-    takes: tuple[str, ...]
-    names: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} has no parameter '{self.name}'"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.names) or ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"{self.method} takes: {', '.join(self.takes)}" if self.takes else f"{self.method} takes none",)
-
-
-class PositionalArgument(Diagnostic):
-    code = "positional-argument"
-    method: str
-    first: str | None
-
-    @property
-    def title(self) -> str:
-        return f"the parameters of {self.method} are given by name"
-
-    @property
-    def label(self) -> str:
-        return f"write {self.first}=…" if self.first else "it takes none"
-
-
-class BadValue(Diagnostic):
-    code = "bad-value"
-    method: str
-    name: str
-    problem: str
-    hint: str | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} of {self.method} {self.problem}"
-
-    @property
-    def label(self) -> str:
-        return self.hint or ""
-
-
-class ParametersConflict(Diagnostic):
-    code = "parameters-conflict"
-    method: str
-    problem: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method}: {self.problem}"
-
-
-class GivenTwice(Diagnostic):
-    """One parameter under its name and its alias."""
-
-    code = "given-twice"
-    method: str
-    name: str
-    first: Span
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} of {self.method} is given twice"
-
-    @property
-    def secondary(self) -> tuple[Label, ...]:
-        return (Label(self.first, "first here"),)
-
-
-class NameTaken(Diagnostic):
-    code = "name-taken"
-    name: str
-    what: str
-    first: Span | None = None
-
-    @property
-    def title(self) -> str:
-        return f"'{self.name}' is already {self.what}"
-
-    @property
-    def secondary(self) -> tuple[Label, ...]:
-        return (Label(self.first, "first here"),) if self.first else ()
-
-
-class WrongKindOfName(Diagnostic):
-    code = "wrong-kind-of-name"
-    name: str
-    is_a: str
-    wanted: str
-    defined: Span
-
-    @property
-    def title(self) -> str:
-        return f"'{self.name}' names a {self.is_a}, and a {self.wanted} is wanted here"
-
-    @property
-    def secondary(self) -> tuple[Label, ...]:
-        return (Label(self.defined, "defined here"),)
-
-
-class UnknownRole(Diagnostic):
-    code = "unknown-role"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"there is no role or name '{self.name}'"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            f"roles: {', '.join(self.known)}",
-            'a module is named in quotation marks: "model.layers.*.mlp.down_proj"',
-        )
-
-
-class UnknownStack(Diagnostic):
-    code = "unknown-stack"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"a model has no part called '{self.name}'"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
-
-
-class NoTarget(Diagnostic):
-    code = "no-target"
-    method: str
-    hint: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} needs a place: apply {self.method} to SELECTOR"
-
-    @property
-    def label(self) -> str:
-        return self.hint
-
-
-class UnknownField(Diagnostic):
-    code = "unknown-field"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"sites have no '{self.name}' to compare"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
-
-
-class NotANumber(Diagnostic):
-    code = "not-a-number"
-    name: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.name}' is compared with a number"
-
-
-class UnknownQuantity(Diagnostic):
-    code = "unknown-quantity"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"'{self.name}' is nothing that can be required"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
-
-
-class WrongUnit(Diagnostic):
-    code = "wrong-unit"
-    quantity: str
-    expects: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.quantity} is compared with {self.expects}"
-
-
-# --- matching ----------------------------------------------------------------------------------------------------
+# --- matching ---------------------------------------------------------------------------------------------------------
 
 
 class NoMatch(Diagnostic):
@@ -422,7 +178,7 @@ class TrainsTied(Diagnostic):
         return "name both to train them together"
 
 
-# --- budgets -----------------------------------------------------------------------------------------------------
+# --- budgets ----------------------------------------------------------------------------------------------------------
 
 
 class OverBudget(Diagnostic):
@@ -454,7 +210,7 @@ class NothingTrains(Diagnostic):
         return ("for example: apply lora(r=8) to attn.q, attn.v",)
 
 
-# --- inside the compiler -----------------------------------------------------------------------------------------
+# --- inside the compiler ----------------------------------------------------------------------------------------------
 
 
 class VerifierFailed(Diagnostic):
@@ -471,7 +227,7 @@ class VerifierFailed(Diagnostic):
         return ("this is a bug in peftc, not in the spec: please report it with the spec and the model's config",)
 
 
-# --- using a compiled model --------------------------------------------------------------------------------------
+# --- using a compiled model -------------------------------------------------------------------------------------------
 
 
 class NeedsLabels(Diagnostic):
@@ -510,74 +266,7 @@ class CannotMerge(Diagnostic):
         return ("save() keeps it beside the base model, which every method can do",)
 
 
-# --- references and artifacts ------------------------------------------------------------------------------------
-
-
-class BadReference(Diagnostic):
-    code = "bad-reference"
-    reference: str
-    reason: str
-    hint: str = ""
-
-    @property
-    def title(self) -> str:
-        return f"cannot read a model from '{self.reference}': {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            *((f"for example: {self.hint}",) if self.hint else ()),
-            "a model is a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory",
-        )
-
-
-class NoWeights(Diagnostic):
-    code = "no-weights"
-    reference: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.reference}' is a bare config, which has no weights"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("peftc plan needs none; to compile, name the folder with the weights, or add --random-weights",)
-
-
-class BadArtifact(Diagnostic):
-    code = "bad-artifact"
-    folder: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.folder}' is not an artifact that can be used: {self.reason}"
-
-
-class BadOutput(Diagnostic):
-    code = "bad-output"
-    folder: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.folder}' is not empty, and is left alone: name another folder"
-
-
-class WrongBase(Diagnostic):
-    code = "wrong-base"
-    folder: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.folder}' does not fit this base model: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("pass the model it was made on: peftc.load(folder, model)",)
-
-
-# --- show --------------------------------------------------------------------------------------------------------
+# --- show -------------------------------------------------------------------------------------------------------------
 
 
 class UnknownBlock(Diagnostic):

@@ -98,6 +98,16 @@ class CompiledModule(fx.GraphModule):
                     _move_constants(module, before, self.device)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
+        shared = {name: self.__dict__[name] for name in ("plan", "history", "base", "convention")}
+        memo.update({id(value): value for value in (*shared.values(), self._pruned)})
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, CompiledModule)
+        copied.__dict__.update(shared, _pruned={})
+        copied._set_forward()
+        return copied.train(self.training)
+
     # Facts
 
     @property

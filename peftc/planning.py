@@ -24,6 +24,7 @@ from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, resolve
 from peftc.select import COMPARE, Selection
 from peftc.site import Experts, Linear, Module, Site, Sites
+from peftc.spec_errors import NotYet
 from peftc.text import Span
 
 KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
@@ -193,7 +194,7 @@ class _Planner:
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
         if any(isinstance(site, Experts) for site in wrong):
             self.problems.append(
-                say.NotYet(
+                NotYet(
                     what=f"{application.method.name} on stacked expert weights",
                     instead="leave them out with 'except expert'",
                     span=application.target.span,

@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+from peftc.artifact_errors import BadReference, NoWeights
 from peftc.errors import PeftcError
-from peftc.model_errors import BadReference, NoWeights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from peftc import model_errors as say
+from peftc import spec_errors as say
 from peftc import syntax as ast
 from peftc.errors import Diagnostic, PeftcError, suggest
 from peftc.language import mistakes
