@@ -11,18 +11,19 @@ if TYPE_CHECKING:
     from peftc.api import compile, plan, sites
     from peftc.checkpoint import load
     from peftc.errors import Diagnostic, PeftcError
+    from peftc.interop import load_peft
     from peftc.module import CompiledModule
     from peftc.planning import Plan
     from peftc.specs import check
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "compile", "load", "plan", "sites",
+    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "compile", "load", "load_peft", "plan", "sites",
 ]  # fmt: skip
 
 _HOME = {
     "CompiledModule": "module", "Diagnostic": "errors", "PeftcError": "errors", "Plan": "planning", "check": "specs",
-    "compile": "api", "load": "checkpoint", "plan": "api", "sites": "api",
+    "compile": "api", "load": "checkpoint", "load_peft": "interop", "plan": "api", "sites": "api",
 }  # fmt: skip
 
 

@@ -48,6 +48,19 @@ class BadArtifact(Diagnostic):
         return f"'{self.folder}' is not an artifact that can be used: {self.reason}"
 
 
+class CannotExport(Diagnostic):
+    code = "cannot-export"
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"HF PEFT's folder cannot hold this: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("save() keeps everything, for peftc.load",)
+
+
 class BadOutput(Diagnostic):
     code = "bad-output"
     folder: str

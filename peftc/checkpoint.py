@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from types import UnionType
@@ -56,17 +57,26 @@ def save(compiled: CompiledModule, folder: Path) -> None:
     Raises:
         PeftcError: `bad-artifact` if something else stands at `folder`.
     """
+    tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
+    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
+    write_folder(folder, {TENSORS: blob, MANIFEST: json.dumps(manifest, indent=2).encode()}, ours=_is_artifact)
+
+
+def write_folder(folder: Path, files: dict[str, bytes], *, ours: Callable[[Path], bool]) -> None:
+    """Writes `files` as a folder that is there whole or not at all. `ours` says what may be replaced.
+
+    Raises:
+        PeftcError: `bad-artifact` if something else stands at `folder`.
+    """
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and (_is_artifact(folder) or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and (ours(folder) or not any(folder.iterdir()))):
         raise PeftcError(BadArtifact(folder=str(folder), reason="something else is there, and is left alone"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
-        blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        _write(temporary / TENSORS, blob)
-        manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        for name, data in files.items():
+            _write(temporary / name, data)
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -138,6 +138,7 @@ class Method:
     stage: ClassVar[Stage] = Stage.WEIGHT
     identity: ClassVar[bool] = True
     unmergeable: ClassVar[str | None] = None
+    peft_type: ClassVar[str | None] = None
     parameters: ClassVar[dict[str, Param]] = {}
 
     def __init__(self, **given: Any) -> None:
@@ -199,6 +200,17 @@ class Method:
     ) -> tuple[Tensor, Tensor | None]:
         """The weight [n_out, n_in] and bias [n_out] of a plain layer that does the same."""
         return weight + self.delta(site, **state).to(weight.dtype), bias
+
+    def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's."""
+        return None
 
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""

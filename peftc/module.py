@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from peftc.calling import Convention, without_loss
 from peftc.errors import PeftcError
 from peftc.ir import set_tensor
-from peftc.model_errors import CannotGenerate, NeedsLabels
+from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
 
 Stages = list[tuple[str, fx.Graph]]
@@ -155,41 +155,23 @@ class CompiledModule(fx.GraphModule):
 
         save(self, Path(folder))
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the folder that HF PEFT reads; LoRA, DoRA and IA3 on whole modules fit in one."""
+        from peftc.interop import save_pretrained
+
+        save_pretrained(self, Path(folder))
+
     def merge(self) -> nn.Module:
         """A model of the base's own class that computes the same, with no trace of peftc."""
         from peftc.merge import merge
 
         return merge(self)
 
-    @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
         """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""
-        if "input_ids" not in self.convention.inputs or "logits" not in self.convention.keys:
-            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
-        was_training = self.training
-        self.eval()
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ends = _end_tokens(self.base).to(input_ids.device)
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            logits = self(input_ids=input_ids, attention_mask=mask).logits[:, -1]
-            chosen = logits.argmax(-1)
-            if len(ends):
-                chosen = torch.where(done, ends[0], chosen)
-                done |= torch.isin(chosen, ends)
-            input_ids = torch.cat([input_ids, chosen[:, None]], 1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            if bool(done.all()):
-                break
-        self.train(was_training)
-        return input_ids
+        from peftc.generate import greedy
 
-
-def _end_tokens(base: nn.Module) -> Tensor:
-    """The model's end-of-sequence tokens, none where it has none."""
-    settings = getattr(base, "generation_config", None) or getattr(base, "config", None)
-    found = getattr(settings, "eos_token_id", None)
-    return torch.tensor([] if found is None else [found] if isinstance(found, int) else found, dtype=torch.long)
+        return greedy(self, input_ids, attention_mask, max_new_tokens)
 
 
 def _move_constants(module: fx.GraphModule, before: torch.device, after: torch.device) -> None:

@@ -100,7 +100,6 @@ def test_spec_compiles_and_learns(spec: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
 def test_train_script_trains_saves_and_resumes(tmp_path: Path) -> None:
     def train(*arguments: str) -> list[str]:
         command = [sys.executable, "-W", "error", str(EXAMPLES / "train.py"), "--batch", "1", *arguments]

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+import peftc
 import test_syntax
 from peftc import syntax
 from peftc.errors import Diagnostic, PeftcError
@@ -18,7 +19,6 @@ from peftc.syntax import Glob, Node, Selector, Spec, Statement, Value, parse_fil
 from peftc.text import Source
 
 read, NOWHERE = test_syntax.read, test_syntax.NOWHERE
-unhurried = settings(deadline=None)  # other processes may take the machine meanwhile
 
 
 def mistakes(text: str) -> tuple[Diagnostic, ...]:
@@ -59,7 +59,6 @@ def read_alone(node: Node) -> Node | None:
     return node
 
 
-@unhurried
 @given(st.lists(test_syntax.statements, max_size=3), st.sampled_from(["", "\ufeff", "# \U0001f600é\r\n"]))
 def test_the_span_of_a_node_is_its_text(items: list[Statement], before: str) -> None:
     spec = read(before + unparse(Spec(tuple(items), Source("", ""), **NOWHERE)))
@@ -79,7 +78,6 @@ def check_carets(text: str) -> None:
         assert all(words in problem.span.text for words in said), problem
 
 
-@unhurried
 @given(
     st.lists(
         st.sampled_from([*test_syntax.WORDS, *test_syntax.SIGNS, "8 q", "a*b.c", '"\\q"', "\u0430b", "\U0001f600"])
@@ -93,7 +91,6 @@ def test_carets(words: list[str]) -> None:
 GOLDENS = [path.read_bytes().decode() for path in sorted(test_syntax.BAD.glob("*.peft"))]
 
 
-@unhurried
 @given(st.sampled_from(GOLDENS), st.data())
 def test_damaged_goldens(text: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(text)))
@@ -184,7 +181,6 @@ segments = st.one_of(
 paths = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=6)
 
 
-@unhurried
 @given(st.lists(segments, min_size=1, max_size=5), paths)
 def test_name_patterns_match_by_their_definition(choices: list[list[str]], path: list[str]) -> None:
     text = ".".join(f"{{{','.join(choice)}}}" if len(choice) > 1 else choice[0] for choice in choices)
@@ -201,6 +197,12 @@ def codes(path: Path) -> list[str]:
     with pytest.raises(PeftcError) as raised:
         parse_file(path)
     return [problem.code for problem in raised.value.diagnostics]
+
+
+def test_use_in_a_text_without_a_file() -> None:
+    """There is no folder to look in; the one peftc happens to run in is not meant."""
+    problems = [*peftc.check('train norm\nuse "x.peft"')]
+    assert [problem.code for problem in problems] == ["use-without-file"]
 
 
 def test_use_beside_a_link(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import models
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 
 
 def test_smollm2_knows_the_capital_of_france() -> None:

@@ -24,7 +24,7 @@ from peftc.roles import find_sites
 from peftc.select import Selection
 from peftc.site import Linear, Site, Sites
 from peftc.specs import as_spec
-from peftc.syntax import Apply, Train, Union
+from peftc.syntax import Apply
 from zoo import ZOO
 
 torch.set_num_threads(1)
@@ -158,7 +158,6 @@ def test_selector(model: str, selector: str, expected: set[str] | None) -> None:
     assert found == sorted(found, key=order.index)
 
 
-@pytest.mark.xfail(strict=True, reason="what a union removes is never checked, a misspelt name in it included")
 @together("gpt2")
 def test_a_misspelt_name_among_what_is_removed() -> None:
     """A role may be missing from a model; a name that nothing has is a mistake, alone or in a list."""
@@ -183,7 +182,7 @@ def denotation(found: Iterable[Site]) -> frozenset[Element]:
 ATOMS = {
     "gpt2": (
         "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp.*", "mlp.down", "linear", "head", "norm", "bias", "attn",
-        "mlp", "mlp.gate", '"transformer.h.*.attn.c_attn"', '"transformer.h.0.**"', "/c_proj$/",
+        "mlp", "mlp.gate", '"transformer.h.*.attn.c_attn"', '"transformer.h.0.**"', "/c_proj$/", '"lm_haed"',
     ),
     "phi3": ("attn.q", "attn.*", "mlp.up", "mlp.gate", "mlp.*", "linear", '"**.gate_up_proj"', "norm", "block"),
 }  # fmt: skip
@@ -198,11 +197,13 @@ Expression = tuple[str, Meaning]
 
 
 def atom(model: str, text: str) -> Expression:
+    """A role may be missing from what is removed; a name may not."""
     try:
         found = denotation(select(model, text))
     except peftc.PeftcError:
         found = frozenset()
-    return text, strictly(lambda _may_be_empty: found)
+    meaning = strictly(lambda _may_be_empty: found)
+    return text, meaning if text[0].isalpha() else lambda _may_be_empty: meaning(False)
 
 
 def strictly(meaning: Meaning) -> Meaning:
@@ -226,14 +227,8 @@ def both(left: Expression, right: Expression) -> Expression:
 
 
 def less(left: Expression, removed: Expression) -> Expression:
-    """What is removed may lack a role or an alternative: `linear except (head, expert)` is right for every model."""
-    harmless = removed[0][0].isalpha() or is_union(removed[0])
-    return f"({left[0]}) except ({removed[0]})", strictly(lambda lenient: left[1](lenient) - removed[1](harmless))
-
-
-def is_union(text: str) -> bool:
-    (statement,) = as_spec(f"train {text}").statements
-    return isinstance(statement, Train) and isinstance(statement.target, Union)
+    """What is removed may be absent: `linear except (head, expert)` is right for every model."""
+    return f"({left[0]}) except ({removed[0]})", strictly(lambda lenient: left[1](lenient) - removed[1](True))
 
 
 def layers(base: Expression, start: int | None, stop: int | None, step: int) -> Expression:
@@ -256,7 +251,7 @@ def expressions(model: str) -> st.SearchStrategy[Expression]:
 
 @pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
     """A selector means the set of rows that its parts mean, combined; it fails exactly where a part is empty."""
     text, meaning = data.draw(expressions(model), label="selector")
@@ -275,9 +270,9 @@ def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_laws_of_the_algebra(model: str, data: st.DataObject) -> None:
-    atoms = st.sampled_from([text for text in ATOMS[model] if text != "mlp.gate"])
+    atoms = st.sampled_from([text for text in ATOMS[model] if text not in ("mlp.gate", '"lm_haed"')])
     a, b = data.draw(atoms, label="a"), data.draw(atoms, label="b")
     assert names(model, f"{a}, {a}") == names(model, a) == names(model, f"{a} & {a}")
     assert names(model, f"{a}, {b}") == names(model, f"{b}, {a}")

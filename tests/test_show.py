@@ -32,6 +32,9 @@ from peftc.show import (
 from peftc.show.layout import lay_out
 from zoo import ZOO
 
+# One worker of pytest-xdist gets the file: it compiles each model once, see `compiled`.
+pytestmark = pytest.mark.xdist_group("show")
+
 GOLDEN = Path(__file__).parent / "golden" / "show"
 
 SPECS = {

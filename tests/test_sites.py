@@ -14,7 +14,11 @@ import peftc
 from zoo import EXPECTED, FUSED_ROWS, ZOO, inputs
 
 # One worker of pytest-xdist gets all tests of a model: it captures the model once, see `sites_of`.
-MODELS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ZOO]
+QUICK = ("llama", "gpt2", "gpt_neox", "falcon", "bert", "deberta_v2", "t5", "vit")
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])])
+    for name in ZOO
+]
 LAYERS = (0, 1)
 PREFIXES = ("attn.", "self.attn.", "cross.attn.", "mlp.")
 FUSED_QKV = {name: key[:-3] for name, rows in FUSED_ROWS.items() for key in rows if key.endswith("[q]")}
@@ -93,6 +97,7 @@ def test_names_are_unique(name: str) -> None:
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("mixtral")
 def test_stacked_experts_are_marked_and_their_router_is_not() -> None:
     marked = {site.name for site in sites_of("mixtral") if site.layer == 0 and "expert" in site.roles}

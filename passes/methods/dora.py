@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class DoRA(Method):
     name = "dora"
     formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"
     paper = "Liu et al. 2024, arXiv:2402.09353"
+    peft_type = "LORA"
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
     alpha: float = param(16.0, "the product is scaled by alpha/r", above=0)
@@ -54,6 +56,26 @@ class DoRA(Method):
         base = y if bias is None else y - bias
         result: Tensor = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
         return (result if bias is None else result + bias).to(y.dtype)
+
+    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        settings = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "use_rslora": False, "bias": "none",
+                    "lora_dropout": self.dropout, "use_dora": True}  # fmt: skip
+        names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
+        return settings, {theirs: state[ours] for theirs, ours in names.items()}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
+        if set(tensors) != set(names) or config.get("use_rslora"):
+            return None
+        values = {
+            "r": tensors["lora_A.weight"].shape[0],
+            "alpha": config.get("alpha_pattern", {}).get(module, config["lora_alpha"]),
+            "dropout": config.get("lora_dropout", 0.0),
+        }
+        return values, {ours: tensors[theirs] for theirs, ours in names.items()}
 
     def fold(
         self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ class IA3(Method):
     name = "ia3"
     formula = "y = l * (W x + b), or y = W (l * x) + b at mlp.down"
     paper = "Liu et al. 2022, arXiv:2205.05638"
+    peft_type = "IA3"
     stage = Stage.OUTPUT
 
     on: str = param(
@@ -49,6 +52,20 @@ class IA3(Method):
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         return self._apply(y, l)
+
+    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        entering = self._at_input(site)
+        settings = {"peft_type": "IA3", "feedforward_modules": [site.name] if entering else []}
+        return settings, {"ia3_l": state["l"].reshape((1, -1) if entering else (-1, 1))}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if config.get("peft_type") != "IA3" or set(tensors) != {"ia3_l"}:
+            return None
+        entering = tensors["ia3_l"].shape[0] == 1
+        return {"on": "input" if entering else "output"}, {"l": tensors["ia3_l"].flatten()}
 
     def adds_bias(self, site: Linear) -> bool:
         return self.mode == "add"

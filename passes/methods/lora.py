@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class LoRA(Method):
     name = "lora"
     formula = "y = W x + (alpha/r) B A x"
     paper = "Hu et al. 2021, arXiv:2106.09685"
+    peft_type = "LORA"
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
     alpha: float = param(16.0, "the branch is scaled by alpha/r", above=0)
@@ -87,6 +89,29 @@ class LoRA(Method):
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:
         return self.scale * (state["B"] @ state["A"])
+
+    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        a, b, r = state["A"], state["B"], self.r
+        if self.takes_from_weight:  # beside the whole weight again: W + s (B A - B0 A0), of twice the rank
+            a, b, r = torch.cat([a, state["A0"]]), torch.cat([b, -state["B0"]], 1), 2 * r
+        alpha = self.scale * (math.sqrt(r) if self.rslora else r)
+        settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
+                    "lora_dropout": self.dropout, "use_dora": False}  # fmt: skip
+        return settings, {"lora_A.weight": a, "lora_B.weight": b}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if config.get("peft_type") != "LORA" or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
+            return None
+        values = {
+            "r": tensors["lora_A.weight"].shape[0],
+            "alpha": config.get("alpha_pattern", {}).get(module, config["lora_alpha"]),
+            "dropout": config.get("lora_dropout", 0.0),
+            "rslora": config.get("use_rslora", False),
+        }
+        return values, {"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]}
 
     def rate(self, state: str) -> float:
         return self.lr_ratio if state == "B" else 1.0

@@ -1,0 +1,151 @@
+"""HF PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+A folder of HF PEFT holds one method on whole modules. What does not fit that is refused, not approximated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from peftc import pipeline
+from peftc.artifact_errors import BadArtifact, CannotExport
+from peftc.checkpoint import write_folder
+from peftc.errors import PeftcError
+from peftc.inputs import example_inputs
+from peftc.ir import get_attribute
+from peftc.method import methods
+from peftc.module import CompiledModule, added_names
+from peftc.planning import Binding
+from peftc.site import Linear
+from peftc.syntax import parse
+from peftc.text import Source
+from peftc.timings import Timings
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+MARKS = (".lora_", ".ia3_")
+
+
+def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
+    """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
+
+    Raises:
+        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter.
+    """
+    bindings = compiled.plan.bindings
+    problems = _problems(compiled)
+    if problems:
+        raise PeftcError(*problems)
+    config: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for binding in bindings:
+        state = {name: get_attribute(compiled, f"{binding.path}.{name}").detach() for name in binding.state}
+        settings, own = binding.method.to_peft(binding.site, state)
+        _join(config, settings, binding.site.name)
+        tensors |= {f"{PREFIX}{binding.site.name}.{name}": tensor for name, tensor in own.items()}
+    config |= {
+        "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
+        "target_modules": sorted(binding.site.name for binding in bindings),
+        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
+        "inference_mode": True,
+        "task_type": None,
+    }
+    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
+    write_folder(folder, files, ours=lambda there: (there / CONFIG).is_file())
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
+    """`model` compiled with an adapter that HF PEFT saved at `folder`.
+
+    Raises:
+        PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
+    """
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        mark = _separator(key)
+        module, _, name = key.removeprefix(PREFIX).rpartition(mark)
+        grouped[module][mark[1:] + name] = tensor
+    lines: dict[str, list[str]] = defaultdict(list)
+    states: dict[str, dict[str, Tensor]] = {}
+    for module, own in grouped.items():
+        for cls in methods().values():
+            found = cls.from_peft(config, module, own)
+            if found is not None:
+                arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items())
+                lines[f"{cls.name}({arguments})"].append(module)
+                states[module] = found[1]
+                break
+        else:
+            reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    text = "\n".join(
+        f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
+    )
+    spec = parse(Source(f"{folder.name}/{CONFIG}", text))
+    plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
+    state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
+    if set(state) != added_names(plan):
+        raise PeftcError(BadArtifact(folder=str(folder), reason="its tensors do not fit its config"))
+    return pipeline.build(plan, Timings(), state)
+
+
+def _problems(compiled: CompiledModule) -> list[CannotExport]:
+    found: dict[Any, CannotExport] = {}
+    first = compiled.plan.bindings[0].method if compiled.plan.bindings else None
+    for binding in compiled.plan.bindings:
+        if (reason := _reason(binding, type(first))) and binding.statement not in found:
+            found[binding.statement] = CannotExport(reason=reason, span=binding.span)
+    for span in compiled.plan.trained.values():
+        found.setdefault(span, CannotExport(reason="it holds no parameters of the base model", span=span))
+    return list(found.values())
+
+
+def _reason(binding: Binding, first: type[Any]) -> str | None:
+    if binding.method.peft_type is None or getattr(binding.method, "mode", "multiply") != "multiply":
+        return f"it has no {binding.method!r}"
+    if type(binding.method) is not first:
+        return f"one folder holds one method, and {first.name} comes first"
+    if isinstance(binding.site, Linear) and binding.site.rows is not None:
+        return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    return None
+
+
+def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None:
+    """One config for all modules: the first one's settings, with what differs in the patterns HF PEFT has."""
+    for name, value in settings.items():
+        if isinstance(value, list):
+            config.setdefault(name, []).extend(value)
+        elif config.setdefault(name, value) != value:
+            pattern = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name)
+            if pattern is None:
+                raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
+            config.setdefault(pattern, {})[module] = value
+
+
+def _separator(key: str) -> str:
+    """What stands between a module's name and a tensor's: every tensor's name starts with its method's."""
+    return next((mark for mark in MARKS if mark in key), ".")
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+        return dict(config), tensors
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"{type(error).__name__}: {error}")) from None

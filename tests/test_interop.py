@@ -1,0 +1,106 @@
+"""HF PEFT's folder, both ways: what peftc writes HF PEFT reads, and the reverse, with the same outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import peftc
+from zoo import ZOO, inputs
+
+NEAR = 1e-5  # fp32, two implementations of one sum
+
+
+def randomised(compiled: peftc.CompiledModule) -> peftc.CompiledModule:
+    """With state that is no start: a zero B would hide what is wrong with A."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in compiled.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return compiled.eval()
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    found: Tensor = model(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("llama", "apply lora(r=4, alpha=6) to attn.q, mlp.down\napply lora(r=2, rslora=false) to attn.v"),
+        ("llama", "apply lora(r=4, rslora=true) to attn.*"),
+        ("llama", "apply dora(r=4) to attn.q, attn.v"),
+        ("llama", "apply lora(r=3, init=pissa) to attn.q, attn.v"),
+        ("bert", "apply ia3 to attn.k, attn.v, mlp.down"),
+        ("gpt2", 'apply lora(r=4) to "**.c_attn", mlp.down'),
+    ],
+)
+def test_hf_peft_reads_what_peftc_writes(name: str, spec: str, tmp_path: Path) -> None:
+    model = ZOO[name]()
+    model.eval()
+    batch = inputs(model)
+    compiled = randomised(peftc.compile(model, spec))
+    compiled.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    theirs.eval()
+    torch.testing.assert_close(logits(theirs, batch), logits(compiled, batch), rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "llama",
+            peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}),
+        ),
+        ("llama", peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])),
+        ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("gpt2", peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
+    ],
+)
+def test_peftc_reads_what_hf_peft_writes(name: str, config: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ZOO[name]()
+    batch = inputs(model)
+    theirs: Any = peft.get_peft_model(ZOO[name](), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.eval()
+    theirs.save_pretrained(tmp_path)
+    compiled = peftc.load_peft(model, tmp_path)
+    compiled.eval()
+    torch.testing.assert_close(logits(compiled, batch), logits(theirs, batch), rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "reason"),
+    [
+        ("llama", "apply adapter(size=4) to mlp", "it has no adapter"),
+        ("llama", "apply lora(r=2) to attn.q\napply ia3 to attn.k", "one method"),
+        ("llama", "apply lora(r=2) to attn.q\ntrain norm", "no parameters of the base model"),
+        ("gpt2", "apply lora(r=2) to attn.q", "a part of one"),
+        ("llama", "apply lora(r=2, dropout=0.1) to attn.q\napply lora(r=2) to attn.v", "lora_dropout"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, spec: str, reason: str, tmp_path: Path) -> None:
+    compiled = peftc.compile(ZOO[name](), spec)
+    with pytest.raises(peftc.PeftcError, match=reason):
+        compiled.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
+    theirs: Any = peft.get_peft_model(ZOO["llama"](), peft.VeraConfig(r=4, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(peftc.PeftcError, match="bad-artifact"):
+        peftc.load_peft(ZOO["llama"](), tmp_path)
+    with pytest.raises(peftc.PeftcError, match="bad-artifact"):
+        peftc.load_peft(ZOO["llama"](), tmp_path / "nowhere")
