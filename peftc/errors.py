@@ -72,6 +72,13 @@ class PeftcError(Exception):
         return "\n\n".join(map(render, self.diagnostics))
 
 
+def in_file_order(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """By place in the text; files in the order in which something in them was found, what has no place first."""
+    found = list(problems)
+    files = {file: index for index, file in enumerate(dict.fromkeys(p.span.source.name for p in found if p.span))}
+    return sorted(found, key=lambda p: (files[p.span.source.name], p.span.start) if p.span else (-1, 0))
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str | None:
     """`did you mean 'rank'?` for the candidate nearest to a misspelt word, or None when none is near."""
     folded = {candidate.casefold(): candidate for candidate in candidates}

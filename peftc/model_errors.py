@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftc.errors import Diagnostic, suggest
+from peftc.errors import Diagnostic, choices, suggest
 from peftc.text import Label, Span
 
 # --- capture ----------------------------------------------------------------------------------------------------------
@@ -166,16 +166,16 @@ class TrainsASlice(Diagnostic):
 
 class TrainsTied(Diagnostic):
     code = "trains-tied"
-    weight: str
-    readers: tuple[str, ...]
+    trains: tuple[str, ...]
+    missing: tuple[str, ...]
 
     @property
     def title(self) -> str:
-        return f"{self.weight} is tied to {' and '.join(self.readers)}: training it changes both"
+        return f"{choices(self.trains, 'and')} is one tensor with {choices(self.missing, 'and')}, which would train too"
 
     @property
     def label(self) -> str:
-        return "name both to train them together"
+        return "name all of them to train them together"
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------

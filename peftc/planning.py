@@ -7,7 +7,6 @@ how many parameters learn, and how much memory a training step needs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,9 +18,9 @@ from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.capture import Captured
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
-from peftc.errors import Diagnostic, PeftcError
+from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.method import Method, Stage, State
-from peftc.resolve import Application, Budget, resolve
+from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
 from peftc.site import Experts, Linear, Module, Site, Sites
 from peftc.spec_errors import NotYet
@@ -271,22 +270,24 @@ class _Planner:
         named: set[str] = set()
         for training in self.intentions.trainings:
             found = self._select(training.target, parameters=True)
-            self._refuse_slices(found, training.target.span)
-            parameters = dict.fromkeys(name for site in found for name in site.parameters)
-            named |= {site.name for site in found}
+            self._refuse_slices(found, training, trained)
+            parameters = dict.fromkeys(name for site in found if not _is_part(site) for name in site.parameters)
             if not training.on:
                 trained = {name: span for name, span in trained.items() if name not in parameters}
                 continue
+            named |= {site.name for site in found}
             trained |= dict.fromkeys(parameters, training.span)
             count = sum(self.sites.parameters[name] for name in parameters)
             self.rows.append(Row(_one_line(training.span), len(found), count))
         self._refuse_tied(trained, named)
         return trained
 
-    def _refuse_slices(self, found: Iterable[Site], span: Span) -> None:
-        part = next((site for site in found if isinstance(site, Linear) and site.rows is not None), None)
-        if isinstance(part, Linear):
-            self.problems.append(say.TrainsASlice(site=part.name, weight=part.weight, span=span))
+    def _refuse_slices(self, found: list[Site], training: Training, trained: dict[str, Span]) -> None:
+        """A part of a weight cannot learn by itself, nor be frozen out of a weight that learns."""
+        for site in found:
+            if isinstance(site, Linear) and _is_part(site) and (training.on or site.weight in trained):
+                self.problems.append(say.TrainsASlice(site=site.name, weight=site.weight, span=training.target.span))
+                return
 
     def _refuse_tied(self, trained: dict[str, Span], named: set[str]) -> None:
         """A tied tensor trains only when all of its readers were named."""
@@ -295,9 +296,10 @@ class _Planner:
                 site for site in self.sites
                 if name in site.parameters and ("embed" in site.roles or getattr(site, "tied", False))
             ]  # fmt: skip
-            missing = [site.name for site in readers if site.name not in named]
-            if len(readers) > 1 and missing and len(missing) < len(readers):
-                self.problems.append(say.TrainsTied(weight=name, readers=tuple(missing), span=span))
+            missing = tuple(site.name for site in readers if site.name not in named)
+            trains = tuple(site.name for site in readers if site.name in named)
+            if missing and trains:
+                self.problems.append(say.TrainsTied(trains=trains, missing=missing, span=span))
 
 
 def over(plan: Plan, budget: Budget) -> Diagnostic | None:
@@ -320,6 +322,10 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
     )  # fmt: skip
 
 
+def _is_part(site: Site) -> bool:
+    return isinstance(site, Linear) and site.rows is not None
+
+
 def _overlap(one: Binding, other: Binding) -> bool:
     """Whether two bindings stand on common rows of a weight."""
     assert isinstance(one.site, Linear)
@@ -327,11 +333,6 @@ def _overlap(one: Binding, other: Binding) -> bool:
     if one.site.rows is None or other.site.rows is None:
         return True
     return not set(one.site.rows).isdisjoint(other.site.rows)
-
-
-def in_file_order(problems: list[Diagnostic]) -> list[Diagnostic]:
-    """As they stand in the text; those of an included file where it begins."""
-    return sorted(problems, key=lambda problem: problem.span.start if problem.span else 0)
 
 
 def _kind_of(site: Site) -> str:

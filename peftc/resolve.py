@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from peftc import spec_errors as say
 from peftc import syntax as ast
-from peftc.errors import Diagnostic, PeftcError, suggest
+from peftc.errors import Diagnostic, PeftcError, in_file_order, suggest
 from peftc.language import mistakes
 from peftc.method import Method, Param, Stage, methods
 from peftc.text import Span
@@ -76,7 +76,7 @@ def resolve(spec: ast.Spec) -> Intentions:
     resolver = _Resolver()
     resolver.statements(spec.statements)
     if resolver.problems:
-        raise PeftcError(*sorted(resolver.problems, key=lambda problem: problem.span.start if problem.span else 0))
+        raise PeftcError(*in_file_order(resolver.problems))
     return resolver.found
 
 

@@ -38,7 +38,7 @@ class Selection:
     def _evaluate(self, selector: ast.Selector, may_be_empty: bool = False) -> list[Site]:
         before = len(self.problems)
         found = self._meaning(selector, may_be_empty)
-        excused = may_be_empty and not isinstance(selector, ast.Glob | ast.Regex)
+        excused = may_be_empty and isinstance(selector, ast.Role | ast.Union)
         if not found and not excused and len(self.problems) == before:
             self.problems.append(self._no_match(selector))
         return found

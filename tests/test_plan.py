@@ -202,16 +202,15 @@ def atom(model: str, text: str) -> Expression:
         found = denotation(select(model, text))
     except peftc.PeftcError:
         found = frozenset()
-    meaning = strictly(lambda _may_be_empty: found)
-    return text, meaning if text[0].isalpha() else lambda _may_be_empty: meaning(False)
+    return text, strictly(lambda _may_be_empty: found, excused=text[0].isalpha())
 
 
-def strictly(meaning: Meaning) -> Meaning:
-    """An empty result is an error, unless it stands where a role may be missing."""
+def strictly(meaning: Meaning, *, excused: bool = False) -> Meaning:
+    """An empty result is an error, unless a role, or a union of such, stands where it may be missing."""
 
     def checked(may_be_empty: bool) -> frozenset[Element]:
         found = meaning(may_be_empty)
-        if not found and not may_be_empty:
+        if not found and not (may_be_empty and excused):
             raise Empty
         return found
 
@@ -219,7 +218,7 @@ def strictly(meaning: Meaning) -> Meaning:
 
 
 def union(left: Expression, right: Expression) -> Expression:
-    return f"({left[0]}), ({right[0]})", strictly(lambda lenient: left[1](lenient) | right[1](lenient))
+    return f"({left[0]}), ({right[0]})", strictly(lambda lenient: left[1](lenient) | right[1](lenient), excused=True)
 
 
 def both(left: Expression, right: Expression) -> Expression:
