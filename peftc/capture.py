@@ -27,8 +27,8 @@ from transformers.exporters.utils import patch_attributes
 from peftc.errors import PeftcError
 from peftc.inputs import Example
 from peftc.ir import get_attribute, set_tensor
-from peftc.model_errors import CannotCapture
-from peftc.normalise import normalise
+from peftc.model_errors import CannotCapture, StaysRandom
+from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
@@ -89,6 +89,9 @@ def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, exa
     exported.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     normalise(module)
+    if (node := stays_random(module.graph)) is not None:
+        where = str(node.meta.get("stack_trace", "")).strip().splitlines()
+        raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
     inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
     return Captured(module, inputs, result, model, example)
 

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from types import UnionType
@@ -44,7 +43,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 MANIFEST = "peftc.json"
 TENSORS = "adapter.safetensors"
 FIELDS: dict[str, type | UnionType] = {
-    "spec": str, "model": str, "reference": str | None, "base": str, "tensors": str, "example": dict,
+    "spec": str, "model": str, "reference": str | None, "dtype": str, "base": str, "tensors": str, "example": dict,
 }  # fmt: skip
 # Settings of a config that say where a model came from or how it is called, not what it computes.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "problem_type", "id2label",
@@ -60,24 +59,31 @@ def save(compiled: CompiledModule, folder: Path) -> None:
     tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
-    write_folder(folder, {TENSORS: blob, MANIFEST: json.dumps(manifest, indent=2).encode()}, ours=_is_artifact)
+    write_folder(folder, {TENSORS: blob, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
 
-def write_folder(folder: Path, files: dict[str, bytes], *, ours: Callable[[Path], bool]) -> None:
-    """Writes `files` as a folder that is there whole or not at all. `ours` says what may be replaced.
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes `files` into a folder, which is new or replaced as a whole; other files in it are left alone.
+
+    Where there are other files, such as a Trainer's, each file is replaced by itself, the last one last.
 
     Raises:
-        PeftcError: `bad-artifact` if something else stands at `folder`.
+        PeftcError: `bad-artifact` if something that is no folder, or a folder of other things, stands at `folder`.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and (ours(folder) or not any(folder.iterdir()))):
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and (not folder.is_dir() or (there and not there & files.keys())):
         raise PeftcError(BadArtifact(folder=str(folder), reason="something else is there, and is left alone"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, data in files.items():
             _write(temporary / name, data)
-        _replace(temporary, folder)
+        if there <= files.keys():
+            _replace(temporary, folder)
+        else:
+            for name in files:
+                os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -101,7 +107,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
     _check_base(folder, manifest, base)
     spec = ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"]))
     plan = pipeline.plan_model(base, spec, _example(folder, base, manifest), Timings())
-    _check_tensors(folder, plan, state)
+    check_tensors(folder, plan, state)
     return pipeline.build(plan, Timings(), state)
 
 
@@ -134,6 +140,7 @@ def _manifest(compiled: CompiledModule, tensors: str) -> dict[str, Any]:
         "spec": flattened(plan.spec),
         "model": type(base).__name__,
         "reference": str(getattr(compiled.config, "_name_or_path", "") or "") or None,
+        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "base": fingerprint(base),
         "tensors": tensors,
         "example": _described(plan.captured.example),
@@ -168,10 +175,6 @@ def _replace(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     def bad(reason: str) -> PeftcError:
         return PeftcError(BadArtifact(folder=str(folder), reason=reason))
@@ -203,7 +206,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     return safetensors.torch.load(blob)
 
 
-def _check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
+def check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
     """Every planned tensor is there in its shape, and no other."""
     planned = {f"{b.path}.{name}": spec.shape for b in plan.bindings for name, spec in b.state.items()}
     planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
@@ -217,7 +220,7 @@ def _base_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
     reference = parse_reference(name) if name else None
     if reference is None or reference.kind != "folder":
         raise PeftcError(WrongBase(folder=str(folder), reason="it does not say where its base model is"))
-    return load_model(reference)[0]
+    return load_model(reference, dtype=manifest["dtype"])[0]
 
 
 def _check_base(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:

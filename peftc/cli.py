@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not debug.level():
             warnings.simplefilter("ignore")
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             return int(arguments.run(arguments) or 0)
         except PeftcError as error:
@@ -65,12 +65,12 @@ def _compile(given: argparse.Namespace) -> None:
 
     with _progress(given) as timings:
         with timings.stage("check"):
-            problems = peftc.check(given.spec)
+            problems = peftc.check(Path(given.spec))
             if problems:
                 raise PeftcError(*problems)
         with timings.stage("load"):
             model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
-        compiled = peftc.compile(model, given.spec, example=example, timings=timings)
+        compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
         if given.output:
             with timings.stage("save"):
                 compiled.save(given.output)
@@ -90,7 +90,7 @@ def _plan(given: argparse.Namespace) -> None:
     from peftc.report import memory_table, plan_table
 
     with _progress(given) as timings:
-        plan = peftc.plan(given.model, given.spec, dtype=given.dtype, timings=timings)
+        plan = peftc.plan(given.model, Path(given.spec), dtype=given.dtype, timings=timings)
     memory = plan.memory(given.batch, given.seq, given.optimizer)
     if given.json:
         _print_json(plan.to_json() | {"memory": memory.to_json(), "seconds": timings.seconds})
@@ -102,7 +102,7 @@ def _check(given: argparse.Namespace) -> int:
     """Diagnostics without a model."""
     import peftc
 
-    problems = peftc.check(given.spec)
+    problems = peftc.check(Path(given.spec))
     if given.json:
         _print_json({"errors": [problem.to_json() for problem in problems]})
     elif problems:
@@ -150,7 +150,7 @@ def _show(given: argparse.Namespace) -> None:
     with _progress(given) as timings:
         with timings.stage("load"):
             model, example = _load_model(given.model, random_weights=given.random_weights)
-        compiled = peftc.compile(model, given.spec, example=example, timings=timings)
+        compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
     wanted: dict[Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
     chosen: dict[Format, str] = {kind: path for kind, path in wanted.items() if path}
@@ -202,6 +202,8 @@ def _watched_only() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if not debug.level():
+        logging.set_verbosity_error()
 
 
 # --- the arguments -----------------------------------------------------------------------------------------------
@@ -309,12 +311,15 @@ def _print_json(data: Any) -> None:
 
 
 def _write_text(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

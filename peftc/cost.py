@@ -87,6 +87,8 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
         seq: tokens in an example; without effect on models that take no tokens.
         optimizer: a key of `peftc.optimizers.STATE_BYTES`; its state is in the parameters' own precision.
     """
+    if optimizer not in STATE_BYTES:
+        raise ValueError(f"no optimizer {optimizer!r}; there are {', '.join(STATE_BYTES)}")
     module = plan.captured.module
     sizes = {name: get_attribute(module, name).element_size() for name in plan.sites.parameters}
     weights = sum(count * sizes[name] for name, count in plan.sites.parameters.items())

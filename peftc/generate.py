@@ -22,7 +22,8 @@ def greedy(compiled: CompiledModule, tokens: Tensor, mask: Tensor | None, new: i
     Raises:
         PeftcError: `cannot-generate` for a model that has no token inputs or no logits.
     """
-    if "input_ids" not in compiled.convention.inputs or "logits" not in compiled.convention.keys:
+    takes = {"input_ids", "attention_mask"} <= set(compiled.convention.inputs)
+    if not takes or not getattr(compiled.base, "can_generate", bool)():
         raise PeftcError(CannotGenerate(model=compiled.plan.sites.model))
     mask = torch.ones_like(tokens) if mask is None else mask
     was_training = compiled.training

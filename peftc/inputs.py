@@ -7,6 +7,7 @@ what the labels look like is read off the logits, never off the class's name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +61,10 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
     if isinstance(example, Example):
         return example
     if isinstance(model, PreTrainedModel):
-        kwargs = dict(example) if isinstance(example, dict) else _inputs_of(model)
-        return _with_conventions(model, kwargs)
+        if example is not None and not isinstance(example, Mapping):
+            raise PeftcError(NeedsExample(model=type(model).__name__))
+        given = _inputs_of(model) if example is None else {name: _two_rows(item) for name, item in example.items()}
+        return _with_conventions(model, given)
     if example is None:
         raise PeftcError(NeedsExample(model=type(model).__name__))
     if isinstance(example, dict):

@@ -166,7 +166,11 @@ class Inserter:
         ordered = {name: paths[name] for name in names if name in paths}
         if isinstance(site, Linear) and site.rows is not None and site.slice is None:
             ordered[ROWS] = f"{binding.path}.{ROWS}"
-            set_tensor(self.module, ordered[ROWS], torch.tensor(site.rows))
+            set_tensor(
+                self.module,
+                ordered[ROWS],
+                torch.tensor(site.rows, device=get_attribute(self.module, site.weight).device),
+            )
         return {name: attribute_node(self.graph, self.module, path) for name, path in ordered.items()}
 
     def _output_function(

@@ -6,6 +6,7 @@ A folder of HF PEFT holds one method on whole modules. What does not fit that is
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from peftc import pipeline
 from peftc.artifact_errors import BadArtifact, CannotExport
-from peftc.checkpoint import write_folder
+from peftc.checkpoint import check_tensors, write_folder
 from peftc.errors import PeftcError
 from peftc.inputs import example_inputs
 from peftc.ir import get_attribute
 from peftc.method import methods
-from peftc.module import CompiledModule, added_names
+from peftc.module import CompiledModule
 from peftc.planning import Binding
 from peftc.site import Linear
 from peftc.syntax import parse
@@ -32,6 +33,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MARKS = (".lora_", ".ia3_")
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
@@ -60,7 +62,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     }
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
-    write_folder(folder, files, ours=lambda there: (there / CONFIG).is_file())
+    write_folder(folder, files)
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
@@ -80,7 +82,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     states: dict[str, dict[str, Tensor]] = {}
     for module, own in grouped.items():
         for cls in methods().values():
-            found = cls.from_peft(config, module, own)
+            found = cls.from_peft(_for_module(config, module), module, own)
             if found is not None:
                 arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items())
                 lines[f"{cls.name}({arguments})"].append(module)
@@ -95,9 +97,19 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     spec = parse(Source(f"{folder.name}/{CONFIG}", text))
     plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
     state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
-    if set(state) != added_names(plan):
-        raise PeftcError(BadArtifact(folder=str(folder), reason="its tensors do not fit its config"))
+    check_tensors(folder, plan, state)
     return pipeline.build(plan, Timings(), state)
+
+
+def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
+    """The settings of one module: HF PEFT's patterns are regular expressions for the end of its name."""
+    own = dict(config)
+    for pattern, name in PATTERNS.items():
+        for key, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                own[name] = value
+                break
+    return own
 
 
 def _problems(compiled: CompiledModule) -> list[CannotExport]:
@@ -127,7 +139,7 @@ def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None
         if isinstance(value, list):
             config.setdefault(name, []).extend(value)
         elif config.setdefault(name, value) != value:
-            pattern = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name)
+            pattern = next((pattern for pattern, own in PATTERNS.items() if own == name), None)
             if pattern is None:
                 raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
             config.setdefault(pattern, {})[module] = value
@@ -146,6 +158,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
-        return dict(config), tensors
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        if not isinstance(config.get("lora_alpha", 0), int | float):
+            raise ValueError("lora_alpha is no number")
+        return {"lora_alpha": 8, **config}, tensors
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"{type(error).__name__}: {error}")) from None

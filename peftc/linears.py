@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftc.ir import is_tensor, value
+from peftc.ir import get_attribute, is_tensor, value
 from peftc.site import Use
 
 aten = torch.ops.aten
@@ -51,6 +51,9 @@ def parameter_of(node: object) -> tuple[str, bool] | None:
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "get_attr" or not is_tensor(node):
         return None
+    owner = node.graph.owning_module
+    if owner is not None and not isinstance(get_attribute(owner, str(node.target)), torch.nn.Parameter):
+        return None
     return str(node.target), swapped
 
 
@@ -58,7 +61,8 @@ def _product(node: fx.Node) -> Product | None:
     if node.target is aten.linear.default:
         return _dense(node, 0, 1, node.args[2] if len(node.args) > 2 else None, flipped=False)
     if node.target is aten.addmm.default:
-        return _dense(node, 1, 2, node.args[0], flipped=True)
+        plain = all(node.kwargs.get(factor, 1) == 1 for factor in ("beta", "alpha"))
+        return _dense(node, 1, 2, node.args[0], flipped=True) if plain else None
     if node.target in PRODUCTS and is_tensor(node) and isinstance(node.args[1], fx.Node):
         if value(node.args[1]).dim() == 2:
             return _dense(node, 0, 1, None, flipped=True)
@@ -100,7 +104,7 @@ def _bias(node: fx.Node, bias: object, n_out: int) -> tuple[str | None, fx.Node]
     if len(node.users) != 1:
         return None, node
     (user,) = node.users
-    if user.target is aten.add.Tensor:
+    if user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
         other = user.args[1] if user.args[0] is node else user.args[0]
         named = parameter_of(other)
         if named and isinstance(other, fx.Node) and value(other).shape == (n_out,):

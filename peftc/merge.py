@@ -89,7 +89,8 @@ def _store(model: nn.Module, site: Linear, weight: Tensor) -> None:
         get_attribute(model, site.owner).copy_(weight)
         return
     owner, _, leaf = site.owner.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+    before = get_attribute(model, site.owner)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(before.device, before.dtype)))
     config = getattr(model, "config", None)
     if config is not None:
         config.tie_word_embeddings = False

@@ -49,6 +49,26 @@ class CannotCapture(Diagnostic):
         return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
 
 
+class StaysRandom(Diagnostic):
+    """A forward that branches on `training` in Python and draws random numbers there."""
+
+    code = "stays-random"
+    model: str
+    op: str
+    where: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} draws random numbers ({self.op}) that its graph could not stop drawing in eval()"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            *self.where,
+            "set its probability (drop path, layer drop) to 0, or use torch.nn.functional.dropout there",
+        )
+
+
 # --- matching ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +269,7 @@ class CannotGenerate(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"{self.model} does not continue text: it has no token inputs or no logits"
+        return f"{self.model} does not continue text, or was captured without an attention mask"
 
 
 class CannotMerge(Diagnostic):

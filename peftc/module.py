@@ -30,7 +30,7 @@ class CompiledModule(fx.GraphModule):
     history: dict[str, fx.Graph]
     base: nn.Module
     convention: Convention
-    _pruned: dict[str, fx.GraphModule]
+    _pruned: dict[str, Callable[..., Any]]
 
     def __init__(self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages) -> None:
         super().__init__(root, graph, class_name=plan.sites.model)
@@ -68,7 +68,7 @@ class CompiledModule(fx.GraphModule):
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
                 return self.convention.unflatten(run(self, *given.values()), with_loss=True)
-            return self.convention.unflatten(self._without_loss()(*given.values()), with_loss=False)
+            return self.convention.unflatten(self._without_loss()(self, *given.values()), with_loss=False)
 
         signature = self.convention.signature
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -77,15 +77,13 @@ class CompiledModule(fx.GraphModule):
         cls.forward = forward
 
     def _without_loss(self) -> Callable[..., Any]:
-        """The same parameters and blocks, with the graph that a call without labels needs; made on first use."""
+        """The code for a call without labels, to be run on this very module; made on first use."""
         if "entry" not in self._pruned:
             graph = without_loss(self.graph, self.convention.keys)
             if graph is None:
                 raise PeftcError(NeedsLabels(model=self.plan.sites.model))
-            self._pruned["entry"] = fx.GraphModule(self, graph, class_name=self.plan.sites.model)
-        entry = self._pruned["entry"]
-        entry.training = self.training
-        return entry.forward
+            self._pruned["entry"] = type(fx.GraphModule(self, graph)).forward
+        return self._pruned["entry"]
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
         """nn.Module's; a graph names the device of the tensors it makes, so those names move too."""
@@ -123,7 +121,7 @@ class CompiledModule(fx.GraphModule):
     @property
     def dtype(self) -> torch.dtype:
         """The base model's precision."""
-        return next(p.dtype for p in self.parameters() if not p.requires_grad)
+        return next(parameter.dtype for parameter in self.base.parameters())
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by name."""
@@ -186,15 +184,24 @@ def _move_constants(module: fx.GraphModule, before: torch.device, after: torch.d
 
 def _keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Drops the frozen base from a state dict."""
-    kept = {prefix + name for name in added_names(module.plan)}
-    for name in [name for name in state if name not in kept]:
+    added = added_names(module.plan)
+    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in added]:
         del state[name]
 
 
 def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
-    """A state dict without the frozen base misses nothing."""
-    expected = added_names(module.plan)
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]
+    """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
+    added = added_names(module.plan)
+    frozen = {name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in added}
+    incompatible.missing_keys[:] = [
+        name for name in incompatible.missing_keys if not (name in frozen or _ends_with_one_of(name, frozen))
+    ]
+
+
+def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
+    """Whether `name`, less the path of the module that the compiled one stands in, is a frozen tensor's."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in frozen for start in range(1, len(parts)))
 
 
 def added_names(plan: Plan) -> set[str]:

@@ -16,7 +16,9 @@ from peftc.ir import is_tensor, value
 aten = torch.ops.aten
 
 # op -> where its `training` flag (or dropout probability, for attention) stands among the arguments
-TRAINING_FLAG = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+TRAINING_FLAG = {**dict.fromkeys(DROPOUTS, 2), **dict.fromkeys(RECURRENT, 6)}
 OUT_OF_PLACE = {
     aten.add_.Tensor: aten.add.Tensor,
     aten.sub_.Tensor: aten.sub.Tensor,
@@ -27,7 +29,6 @@ OUT_OF_PLACE = {
     aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
 }
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
-VIEWS = {aten.view.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.permute.default}
 
 
 def normalise(module: fx.GraphModule) -> None:
@@ -41,13 +42,13 @@ def normalise(module: fx.GraphModule) -> None:
         elif node.target in CASTS and _is_identity(node):
             _bypass(node)
         elif node.target in TRAINING_FLAG:
-            if node.args[1] == 0.0:
+            if node.target in DROPOUTS and node.args[1] == 0.0:
                 _bypass(node)
             else:
                 node.update_arg(TRAINING_FLAG[node.target], _training_node(graph))
         elif node.target is aten.scaled_dot_product_attention.default:
             _attention_dropout(graph, node)
-        elif node.target is aten.batch_norm.default:
+        elif node.target is aten.batch_norm.default and node.args[3] is not None:
             node.update_arg(5, False)
         elif node.target in OUT_OF_PLACE and _is_private(node.args[0]):
             node.target = OUT_OF_PLACE[node.target]
@@ -66,8 +67,8 @@ def tidy(module: fx.GraphModule) -> bool:
         if node.target in CASTS and _is_identity(node):
             _bypass(node)
             changed = True
-        elif node.target in TRAINING_FLAG and node.args[2] is True:
-            node.update_arg(2, _training_node(module.graph))
+        elif node.target in TRAINING_FLAG and node.args[TRAINING_FLAG[node.target]] is True:
+            node.update_arg(TRAINING_FLAG[node.target], _training_node(module.graph))
             changed = True
     return bool(module.graph.eliminate_dead_code()) or changed
 
@@ -90,11 +91,11 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _is_private(source: object) -> bool:
     """Whether nobody else sees the tensor that an in-place operation overwrites."""
-    return (
-        isinstance(source, fx.Node)
-        and source.op == "call_function"
-        and source.target not in VIEWS
-        and len(source.users) == 1
+    if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
+        return False
+    memory = value(source).untyped_storage()._cdata
+    return not any(
+        is_tensor(other) and value(other).untyped_storage()._cdata == memory for other in source.all_input_nodes
     )
 
 
@@ -120,6 +121,16 @@ def _attention_dropout(graph: fx.Graph, node: fx.Node) -> None:
         node.update_arg(4, scaled)
     else:
         node.update_kwarg("dropout_p", scaled)
+
+
+def stays_random(graph: fx.Graph) -> fx.Node | None:
+    """A node that draws random numbers whatever `training` says: a trace in train mode baked its branch in."""
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        follows = node.target in TRAINING_FLAG or node.target is aten.scaled_dot_product_attention.default
+        if torch.Tag.nondeterministic_seeded in tags and node.users and not follows:
+            return cast(fx.Node, node)
+    return None
 
 
 def _drop_batch_counters(graph: fx.Graph) -> None:

@@ -6,6 +6,7 @@ how many parameters learn, and how much memory a training step needs.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,7 +175,7 @@ class _Planner:
         fitting = [site for site in found if isinstance(site, method.site)]
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := method.refuses(site):
+            if reason := _mixed(site) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
@@ -213,7 +214,7 @@ class _Planner:
 
     def _path(self, method: Method, site: Site) -> str:
         """A module name for the state that nothing in the base model has."""
-        part = site.name[len(site.path) :].strip("[]")
+        part = re.sub(r"[^A-Za-z0-9_]+", "_", site.name[len(site.path) :]).strip("_")
         path = ".".join(filter(None, (site.path, method.name + (f"_{part}" if part else ""))))
         while any(name == path or name.startswith(f"{path}.") for name in self.sites.parameters):
             path += "_"
@@ -320,6 +321,12 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
         quantity=budget.quantity, found=shown, op=budget.op, limit=ast.unparse(budget.limit),
         breakdown=tuple(breakdown), span=budget.span,
     )  # fmt: skip
+
+
+def _mixed(site: Site) -> str | None:
+    if isinstance(site, Linear) and site.mixed:
+        return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
+    return None
 
 
 def _is_part(site: Site) -> bool:

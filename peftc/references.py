@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def load_model(
 
     Args:
         reference: from `parse_reference`.
-        meta: build shapes only, whatever weights there are.
+        meta: build shapes only, whatever weights there are; a factory builds what it builds.
         random_weights: initialise instead of reading weights.
         dtype: a key of `DTYPES`; the checkpoint's own by default.
 
@@ -85,7 +86,8 @@ def load_model(
         PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`.
     """
     if reference.runs_code:
-        return _from_factory(reference)
+        model, example = _from_factory(reference)
+        return (model.to(DTYPES[dtype]) if dtype else model), example
     try:
         return _from_transformers(reference, meta, random_weights, dtype), None
     except PeftcError:
@@ -97,10 +99,11 @@ def load_model(
 
 def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     assert reference.path is not None
-    spec = importlib.util.spec_from_file_location(reference.path.stem, reference.path)
+    spec = importlib.util.spec_from_file_location(f"peftc_factory_{reference.path.stem}", reference.path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     make = getattr(module, reference.factory, None)
     if not callable(make):

@@ -170,9 +170,11 @@ class _Finder:
         if rows is None:
             self.roles[source.weight, None].add("mlp.up")
         else:
-            rest = tuple(sorted(set(range(source.n_out)) - set(rows)))
-            self.roles[source.weight, rows].add("mlp.gate")
-            self.roles[source.weight, rest].add("mlp.up")
+            # A weight may hold more than this layer's two halves: what down does not read is neither.
+            rest = tuple(sorted(set(self._rows(source.use.y, down.use.x)) - set(rows)))
+            self.roles[source.weight, rows].add("mlp.gate" if rest else "mlp.up")
+            if rest:
+                self.roles[source.weight, rest].add("mlp.up")
 
     def _stopping_at(self, ends: list[fx.Node]) -> Callable[[fx.Node], Iterator[fx.Node]]:
         return lambda node: iter(()) if node in ends else self.flow.predecessors(node)
@@ -222,20 +224,25 @@ class _Finder:
             grouped[product.weight].append(product)
         for weight, uses in grouped.items():
             parts: list[Rows] = [None, *(rows for name, rows in self.roles if name == weight and rows)]
+            taken: set[str] = set()
             for rows in parts:
-                yield self._linear_site(weight, rows, uses)
+                site = self._linear_site(weight, rows, uses)
+                count = sum(name.startswith(site.name.rstrip("]")) for name in taken) if rows else 0
+                taken.add(site.name)
+                yield replace(site, name=f"{site.name[:-1]}{count + 1}]") if count else site
 
     def _linear_site(self, weight: str, rows: Rows, uses: list[Product]) -> Site:
         first = uses[0]
         roles = frozenset(self.roles.get((weight, rows), set()))
         owner = own_name(weight, module_path(first.use.op), self.aliases)
-        path = owner.removesuffix(".weight")
+        path = owner.removesuffix(".weight") if owner.endswith(".weight") else owner.rpartition(".")[0]
         label = sorted(role.rsplit(".", 1)[-1] for role in roles)[0] if rows else ""
-        name = f"{path}[{label}]" if rows else path
+        whole = owner.removesuffix(".weight")
+        name = f"{whole}[{label}]" if rows else whole
         n_out = len(rows) if rows else first.n_out
         if first.experts:
             return Experts(
-                name, path.rpartition(".")[0], roles | {"expert"}, parameters=(weight,),
+                name, path, roles | {"expert"}, parameters=(weight,),
                 n_in=first.n_in, n_out=n_out, experts=first.experts, weight=weight, rows=rows,
             )  # fmt: skip
         bias = first.bias
@@ -243,7 +250,8 @@ class _Finder:
             name, path, roles if rows else roles | {"linear"},
             parameters=(weight, bias) if bias else (weight,),
             n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,
-            tied=self._is_tied(weight), uses=tuple(product.use for product in uses),
+            tied=self._is_tied(weight), mixed=len({(use.transposed, use.bias) for use in uses}) > 1,
+            uses=tuple(product.use for product in uses),
         )  # fmt: skip
 
     def _is_tied(self, weight: str) -> bool:

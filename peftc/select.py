@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import defaultdict
 from collections.abc import Iterable
 
 from peftc import model_errors as say
@@ -61,7 +62,7 @@ class Selection:
                 return self._difference(self._evaluate(base, may_be_empty), self._evaluate(removed, may_be_empty=True))
             case ast.InLayers(base):
                 chosen = self._layers(selector)
-                return [site for site in self._evaluate(base, may_be_empty) if (site.stack, site.layer) in chosen]
+                return [site for site in self._evaluate(base, may_be_empty) if site.block in chosen]
             case ast.InStack(base, name):
                 return self._in_stack(self._evaluate(base, may_be_empty), name)
             case ast.Where(base, field, op, value):
@@ -81,13 +82,16 @@ class Selection:
             found += [Parameters(name, name.rpartition(".")[0], frozenset(), parameters=(name,)) for name in single]
         return _without_parts(found)
 
-    def _layers(self, selector: ast.InLayers) -> set[tuple[str | None, int | None]]:
-        """(stack, layer) of every layer in the slice, each stack counted for itself."""
-        chosen: set[tuple[str | None, int | None]] = set()
-        for stack in {site.stack for site in self.sites if site.layer is not None}:
-            layers = sorted({site.layer for site in self.sites if site.stack == stack and site.layer is not None})
-            for layer in layers[selector.start : selector.stop : selector.step]:
-                chosen.add((stack, layer))
+    def _layers(self, selector: ast.InLayers) -> set[str]:
+        """The blocks of every layer in the slice, each stack counted for itself."""
+        stacks: dict[str, dict[int, str]] = defaultdict(dict)
+        for site in self.sites:
+            if site.block is not None and site.layer is not None:
+                stacks[site.block.rpartition(".")[0]][site.layer] = site.block
+        chosen: set[str] = set()
+        for blocks in stacks.values():
+            layers = sorted(blocks)[selector.start : selector.stop : selector.step]
+            chosen |= {blocks[layer] for layer in layers}
         return chosen
 
     def _in_stack(self, found: list[Site], name: ast.Name) -> list[Site]:

@@ -57,7 +57,8 @@ class Linear(Site):
 
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
-    differ where the tensor is `tied` to another layer's.
+    differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
+    its transpose, so that no one change of it is a change of this layer.
     """
 
     n_in: int = 0
@@ -68,6 +69,7 @@ class Linear(Site):
     transposed: bool = False
     rows: tuple[int, ...] | None = None
     tied: bool = False
+    mixed: bool = False
     uses: tuple[Use, ...] = ()
 
     kind = "linear"

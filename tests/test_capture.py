@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,3 +170,110 @@ def test_calling_conventions() -> None:
         compiled(labels=ids)
     with pytest.raises(TypeError, match="no input output_attentions"):
         compiled(ids, output_attentions=True)
+
+
+class Through(nn.Module):
+    """A forward given as a function of its one linear layer."""
+
+    def __init__(self, run: Callable[[nn.Linear, torch.Tensor], torch.Tensor], n_in: int = 6, n_out: int = 6) -> None:
+        super().__init__()
+        self.layer = nn.Linear(n_in, n_out)
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(self.layer, x)
+
+
+def written_through_a_view(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = layer(x)
+    y.unsqueeze(-1).add_(1.0)
+    y.reshape(-1).mul_(2.0)
+    return y
+
+
+def test_a_write_through_a_view_is_kept() -> None:
+    model = Through(written_through_a_view)
+    x = torch.randn(3, 6)
+    compiled = peftc.compile(model, "apply lora(r=2) to linear", example=x)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
+def random_in_training(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = layer(x)
+    return y * (torch.rand(x.shape[0], 1) > 0.5) if layer.training else y
+
+
+def test_a_branch_on_training_that_draws_numbers_is_refused() -> None:
+    """The trace would draw them in eval() too."""
+    with pytest.raises(peftc.PeftcError, match="stays-random"):
+        peftc.compile(Through(random_in_training), "apply lora(r=2) to linear", example=torch.randn(3, 6))
+
+
+def test_the_dropout_of_a_recurrent_layer_follows_eval() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(6, 5, num_layers=2, dropout=0.5, batch_first=True)
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.out(self.cell(x)[0])
+            return result
+
+    model = Recurrent()
+    x = torch.randn(2, 4, 6)
+    compiled = peftc.compile(model, "apply lora(r=2) to linear", example=x)
+    model.eval()
+    compiled.eval()
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
+
+
+def tied_autoencoder(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(layer(x)) @ layer.weight
+
+
+def test_a_weight_applied_in_two_ways_is_refused() -> None:
+    with pytest.raises(peftc.PeftcError, match="applied in two ways"):
+        peftc.compile(Through(tied_autoencoder, 6, 4), "apply lora(r=2) to linear", example=torch.randn(3, 6))
+
+
+def test_scaled_products_are_no_plain_linear_layers() -> None:
+    def scaled(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(layer.bias, x, layer.weight, beta=2, alpha=0.5)
+
+    with pytest.raises(peftc.PeftcError, match="no-match"):
+        peftc.compile(Through(scaled), "apply lora(r=2) to linear", example=torch.randn(3, 6))
+
+
+def test_a_weight_without_a_module_of_its_own() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.w
+
+    compiled = peftc.compile(Raw(), "apply lora(r=2) to linear", example=torch.randn(3, 6))
+    assert set(compiled.trainable_parameters()) == {"lora_w.A", "lora_w.B"}
+
+
+def test_inside_another_module_state_dicts_keep_to_themselves() -> None:
+    compiled = peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q")
+    whole = nn.ModuleDict({"other": nn.Linear(2, 2), "inner": compiled})
+    names = set(whole.state_dict())
+    assert {"other.weight", "other.bias"} < names
+    assert len(names) == 2 + len(compiled.state_dict())
+    assert not whole.load_state_dict(whole.state_dict()).missing_keys
+    with pytest.raises(RuntimeError, match=r"lora\.A"):
+        whole.load_state_dict({"other.weight": torch.zeros(2, 2), "other.bias": torch.zeros(2)})
+
+
+def test_a_call_without_labels_sees_new_parameters() -> None:
+    compiled = peftc.compile(ZOO["llama"](), "train norm")
+    compiled.eval()
+    ids = torch.randint(3, 90, (2, 5))
+    compiled(ids)
+    state = {name: tensor + 1 for name, tensor in compiled.state_dict().items()}
+    compiled.load_state_dict(state, assign=True)
+    torch.testing.assert_close(compiled(ids).logits, compiled(ids, labels=ids).logits, rtol=0, atol=0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def test_hf_peft_reads_what_peftc_writes(name: str, spec: str, tmp_path: Path) -
             "llama",
             peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}),
         ),
+        ("llama", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64})),
         ("llama", peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])),
         ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
         ("gpt2", peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
@@ -104,3 +106,27 @@ def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
         peftc.load_peft(ZOO["llama"](), tmp_path)
     with pytest.raises(peftc.PeftcError, match="bad-artifact"):
         peftc.load_peft(ZOO["llama"](), tmp_path / "nowhere")
+
+
+def test_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
+    peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q").save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(file.read_bytes())
+    file.write_bytes(
+        safetensors.torch.save({k: t[:, :1].contiguous() if "lora_A" in k else t for k, t in tensors.items()})
+    )
+    with pytest.raises(peftc.PeftcError, match="bad-artifact"):
+        peftc.load_peft(ZOO["llama"](), tmp_path / "adapter")
+
+
+def test_saving_again_leaves_other_files_alone(tmp_path: Path) -> None:
+    compiled = peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q")
+    compiled.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    compiled.save_pretrained(tmp_path)
+    compiled.save(tmp_path / "own")
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    compiled.save(tmp_path / "own")
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert (tmp_path / "own" / "notes.txt").read_text() == "mine"
+    peftc.load(tmp_path / "own", ZOO["llama"]())

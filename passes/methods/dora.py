@@ -72,7 +72,7 @@ class DoRA(Method):
             return None
         values = {
             "r": tensors["lora_A.weight"].shape[0],
-            "alpha": config.get("alpha_pattern", {}).get(module, config["lora_alpha"]),
+            "alpha": config["lora_alpha"],
             "dropout": config.get("lora_dropout", 0.0),
         }
         return values, {ours: tensors[theirs] for theirs, ours in names.items()}

@@ -107,7 +107,7 @@ class LoRA(Method):
             return None
         values = {
             "r": tensors["lora_A.weight"].shape[0],
-            "alpha": config.get("alpha_pattern", {}).get(module, config["lora_alpha"]),
+            "alpha": config["lora_alpha"],
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
         }
