@@ -192,7 +192,9 @@ def _keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _met
 def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
     """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
     added = added_names(module.plan)
-    frozen = {name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in added}
+    # A tied tensor is missed under each of its names.
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    frozen = {name for name, _ in tensors if name not in added}
     incompatible.missing_keys[:] = [
         name for name in incompatible.missing_keys if not (name in frozen or _ends_with_one_of(name, frozen))
     ]

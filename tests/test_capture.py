@@ -269,6 +269,12 @@ def test_inside_another_module_state_dicts_keep_to_themselves() -> None:
         whole.load_state_dict({"other.weight": torch.zeros(2, 2), "other.bias": torch.zeros(2)})
 
 
+def test_a_tied_model_loads_its_own_state_without_a_missing_key() -> None:
+    compiled = peftc.compile(ZOO["gpt2"](), "apply lora(r=2) to attn.o")
+    result = compiled.load_state_dict(compiled.state_dict(), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
 def test_a_call_without_labels_sees_new_parameters() -> None:
     compiled = peftc.compile(ZOO["llama"](), "train norm")
     compiled.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -69,3 +70,32 @@ def test_its_first_command_compiles_the_real_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM" in done.stdout
     assert (output / "adapter.safetensors").is_file()
+
+
+def plans() -> list[str]:
+    """The commands under "Measured" that need no more than a config."""
+    return [line for block in fenced("sh") for line in block.splitlines() if "peftc plan" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", plans(), ids=lambda line: line.rpartition("/")[2])
+def test_its_plans_come_out(line: str) -> None:
+    command = [sys.executable, "-m", "peftc.cli", *shlex.split(line)[1:], "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    if "gpt3" in line:
+        assert plan["trainable"] == 37_748_736
+    if "opt" in line:
+        shown = [f"{plan['memory'][kind] / 1e9:.2f}" for kind in ("weights", "gradients", "optimizer", "activations")]
+        assert " · ".join(shown) in README.read_text()
+
+
+@pytest.mark.slow
+def test_its_benchmark_runs() -> None:
+    """examples/train.py, the other script it names, is run by test_examples.py."""
+    command = [sys.executable, "examples/compile_time.py", "--layers", "2", "--repeat", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[0] == "2"
