@@ -10,9 +10,9 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from peftc.ir import STACK
+from peftc.ir import STACK, keep_unread
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _call_block(
     inner.output(known[leaving[0]] if len(leaving) == 1 else tuple(known[node] for node in leaving))
     owner = module.get_submodule(run.block)
     folded = fx.GraphModule(owner, inner, class_name=_class_name(run))
-    _keep_unread(owner, folded)
+    keep_unread(owner, folded)
     parent, _, leaf = run.block.rpartition(".")
     module.get_submodule(parent).add_module(leaf, folded)
     call = outer.call_module(run.block, tuple(env[node] for node in entering))
@@ -148,16 +148,6 @@ def _call_block(
     for index, node in enumerate(leaving):
         env[node] = outer.call_function(operator.getitem, (call, index))
         env[node].meta["val"] = node.meta["val"]
-
-
-def _keep_unread(owner: nn.Module, folded: nn.Module) -> None:
-    """Tensors that no node reads, such as the start a method took out of the weight, stay where they are."""
-    from peftc.ir import set_tensor
-
-    kept = dict(folded.state_dict(keep_vars=True))
-    for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
-        if name not in kept:
-            set_tensor(folded, name, tensor)
 
 
 def _class_name(run: _Run) -> str:

@@ -75,6 +75,18 @@ def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
         root.register_buffer(leaf, tensor)
 
 
+def keep_unread(root: nn.Module, made: nn.Module) -> None:
+    """Gives `made`, a GraphModule on `root`, the tensors of `root` that no node reads and that it therefore left out.
+
+    Such as the start that a method took out of a weight: it is saved, and needed to take it out again.
+    """
+    named = (*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False))
+    known = {name for name, _ in named}
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if name not in known:
+            set_tensor(made, name, tensor)
+
+
 def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
     """The one `get_attr` node of `path`, made at the top of the graph on first use."""
     for node in graph.find_nodes(op="get_attr", target=path):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from peftc.calling import Convention, without_loss
 from peftc.errors import PeftcError
-from peftc.ir import set_tensor
+from peftc.ir import keep_unread
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
 
@@ -42,10 +42,7 @@ class CompiledModule(fx.GraphModule):
             convention=Convention(plan.captured.inputs, plan.captured.result),
             _pruned={},
         )
-        known = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
-        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-            if name not in known:
-                set_tensor(self, name, tensor)
+        keep_unread(root, self)
         self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
         self._set_forward()
