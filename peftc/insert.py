@@ -79,7 +79,7 @@ def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
 
 def _start(spec: State, reference: Tensor) -> Tensor:
     """State learns in fp32 where the base is in half precision, as in HF PEFT."""
-    dtype = torch.float32 if reference.dtype in HALF else reference.dtype
+    dtype = spec.dtype or (torch.float32 if reference.dtype in HALF else reference.dtype)
     return spec.init(torch.empty(spec.shape, dtype=dtype, device=reference.device))
 
 

@@ -32,8 +32,8 @@ from peftc.timings import Timings
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MARKS = (".lora_", ".ia3_")
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+MARKS = (".lora_", ".ia3_", ".hada_", ".lokr_")
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
 def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
@@ -56,10 +56,11 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
         "target_modules": sorted(binding.site.name for binding in bindings),
-        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
         "inference_mode": True,
         "task_type": None,
     }
+    if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
+        config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
     write_folder(folder, files)
@@ -104,7 +105,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
 def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
     """The settings of one module: HF PEFT's patterns are regular expressions for the end of its name."""
     own = dict(config)
-    for pattern, name in PATTERNS.items():
+    for name, pattern in PATTERNS.items():
         for key, value in (config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", module):
                 own[name] = value
@@ -124,8 +125,10 @@ def _problems(compiled: CompiledModule) -> list[CannotExport]:
 
 
 def _reason(binding: Binding, first: type[Any]) -> str | None:
-    if binding.method.peft_type is None or getattr(binding.method, "mode", "multiply") != "multiply":
+    if binding.method.peft_type is None:
         return f"it has no {binding.method!r}"
+    if reason := binding.method.unexportable(binding.site):
+        return reason
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
     if isinstance(binding.site, Linear) and binding.site.rows is not None:
@@ -139,10 +142,9 @@ def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None
         if isinstance(value, list):
             config.setdefault(name, []).extend(value)
         elif config.setdefault(name, value) != value:
-            pattern = next((pattern for pattern, own in PATTERNS.items() if own == name), None)
-            if pattern is None:
+            if name not in PATTERNS:
                 raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
-            config.setdefault(pattern, {})[module] = value
+            config.setdefault(PATTERNS[name], {})[module] = value
 
 
 def _separator(key: str) -> str:

@@ -38,11 +38,15 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One tensor that a method keeps at a site. `init` fills it in place, as `torch.nn.init` does."""
+    """One tensor that a method keeps at a site. `init` fills it in place, as `torch.nn.init` does.
+
+    `dtype`: only of what does not learn, such as indices; else the base's, or fp32 where that is half precision.
+    """
 
     shape: tuple[int, ...]
     init: Init = torch.nn.init.zeros_
     trainable: bool = True
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,10 @@ class Method:
         """The weight [n_out, n_in] and bias [n_out] of a plain layer that does the same."""
         return weight + self.delta(site, **state).to(weight.dtype), bias
 
+    def unexportable(self, site: Any) -> str | None:
+        """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
+        return None
+
     def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
         raise NotImplementedError
@@ -255,6 +263,13 @@ def methods() -> dict[str, type[Method]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_registry.items()))
+
+
+def divisors_near(size: int, wanted: int) -> str:
+    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
+    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))
 
 
 @cache

@@ -24,8 +24,8 @@ FIELDS = ("in_features", "out_features", "width", "experts")
 STACKS = ("encoder", "decoder")
 QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 LATER_METHODS = (
-    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
+    "vera", "adalora", "relora", "said", "diff_pruning", "fish", "prefix", "prompt", "ptuning", "ipt",
+    "llama_adapter", "ladder", "gated", "mixture", "sparse",
 )  # fmt: skip
 
 

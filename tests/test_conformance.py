@@ -155,7 +155,7 @@ def _capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_values(parameter: Param) -> list[Any]:
-    """Each other choice; the other truth; one other number that the parameter allows."""
+    """Each other choice; the other truth; other numbers that the parameter allows, of which one will do."""
     if parameter.choices:
         return [choice for choice in parameter.choices if choice != parameter.default]
     if parameter.kind is bool:
@@ -163,26 +163,48 @@ def other_values(parameter: Param) -> list[Any]:
     if parameter.kind is str:
         return []
     start = parameter.default or 0
-    numbers = [3, 5] if parameter.kind is int else [start + 2.5, start + 0.25]
-    return [value for value in numbers if value != parameter.default and parameter.problem(value) is None][:1]
+    numbers = [3, 5, 4] if parameter.kind is int else [start + 2.5, start + 0.25]
+    return [value for value in numbers if value != parameter.default and parameter.problem(value) is None]
 
 
 def spelt(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+# (n_out, n_in) of the places in the models used here, for methods whose parameters must divide them.
+SIZES = ((16, 24), (24, 40), (32, 32), (48, 32), (32, 48), (32, 80), (48, 80))
+
+
+def fits(method: Method) -> bool:
+    """Whether the method attaches at every place, as far as sizes tell."""
+    sites = (Linear("layer", "layer", frozenset(), n_out=n_out, n_in=n_in) for n_out, n_in in SIZES)
+    return method.conflict() is None and (method.site is not Linear or all(not method.refuses(site) for site in sites))
+
+
+@cache
+def fitting(variant: str) -> str | None:
+    """`variant`, if need be with one number smaller than its default, as the models here are; None if none fits."""
+    name, _, given = variant.removesuffix(")").partition("(")
+    numbers = [key for key, p in methods()[name].parameters.items() if p.kind is int and key != given.partition("=")[0]]
+    for more in ("", *(f"{key}={size}" for key in numbers for size in (8, 4))):
+        call = f"{name}({', '.join(filter(None, (given, more)))})".removesuffix("()")
+        if fits(resolve(as_spec(f"apply {call} to linear")).applications[0].method):
+            return call
+    return None
+
+
 def variants(cls: type[Method]) -> Iterator[str]:
-    """The method as it is by default, and once for each value that differs from that."""
+    """The method as it is by default, and once for each value that differs from that and goes with the sizes here."""
     yield cls.name
     for parameter in cls.parameters.values():
-        for value in other_values(parameter):
-            if cls(**{parameter.name: value}).conflict() is None:
-                yield f"{cls.name}({parameter.name}={spelt(value)})"
+        values = [value for value in other_values(parameter) if cls(**{parameter.name: value}).conflict() is None]
+        found = [variant for value in values if fitting(variant := f"{cls.name}({parameter.name}={spelt(value)})")]
+        yield from found if parameter.choices else found[:1]
 
 
 def statement(variant: str) -> str:
     place = PLACES[methods()[variant.partition("(")[0]].site]
-    return f"apply {variant} to {place}"
+    return f"apply {fitting(variant)} to {place}"
 
 
 VARIANTS = [variant for cls in methods().values() for variant in variants(cls)]
@@ -412,7 +434,7 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
             return st.sampled_from(parameter.choices)
         if parameter.kind is bool:
             return st.booleans()
-        if parameter.name == "dropout" or parameter.kind is str:
+        if parameter.name.endswith("dropout") or parameter.kind is str:
             return st.just(parameter.default)
         low, high = (4 if bound is None else min(bound, 4) for bound in (parameter.min, parameter.max))
         numbers: st.SearchStrategy[Any] = st.integers(int(low), int(high))
@@ -451,13 +473,16 @@ def test_2_rewrite_equals_fold_on_any_shape(
     def number(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    state = {key: number(*spec.shape) for key, spec in method.state(site).items()}
-    x, bias = number(tokens, n_in), number(n_out) if has_bias else None
-    weight = method.prepare(site, number(n_out, n_in), state)
+    x, bias, frozen = number(tokens, n_in), number(n_out) if has_bias else None, number(n_out, n_in)
+    specs = method.state(site)
+    state = {key: torch.zeros(spec.shape, dtype=spec.dtype or torch.float64) for key, spec in specs.items()}
+    method.initialise(site, frozen, state)  # indices, for one, mean something
+    state |= {key: number(*spec.shape) for key, spec in specs.items() if spec.dtype is None}
+    weight = method.prepare(site, frozen, state)
     known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias}
 
     def asked(function: Callable[..., Tensor], given: int) -> list[Tensor | None]:
-        return [known[parameter] for parameter in wanted(function, given)]
+        return [known.get(parameter) for parameter in wanted(function, given)]
 
     if method.rewrites_input(site):
         rewritten = F.linear(method.rewrite_input(site, x, *asked(type(method).rewrite_input, 3)), weight, bias)
