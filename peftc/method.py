@@ -74,6 +74,7 @@ class Method(Configured):
     data: Data | None = None
     scheduled: bool = False
     peft_type: ClassVar[str | None] = None
+    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     noun = "method"
     such_as = "lora(r=8)"

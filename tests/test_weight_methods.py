@@ -208,7 +208,8 @@ def krona_by_entries(method: Any, x: Tensor, known: dict[str, Any]) -> Tensor:
 def qalora_by_algorithm_1(method: Any, x: Tensor, known: dict[str, Any]) -> Tensor:
     """result = x W^T + (QA(x) * (D_in // L)) A^T B^T s, where QA is AvgPool1d over D_in // L inputs."""
     pooled = F.avg_pool1d(x[:, None], method.group)[:, 0] * method.group
-    return F.linear(x, known["weight"], known["bias"]) + method.scale * (pooled @ known["A"].T) @ known["B"].T
+    branch: Tensor = (pooled @ known["A"].T) @ known["B"].T * method.scale
+    return F.linear(x, known["weight"], known["bias"]) + branch
 
 
 def far_in_two_layers(method: Any, x: Tensor, known: dict[str, Any]) -> Tensor:
