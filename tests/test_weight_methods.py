@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,20 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
+def without_dropout(name: str) -> Any:
+    """A tiny model that computes the same in `train()` and `eval()`."""
+    model = ZOO[name]()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def gradients_by_their_names(compiled: peftc.CompiledModule) -> dict[str, Tensor]:
     """The gradients of a compiled model under the names that HF PEFT has for the tensors."""
     found: dict[str, Tensor] = {}
     for binding in compiled.plan.bindings:
-        state = {name: get_attribute(compiled, f"{binding.path}.{name}") for name in binding.state}
+        state = {name: get_attribute(compiled, full) for name, full in binding.names.items()}
         own = {name: tensor if tensor.grad is None else tensor.grad for name, tensor in state.items()}
         renamed = binding.method.to_peft(binding.site, own)[1]
         found |= {f"{binding.site.name}.{name}": tensor for name, tensor in renamed.items()}
@@ -53,7 +63,8 @@ def gradients_by_their_names(compiled: peftc.CompiledModule) -> dict[str, Tensor
 
 
 def assert_same(compiled: peftc.CompiledModule, theirs: Any, batch: dict[str, Tensor]) -> None:
-    ours, expected = compiled.eval()(**batch), theirs.eval()(**batch)
+    penalised = compiled.plan.bindings[0].method.name == "adalora"  # the penalty joins the loss in training
+    ours, expected = compiled.train(penalised)(**batch), theirs.train(penalised)(**batch)
     close(ours.logits, expected.logits, NEAR)
     close(ours.loss, expected.loss, NEAR)
     ours.loss.backward()
@@ -70,6 +81,8 @@ def assert_same(compiled: peftc.CompiledModule, theirs: Any, batch: dict[str, Te
     assert compared == len(compiled.trainable_parameters())
 
 
+# Without a task, their PeftModel goes past the forward that adds the penalty.
+AdaLoraConfig = partial(peft.AdaLoraConfig, task_type="CAUSAL_LM")
 BOTH = ["q_proj", "down_proj"]  # 48 x 32 and 32 x 80 on the tiny Llama
 CONFIGS = {
     "loha, factored": ("llama", peft.LoHaConfig(r=3, alpha=5, target_modules=BOTH)),
@@ -87,6 +100,17 @@ CONFIGS = {
         "llama",
         peft.LoKrConfig(r=2, decompose_both=True, target_modules=BOTH, init_weights="lycoris"),
     ),
+    "vera": ("llama", peft.VeraConfig(r=5, target_modules=BOTH)),
+    "vera, gpt2": ("gpt2", peft.VeraConfig(r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "adalora": ("llama", AdaLoraConfig(init_r=5, target_r=3, target_modules=BOTH, total_step=10)),
+    "adalora, no penalty": (
+        "llama",
+        AdaLoraConfig(init_r=5, target_modules=BOTH, total_step=10, orth_reg_weight=0.0, lora_alpha=3),
+    ),
+    "adalora, gpt2": (
+        "gpt2",
+        AdaLoraConfig(init_r=3, target_r=2, target_modules=["c_attn"], total_step=9, fan_in_fan_out=True),
+    ),
     "lokr, bert": ("bert", peft.LoKrConfig(r=2, target_modules=["value", "intermediate.dense"])),
 }
 
@@ -95,15 +119,29 @@ CONFIGS = {
 def test_as_in_hf_peft(name: str, tmp_path: Path) -> None:
     """Their adapter, read by peftc: outputs, loss and every gradient; and peftc's own folder, read by them."""
     zoo_model, config = CONFIGS[name]
-    base = ZOO[zoo_model]()
+    base = without_dropout(zoo_model)
     batch = inputs(base)
-    theirs = randomised(peft.get_peft_model(ZOO[zoo_model](), config))
+    theirs = randomised(peft.get_peft_model(without_dropout(zoo_model), config))
     theirs.save_pretrained(tmp_path / "theirs")
     compiled = peftc.load_peft(base, tmp_path / "theirs")
     assert_same(compiled, theirs, batch)
+    theirs.eval()
     compiled.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(ZOO[zoo_model](), str(tmp_path / "ours"))
     assert torch.equal(back.eval()(**batch).logits, theirs(**batch).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+def test_vera_without_its_projections(tmp_path: Path) -> None:
+    """A folder that leaves out A and B: they are drawn anew from the seed, bit for bit as HF PEFT draws them."""
+    config = peft.VeraConfig(r=5, target_modules=BOTH, save_projection=False, projection_prng_key=7)
+    theirs = randomised(peft.get_peft_model(ZOO["llama"](), config))
+    theirs.save_pretrained(tmp_path)
+    compiled = peftc.load_peft(ZOO["llama"](), tmp_path)
+    state = compiled.state_dict()
+    assert torch.equal(state["vera.A"], theirs.base_model.vera_A["default"])
+    assert torch.equal(state["vera.B"], theirs.base_model.vera_B["default"])
+    assert_same(compiled, theirs, inputs(ZOO["llama"]()))
 
 
 @pytest.mark.parametrize("spec", ["loha(r=3)", "lokr(r=3)"])
