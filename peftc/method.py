@@ -172,6 +172,10 @@ class Method:
         """Why nothing else may change the weight that this method stands on, or None."""
         return None
 
+    def claims_upstream(self) -> str | None:
+        """Why nothing that the method's output depends on may learn (no gradient passes through it), or None."""
+        return None
+
     def state(self, site: Any) -> dict[str, State]:
         """The tensors the method keeps at `site`: shapes and initialisation, no data."""
         raise NotImplementedError
@@ -187,8 +191,12 @@ class Method:
         """(site, x, *state): x as everything at the site shall read it. State is asked for by name."""
         raise NotImplementedError
 
-    def rewrite(self, *given: Any) -> Tensor:
-        """(site, x, y, *state): the site's output. State, `weight` and `bias` are asked for by name."""
+    def rewrite(self, *given: Any) -> Any:
+        """(site, x, y, *state): the site's output. State, `weight` and `bias` are asked for by name.
+
+        At a block, `carry`, `memory` and `attend` too (see `peftc.chains`): who asks for `carry` returns the pair of
+        the output and what the next block of its chain gets.
+        """
         raise NotImplementedError
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ STACKS = ("encoder", "decoder")
 QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 LATER_METHODS = (
     "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
+    "prompt", "ptuning", "ipt", "llama_adapter", "gated", "mixture", "sparse",
 )  # fmt: skip
 
 
