@@ -228,6 +228,14 @@ class Method:
         """The learning rate of one state tensor, as a multiple of the base rate."""
         return 1.0
 
+    def changes(self, site: Any) -> bool:
+        """Whether the site's output becomes another; a link of a chain may only read it."""
+        return True
+
+    def keeps(self, site: Any) -> int | None:
+        """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
+        return None
+
     def rewrites_input(self, site: Any) -> bool:
         """Whether the method acts on what goes into the site; else on what comes out."""
         return False

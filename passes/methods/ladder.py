@@ -81,9 +81,15 @@ class Ladder(Method):
     def _width(self, site: Block) -> int:
         return self.size or site.width // (self.reduction or 8)
 
-    def _is_end(self, site: Block) -> bool:
-        """Whether the side network's result joins the model here; where another chain reads it, it does not."""
+    def changes(self, site: Block) -> bool:
         return site.after is None and not site.feeds
+
+    def keeps(self, site: Block) -> int:
+        """Both addends of u, a norm's steps and the values around f; at the end a norm's again."""
+        width = self._width(site)
+        norm = 3 * width + 1
+        inner = self.expansion * width * (1 if self.activation in ("relu", "tanh") else 2) + (self.dropout > 0)
+        return 2 * width + norm + inner + (norm if self.changes(site) else 0)
 
     def state(self, site: Block) -> dict[str, State]:
         width, inner = self._width(site), self.expansion * self._width(site)
@@ -97,7 +103,7 @@ class Ladder(Method):
             "wide": State((inner, width), start),
             "narrow": State((width, inner), start),
         }
-        if self._is_end(site):
+        if self.changes(site):
             state |= {"last_norm": State((width,), torch.nn.init.ones_), "up": State((site.width, width))}
         return state
 
