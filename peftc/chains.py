@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor, fx
 
 from peftc.ir import Provenance, is_tensor, redirect, splice, trace, value
-from peftc.method import wanted
 from peftc.site import Block, Reading, Site
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], 
     assert isinstance(site, Block)
     assert site.x is not None
     assert site.h is not None
-    names = wanted(type(method).rewrite, 4)
+    names = method.asks(binding.names)
     x, y = (inserter.current.get(node, node) for node in (site.x, site.h))
     given = dict(state)
     if "carry" in names and site.before is not None:
@@ -62,7 +61,7 @@ def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], 
         values: dict[str, Any] = dict(zip(given, tensors, strict=True))
         if "memory" in values and site.reading is not None:
             values["attend"] = _attending(site.reading, values)
-        return method.rewrite(site, x, y, *(values.get(name) for name in names))
+        return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
 
     args = [x, y, *given.values()]
     template = _template(inserter, binding, function, args, tuple(given))
@@ -83,7 +82,7 @@ def _template(
     assert isinstance(site, Block)
     fakes = [value(node) for node in args]
     key = (
-        type(binding.method), repr(binding.method), tuple(binding.state), names, tuple(site.facts().items()),
+        type(binding.method), repr(binding.method), tuple(binding.names), names, tuple(site.facts().items()),
         _constants(site.reading), tuple((str(tuple(fake.shape)), fake.dtype, str(fake.device)) for fake in fakes),
     )  # fmt: skip
     if key not in inserter.templates:
