@@ -72,6 +72,7 @@ class Method(Configured):
     unmergeable: str | None = None
     data: Data | None = None
     scheduled: bool = False
+    indivisible: str | None = None  # why a combinator cannot take the method's state apart
     peft_type: ClassVar[str | None] = None
 
     noun = "method"

@@ -49,6 +49,7 @@ class Ladder(Method):
     site = Block
     stage = Stage.MODULE
     unmergeable = "it is a network of its own beside the model, which no weight of the model stands for"
+    indivisible = "its blocks hand a value on to one another"
 
     reduction: int | None = param(None, "width as the model's divided by this; 8 if neither is given", min=1)
     size: int | None = param(None, "width of the side network", min=1)
