@@ -170,6 +170,27 @@ class WeightClaimed(Diagnostic):
         return (Label(self.other, "changes it too"),)
 
 
+class GradientClaimed(Diagnostic):
+    """Something that learns below a method through which no gradient passes."""
+
+    code = "gradient-claimed"
+    method: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} keeps the gradient from what it stands on: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "would never learn"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"leave one of them out, or keep to what stands behind {self.method}, such as the head",)
+
+
 class TrainsASlice(Diagnostic):
     code = "trains-a-slice"
     site: str

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations
 from math import prod
@@ -27,21 +27,20 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import peftc
-from peftc import pipeline
-from peftc.capture import Captured, capture
 from peftc.ir import get_attribute
 from peftc.method import Data, Method, Stage, methods
 from peftc.params import Configured, Param, registered
 from peftc.resolve import resolve
-from peftc.site import Linear, Module, Site
+from peftc.site import Block, Linear, Module, Site
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 # Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
 # on all of them mlp.down has more inputs than outputs.
-PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp"}
+PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block"}
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
 
 # Sites as the smallest models have them, to ask a method whether it would stand there.
@@ -146,25 +145,6 @@ def subject(name: str) -> Subject:
     base.eval()
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     return Subject(name, base, batch, batch if name == "plain" else None, before)
-
-
-captures: dict[tuple[int, str], Captured] = {}
-
-
-def captured_once(model: nn.Module, example: Any, *more: Any) -> Captured:
-    """`capture`, which takes seconds, once for each model; each caller gets a graph of its own, as it uses it up."""
-    key = id(model), str({name: (tensor.shape, tensor.dtype) for name, tensor in example.kwargs.items()})
-    if key not in captures:
-        captures[key] = capture(model, example, *more)
-    known = captures[key]
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(known.module.graph, {}))
-    return replace(known, module=fx.GraphModule(known.module, graph, class_name=type(model).__name__))
-
-
-@pytest.fixture(autouse=True)
-def _capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "capture", captured_once)
 
 
 # ---- The variants of each method, from its declared parameters ---------------------------------------------------
@@ -799,12 +779,15 @@ def meetings(lines: list[str]) -> list[str]:
     return ["\n".join(pair) for pair in pairs if stage(pair[0]) <= stage(pair[1])]
 
 
-def shares_a_claimed_weight(spec: str) -> bool:
-    """Whether a method that needs its weight to itself meets something else that changes it: all stand on the same."""
+def contradiction(spec: str) -> str | None:
+    """The code of the refusal where a method that wants something to itself meets what all of these stand on."""
     lines = spec.splitlines()
-    on_weights = [application.method for application in resolve(as_spec(spec)).applications]
-    on_weights = [method for method in on_weights if method.stage is Stage.WEIGHT]
-    return len(on_weights) + ("train linear" in lines) > 1 and any(method.claims_weight() for method in on_weights)
+    applied = [application.method for application in resolve(as_spec(spec)).applications]
+    if len(lines) > 1 and any(method.claims_upstream() for method in applied):
+        return "gradient-claimed"
+    on_weights = [method for method in applied if method.stage is Stage.WEIGHT]
+    shared = len(on_weights) + ("train linear" in lines) > 1
+    return "weight-claimed" if shared and any(method.claims_weight() for method in on_weights) else None
 
 
 def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
@@ -819,7 +802,7 @@ def subject_of(spec: str) -> str:
 
 
 QUICK_MEETINGS = [
-    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
+    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     *(
         ("llama", f"{statement(first)}\n{statement(second)}")
         for first, second in combinations(("lora", "ia3", "adapter"), 2)
@@ -828,8 +811,8 @@ QUICK_MEETINGS = [
     ("gpt2", "apply dora to attn.q\napply lora to attn.k"),
 ]
 FULL_MEETINGS = [
-    *(("llama", spec) for spec in meetings(MEETING) if not shares_a_claimed_weight(spec)),
-    *(("gpt2", spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
+    *(("llama", spec) for spec in meetings(MEETING) if not contradiction(spec)),
+    *(("gpt2", spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     ("gpt2", "apply lora(init=pissa) to attn.q\napply dora to attn.k, mlp.down"),
 ]
 
@@ -847,21 +830,21 @@ def test_7_two_that_meet(name: str, spec: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [meeting("plain", spec) for spec in meetings(MEETING) if shares_a_claimed_weight(spec)]
+    ("name", "spec"), [meeting("plain", spec) for spec in meetings(MEETING) if contradiction(spec)]
 )
-def test_7_a_claimed_weight_is_shared_with_nothing(name: str, spec: str) -> None:
+def test_7_what_one_claims_is_shared_with_nothing(name: str, spec: str) -> None:
     """Whatever the order in the file, the refusal shows both lines."""
     for lines in permutations(spec.splitlines()):
         with pytest.raises(peftc.PeftcError) as raised:
             peftc.plan(subject(name).base, "\n".join(lines), example=subject(name).example)
-        assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"weight-claimed"}
+        assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {contradiction(spec)}
         assert all(line in str(raised.value) for line in lines)
 
 
 @pytest.mark.xdist_group("conformance-plain")
 def test_7_all_at_once(tmp_path: Path) -> None:
     """Every method that shares, and an existing parameter, in one model."""
-    sharing = [statement(variant) for variant in DEFAULTS if built(variant).claims_weight() is None]
-    sharing = [line for line in sharing if built(variant_of(line)).data not in NEEDS_LOSS]
+    sharing = [v for v in DEFAULTS if not (built(v).claims_weight() or built(v).claims_upstream())]
+    sharing = [statement(variant) for variant in sharing if built(variant).data not in NEEDS_LOSS]
     spec = "\n".join(["train norm, head", *sharing])
     test_7_two_that_meet("plain", spec, tmp_path)
