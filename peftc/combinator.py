@@ -74,7 +74,8 @@ class Combinator(Method):
 
     def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""
-        return self.method.rewrite(site, x, y, **chosen(known, self.method.asks(inside(known))))
+        changed: Tensor = self.method.rewrite(site, x, y, **chosen(known, self.method.asks(inside(known))))
+        return changed
 
     def inner_input(self, site: Any, x: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite of the input."""
