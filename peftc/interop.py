@@ -24,7 +24,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding
-from peftc.site import Linear
+from peftc.site import Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -56,7 +56,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
         "target_modules": sorted(binding.site.name for binding in bindings),
-        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
+        "fan_in_fan_out": any(isinstance(b.site, Projection) and b.site.transposed for b in bindings),
         "inference_mode": True,
         "task_type": None,
     }
@@ -128,7 +128,7 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return f"it has no {binding.method!r}"
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
-    if isinstance(binding.site, Linear) and binding.site.rows is not None:
+    if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
     return None
 

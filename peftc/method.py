@@ -134,7 +134,7 @@ class Method:
     name: ClassVar[str]
     formula: ClassVar[str]
     paper: ClassVar[str]
-    site: ClassVar[type[Site]] = Linear
+    site: ClassVar[type[Site] | UnionType] = Linear  # or several kinds: Linear | Experts
     stage: ClassVar[Stage] = Stage.WEIGHT
     identity: ClassVar[bool] = True
     unmergeable: ClassVar[str | None] = None
@@ -151,6 +151,11 @@ class Method:
         for name, parameter in self.parameters.items():
             value = given.get(name, parameter.default)
             setattr(self, name, float(value) if parameter.kind is float and value is not None else value)
+
+    @classmethod
+    def kinds(cls) -> tuple[type[Site], ...]:
+        """The kinds of site it attaches to, its own kind first."""
+        return get_args(cls.site) or (cast(type[Site], cls.site),)
 
     @property
     def values(self) -> dict[str, Any]:

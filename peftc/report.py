@@ -105,7 +105,8 @@ def described_methods() -> list[dict[str, Any]]:
             "summary": inspect.getdoc(cls),
             "formula": cls.formula,
             "paper": cls.paper,
-            "site": cls.site.kind,
+            "site": cls.kinds()[0].kind,
+            "sites": [kind.kind for kind in cls.kinds()],
             "merges": cls.unmergeable is None,
             "parameters": {
                 parameter.name: {
