@@ -208,7 +208,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 def check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
     """Every planned tensor is there in its shape, and no other."""
-    planned = {f"{b.path}.{name}": spec.shape for b in plan.bindings for name, spec in b.state.items()}
+    planned = {name: spec.shape for name, spec in plan.tensors.items()}
     planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if odd := sorted({name for name, _ in found.items() ^ planned.items()}):

@@ -92,10 +92,10 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
     module = plan.captured.module
     sizes = {name: get_attribute(module, name).element_size() for name in plan.sites.parameters}
     weights = sum(count * sizes[name] for name, count in plan.sites.parameters.items())
+    beside = {name: sizes[binding.site.parameters[0]] for binding in plan.bindings for name in binding.tensors}
     added = [
-        (prod(state.shape), max(sizes[binding.site.parameters[0]], 4), state.trainable)
-        for binding in plan.bindings
-        for state in binding.state.values()
+        (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
+        for name, state in plan.tensors.items()
     ]
     learning = [(count, size) for count, size, trains in added if trains]
     learning += [(plan.sites.parameters[name], sizes[name]) for name in plan.trained]

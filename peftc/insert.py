@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from peftc.grouped import product_like
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
-from peftc.method import State, wanted
+from peftc.method import Method, State
+from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
-from peftc.site import Module, Projection, Use
+from peftc.site import Module, Projection, Site, Use
 
 HALF = (torch.float16, torch.bfloat16)
-
-# Operands that are no state of a method: the rows of a fused weight, where they are no range, and the ends of groups.
+# Operands that are no state: the rows of a slice that is no range, the ends of groups, whether the model is training.
 ROWS = "rows"
 OFFSETS = "offsets"
+TRAINING = "training"
 
 
 def dense_weight(stored: Tensor, site: Projection, index: Tensor | None = None) -> Tensor:
@@ -58,30 +59,62 @@ def _put(whole: Tensor, part: Tensor, site: Projection, index: Tensor | None) ->
     return whole.index_copy(-1, index, part)
 
 
-def materialise(module: fx.GraphModule, plan: Plan, state: dict[str, Tensor] | None = None) -> None:
+def materialise(
+    module: fx.GraphModule,
+    plan: Plan,
+    state: dict[str, Tensor] | None = None,
+    data: Mapping[Binding, Any] | None = None,
+) -> None:
     """Gives `module` every tensor that `plan` promises: the methods' state and trained copies of parameters.
 
     `state` (full name -> tensor) is loaded instead of being initialised, where given. Random starts are drawn from
-    torch's default generator, so `torch.manual_seed` decides them.
+    torch's default generator, so `torch.manual_seed` decides them. `data` is what calibration saw.
     """
     for name in plan.trained:
         given = state[name] if state else get_attribute(module, name).detach().clone()
         set_tensor(module, name, torch.nn.Parameter(given.clone()))
-    private: set[str] = set()
+    made: dict[str, Tensor] = {}
     with torch.no_grad():
         for binding in plan.bindings:
             reference = _reference(module, binding)
-            tensors = {name: _start(spec, reference) for name, spec in binding.state.items()}
-            weight = dense_weight(reference, binding.site) if isinstance(binding.site, Projection) else reference
+            fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
+            made |= {full: _start(spec, reference) for full, spec in fresh.items()}
+            own = {name: made[full] for name, full in binding.names.items()}
             if state:
-                for name, tensor in tensors.items():
-                    tensor.copy_(state[f"{binding.path}.{name}"])
+                for full in fresh:
+                    made[full].copy_(state[full])
             else:
-                binding.method.initialise(binding.site, weight, tensors)
-            _prepare(module, binding, weight, tensors, private)
-            for name, tensor in tensors.items():
-                trains = binding.state[name].trainable
-                set_tensor(module, f"{binding.path}.{name}", torch.nn.Parameter(tensor) if trains else tensor)
+                weight = _weight(reference, binding.site)
+                binding.method.initialise(binding.site, weight, own)
+                if data is not None and binding in data:
+                    binding.method.calibrate(binding.site, weight, data[binding], own)
+            for full, spec in fresh.items():
+                set_tensor(module, full, torch.nn.Parameter(made[full]) if spec.trainable else made[full])
+    prepare(module, plan)
+
+
+def prepare(module: nn.Module, plan: Plan) -> None:
+    """Writes the frozen weights that methods take a part out of, or add one to, into copies of the base's tensors.
+
+    From the base's own tensors and the state as it is now: whatever changes the state calls it again.
+    """
+    stored: dict[str, nn.Parameter] = {}
+    for binding in plan.bindings:
+        site = binding.site
+        if not isinstance(site, Projection) or type(binding.method).prepare is Method.prepare:
+            continue
+        state = {name: get_attribute(module, full).detach() for name, full in binding.names.items()}
+        now = get_attribute(module, site.weight)
+        base = stored.get(site.weight, get_attribute(plan.captured.model, site.weight)).detach()
+        base = base.to(now.device, now.dtype)
+        weight = dense_weight(base, site)
+        prepared = binding.method.prepare(site, weight, state)
+        if prepared is weight:
+            continue
+        if site.weight not in stored:
+            stored[site.weight] = nn.Parameter(base.clone(), requires_grad=False)
+            set_tensor(module, site.weight, stored[site.weight])
+        replace_rows(stored[site.weight].data, site, prepared)
 
 
 def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
@@ -91,26 +124,14 @@ def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
     return tensor
 
 
+def _weight(stored: Tensor, site: Site) -> Tensor:
+    return dense_weight(stored, site) if isinstance(site, Projection) else stored
+
+
 def _start(spec: State, reference: Tensor) -> Tensor:
     """State learns in fp32 where the base is in half precision, as in HF PEFT."""
-    dtype = torch.float32 if reference.dtype in HALF else reference.dtype
+    dtype = spec.dtype or (torch.float32 if reference.dtype in HALF else reference.dtype)
     return spec.init(torch.empty(spec.shape, dtype=dtype, device=reference.device))
-
-
-def _prepare(
-    module: fx.GraphModule, binding: Binding, weight: Tensor, tensors: dict[str, Tensor], private: set[str]
-) -> None:
-    """Writes back a frozen weight that the method takes a part out of, to a copy of the base's tensor."""
-    site = binding.site
-    prepared = binding.method.prepare(site, weight, tensors)
-    if prepared is weight or not isinstance(site, Projection):
-        return
-    stored = get_attribute(module, site.weight)
-    if site.weight not in private:
-        stored = torch.nn.Parameter(stored.detach().clone(), requires_grad=False)
-        set_tensor(module, site.weight, stored)
-        private.add(site.weight)
-    replace_rows(stored.data, site, prepared)
 
 
 class Inserter:
@@ -142,7 +163,7 @@ class Inserter:
     def _onto(self, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
         """Replaces the output `y` by the method's."""
         now = self.current.get(y, y)
-        names = wanted(type(binding.method).rewrite, 4)
+        names = binding.method.asks(binding.names)
         extra = self._operands(binding, names)
         if use.offsets is not None:
             extra[OFFSETS] = use.offsets
@@ -156,12 +177,12 @@ class Inserter:
     def _into_input(self, binding: Binding, use: Use, stamp: Provenance) -> None:
         """Replaces what the site reads, for the base operation and all that stands beside it."""
         x = use.x
-        names = wanted(type(binding.method).rewrite_input, 3)
+        names = binding.method.asks_input(binding.names)
         extra = self._operands(binding, names)
         extra.pop(ROWS, None)
 
         def function(x: Tensor, *given: Tensor) -> Tensor:
-            return binding.method.rewrite_input(binding.site, x, *given)
+            return binding.method.rewrite_input(binding.site, x, **dict(zip(extra, given, strict=True)))
 
         template = self._template(binding, use, function, [x, *extra.values()], tuple(extra))
         result, _ = splice(self.graph, template, [x, *extra.values()], x, stamp, inside=use.op)
@@ -170,8 +191,8 @@ class Inserter:
 
     def _operands(self, binding: Binding, names: tuple[str, ...]) -> dict[str, fx.Node]:
         """The nodes of the state, weight and bias that a rewrite asks for; optional state may be absent."""
-        site, state = binding.site, binding.state
-        paths = {name: f"{binding.path}.{name}" for name in names if name in state}
+        site = binding.site
+        paths = {name: binding.names[name] for name in names if name in binding.names}
         if isinstance(site, Projection):
             paths |= {"weight": site.weight} if "weight" in names else {}
             paths |= {"bias": site.bias} if "bias" in names and site.bias else {}
@@ -183,7 +204,8 @@ class Inserter:
                 ordered[ROWS],
                 torch.tensor(site.rows, device=get_attribute(self.module, site.weight).device),
             )
-        return {name: attribute_node(self.graph, self.module, path) for name, path in ordered.items()}
+        nodes = {name: attribute_node(self.graph, self.module, path) for name, path in ordered.items()}
+        return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
 
     def _output_function(
         self, binding: Binding, use: Use, names: tuple[str, ...], present: tuple[str, ...]
@@ -201,9 +223,9 @@ class Inserter:
                     values["bias"] = take(values["bias"], site, -1, index)
                 part = take(y, site, -1, index)
                 here = replace(site, product=product_like(use.op, values.get(OFFSETS)))
-                result = method.rewrite(here, x, part, *(values.get(name) for name in names))
+                result = method.rewrite(here, x, part, **{name: values.get(name) for name in names})
                 return _put(y, result, site, index)
-            return method.rewrite(site, x, y, *(values.get(name) for name in names))
+            return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
 
         return function
 

@@ -49,7 +49,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for binding in bindings:
-        state = {name: get_attribute(compiled, f"{binding.path}.{name}").detach() for name in binding.state}
+        state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
         settings, own = binding.method.to_peft(binding.site, state)
         _join(config, settings, binding.site.name)
         tensors |= {f"{PREFIX}{binding.site.name}.{name}": tensor for name, tensor in own.items()}

@@ -70,7 +70,7 @@ def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: lis
     for binding in bindings:
         site = binding.site
         assert isinstance(site, Projection)
-        state = {name: get_attribute(compiled, f"{binding.path}.{name}").detach() for name in binding.state}
+        state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
         part = None if bias is None else take(bias, site, -1)
         new_weight, new_bias = binding.method.fold(site, dense_weight(stored, site), part, state)
         replace_rows(stored, site, new_weight)

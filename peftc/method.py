@@ -8,20 +8,25 @@ merging and the tests' oracle; its `rewrite` is traced and spliced into the grap
 from __future__ import annotations
 
 import enum
-import importlib
 import inspect
-import math
-import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
+from peftc.params import REQUIRED, Configured, Param, param, register, registered
 from peftc.site import Linear, Site
+
+if TYPE_CHECKING:
+    from peftc.schedule import Place, Step
+
+__all__ = [
+    "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "kinds", "method", "methods", "param", "wanted",
+]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
 
@@ -36,138 +41,43 @@ class Stage(enum.IntEnum):
     SEQUENCE = 5
 
 
+class Data(enum.Enum):
+    """What a method wants to see of calibration batches before it starts; `calibrate` is given it, summed over them."""
+
+    INPUTS = "x\u1d40x of the site's inputs, [n_in, n_in]"
+    WEIGHT_GRADIENTS = "squares of each example's gradient of the weight, [n_out, n_in]"
+    STATE_GRADIENTS = "gradients of the state of `probe()`, by name"
+
+
 @dataclass(frozen=True, slots=True)
 class State:
-    """One tensor that a method keeps at a site. `init` fills it in place, as `torch.nn.init` does."""
+    """One tensor that a method keeps at a site. `init` fills it in place, as `torch.nn.init` does.
+
+    `dtype` is that of the weights it stands beside (fp32 beside half precision), unless it is given.
+    """
 
     shape: tuple[int, ...]
     init: Init = torch.nn.init.zeros_
     trainable: bool = True
+    dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Param:
-    """One parameter of a method, as the language, the help and the diagnostics see it."""
-
-    name: str
-    kind: type
-    default: Any
-    doc: str
-    min: float | None = None
-    max: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] | None = None
-    alias: str | None = None
-    optional: bool = False
-
-    def problem(self, given: Any) -> str | None:
-        """Why `given` cannot be this parameter's value, or None."""
-        if given is None and self.optional:
-            return None
-        accepted = (int, float) if self.kind is float else self.kind
-        if isinstance(given, bool) != (self.kind is bool) or not isinstance(given, accepted):
-            return f"expects {self.expects}, not {_described(given)}"
-        if self.choices and given not in self.choices:
-            return f"must be one of {', '.join(self.choices)}"
-        if isinstance(given, int | float) and not (self._least <= given <= self._most):
-            return f"must be {self.range}"
-        if self.above is not None and isinstance(given, int | float) and not given > self.above:
-            return f"must be {self.range}"
-        return None
-
-    @property
-    def _least(self) -> float:
-        return -math.inf if self.min is None else self.min
-
-    @property
-    def _most(self) -> float:
-        return math.inf if self.max is None else self.max
-
-    @property
-    def expects(self) -> str:
-        """The type in a user's words."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word or a string"}
-        return words[self.kind]
-
-    @property
-    def range(self) -> str:
-        """The bounds in a user's words."""
-        if self.above is not None:
-            return f"above {self.above:g}"
-        if self.min is not None and self.max is not None:
-            return f"between {self.min:g} and {self.max:g}"
-        return f"at least {self.min:g}" if self.min is not None else f"at most {self.max:g}"
-
-
-def _described(given: Any) -> str:
-    if isinstance(given, bool):
-        return str(given).lower()
-    return f'"{given}"' if isinstance(given, str) else f"{given}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Field:
-    default: Any
-    options: dict[str, Any]
-
-
-def param(
-    default: Any,
-    doc: str,
-    *,
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    alias: str | None = None,
-) -> Any:
-    """Declares a method's parameter as a class attribute; the annotation gives its type."""
-    bounds = {"min": min, "max": max, "above": above}
-    return _Field(default, {"doc": doc, "choices": choices, "alias": alias, **bounds})
-
-
-class Method:
+class Method(Configured):
     """Base of every method. A subclass gives `state`, one of the rewrites, and `delta` or `fold` if it merges."""
 
-    name: ClassVar[str]
     formula: ClassVar[str]
     paper: ClassVar[str]
-    site: ClassVar[type[Site] | UnionType] = Linear  # or several kinds: Linear | Experts
-    stage: ClassVar[Stage] = Stage.WEIGHT
-    identity: ClassVar[bool] = True
-    unmergeable: ClassVar[str | None] = None
+    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
+    stage: Stage = Stage.WEIGHT
+    identity: bool = True
+    unmergeable: str | None = None
+    data: Data | None = None
+    scheduled: bool = False
     peft_type: ClassVar[str | None] = None
-    parameters: ClassVar[dict[str, Param]] = {}
 
-    def __init__(self, **given: Any) -> None:
-        """Raises TypeError or ValueError on what the plan would have reported with a line and a caret."""
-        for name, value in given.items():
-            if name not in self.parameters:
-                raise TypeError(f"{self.name} has no parameter {name!r}")
-            if problem := self.parameters[name].problem(value):
-                raise ValueError(f"{name} {problem}")
-        for name, parameter in self.parameters.items():
-            value = given.get(name, parameter.default)
-            setattr(self, name, float(value) if parameter.kind is float and value is not None else value)
-
-    @classmethod
-    def kinds(cls) -> tuple[type[Site], ...]:
-        """The kinds of site it attaches to, its own kind first."""
-        return get_args(cls.site) or (cast(type[Site], cls.site),)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The parameters as they are set."""
-        return {name: getattr(self, name) for name in self.parameters}
-
-    def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.values.items())})"
-
-    def conflict(self) -> str | None:
-        """Why these parameters do not go together, or None."""
-        return None
+    noun = "method"
+    such_as = "lora(r=8)"
+    folder = "methods"
 
     def refuses(self, site: Any) -> str | None:
         """Why this method cannot attach to `site`, a site of its kind, or None."""
@@ -181,6 +91,17 @@ class Method:
         """The tensors the method keeps at `site`: shapes and initialisation, no data."""
         raise NotImplementedError
 
+    def shared(self, sites: Sequence[Any]) -> dict[str, State]:
+        """The tensors the method keeps once for all the sites of its statement, asked for by name like the others."""
+        return {}
+
+    def calibrate(self, site: Any, weight: Tensor, data: Any, state: dict[str, Tensor]) -> None:
+        """Fills state, which `initialise` has filled already, from what `data` says the batches showed."""
+
+    def probe(self) -> Method:
+        """The method whose state's gradients `Data.STATE_GRADIENTS` asks for."""
+        raise NotImplementedError
+
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Fills state from the frozen weight [n_out, n_in], where the method starts from it."""
 
@@ -188,12 +109,12 @@ class Method:
         """The frozen weight as the compiled model keeps it; another tensor where the method takes a part out."""
         return weight
 
-    def rewrite_input(self, *given: Any) -> Tensor:
+    def rewrite_input(self, *given: Any, **state: Any) -> Tensor:
         """(site, x, *state): x as everything at the site shall read it. State is asked for by name."""
         raise NotImplementedError
 
-    def rewrite(self, *given: Any) -> Tensor:
-        """(site, x, y, *state): the site's output. State, `weight` and `bias` are asked for by name."""
+    def rewrite(self, *given: Any, **state: Any) -> Tensor:
+        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says."""
         raise NotImplementedError
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
@@ -217,6 +138,34 @@ class Method:
         """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's."""
         return None
 
+    def asks(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `rewrite` wants by name: state, and `weight`, `bias` or `training` (1.0 in `train()`, else 0.0)."""
+        return wanted(type(self).rewrite, 4, state)
+
+    def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `rewrite_input` wants by name."""
+        return wanted(type(self).rewrite_input, 3, state)
+
+    def penalty(self, site: Any, state: Mapping[str, Tensor]) -> Tensor:
+        """What is added to the loss in training for one site, a scalar. Only a method that has one defines it."""
+        raise NotImplementedError
+
+    def on_step(self, step: Step, places: Sequence[Place]) -> bool:
+        """Called once a statement after each step of the optimiser, where `scheduled`; gradients are still there.
+
+        Returns whether it changed state that `prepare` reads.
+        """
+        return False
+
+    def warmth(self, step: int) -> float:
+        """The multiple of the learning rate at a step (from 1), where `scheduled`."""
+        return 1.0
+
+    @property
+    def consistency(self) -> float:
+        """The weight of a consistency loss between two passes of each training step; 0 for a single pass."""
+        return 0.0
+
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""
         return False
@@ -230,39 +179,32 @@ class Method:
         return False
 
 
+def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
+    """The kinds of site that a method attaches to, the one that it is made for first."""
+    return get_args(method.site) or (cast(type[Site], method.site),)
+
+
 M = TypeVar("M", bound=type[Method])
-_registry: dict[str, type[Method]] = {}
 
 
 def method(cls: M) -> M:
     """Registers a method under its `name` and turns its fields into parameters."""
-    cls.parameters = {
-        name: _parameter(name, hint, field)
-        for name, hint in get_type_hints(cls).items()
-        if isinstance(field := cls.__dict__.get(name), _Field)
-    }
-    if cls.name in _registry:
-        raise ValueError(f"two methods are called {cls.name}")
-    _registry[cls.name] = cls
-    return cls
+    return register(cls)
 
 
-def _parameter(name: str, hint: Any, field: _Field) -> Param:
-    optional = isinstance(hint, UnionType)
-    kind = next(part for part in get_args(hint) if part is not type(None)) if optional else hint
-    return Param(name, cast(type, kind), field.default, optional=optional, **field.options)
-
-
-@cache
 def methods() -> dict[str, type[Method]]:
     """Every method by name: importing each file under `passes/methods` registers what it defines."""
-    package = importlib.import_module("peftc.passes.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_registry.items()))
+    return cast(dict[str, type[Method]], registered(Method))
+
+
+def wanted(function: Callable[..., Any], given: int, known: Iterable[str] = ()) -> tuple[str, ...]:
+    """The names a rewrite asks for behind its first `given` parameters; `**state` asks for all that are `known`."""
+    named, everything = _asked(function, given)
+    return (*named, *(name for name in known if name not in named)) if everything else named
 
 
 @cache
-def wanted(function: Callable[..., Any], given: int) -> tuple[str, ...]:
-    """The names a rewrite asks for behind its first `given` parameters."""
-    return tuple(inspect.signature(function).parameters)[given:]
+def _asked(function: Callable[..., Any], given: int) -> tuple[tuple[str, ...], bool]:
+    parameters = tuple(inspect.signature(function).parameters.values())[given:]
+    named = tuple(item.name for item in parameters if item.kind is not item.VAR_KEYWORD)
+    return named, len(named) < len(parameters)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from peftc.calling import Convention, without_loss
 from peftc.errors import PeftcError
 from peftc.ir import keep_unread
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
+
+if TYPE_CHECKING:
+    from peftc.schedule import Follower, Schedule
 
 Stages = list[tuple[str, fx.Graph]]
 
@@ -127,9 +131,7 @@ class CompiledModule(fx.GraphModule):
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups: one for each multiple of `lr` that a method asks for (LoRA+)."""
         rates = {
-            f"{binding.path}.{name}": binding.method.rate(name)
-            for binding in self.plan.bindings
-            for name in binding.state
+            full: binding.method.rate(name) for binding in self.plan.bindings for name, full in binding.names.items()
         }
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.trainable_parameters().items():
@@ -141,6 +143,23 @@ class CompiledModule(fx.GraphModule):
         from peftc.report import report
 
         return report(self.plan)
+
+    # Schedules
+
+    def follow(self, optimizer: Optimizer, step: int = 0) -> Follower:
+        """Lets the methods that have a schedule (AdaLoRA, ReLoRA, …) act after each `optimizer.step()`.
+
+        `step` is the number of steps already made. `.remove()` of what is returned ends it.
+        """
+        from peftc.schedule import Follower
+
+        return Follower(self, optimizer, step)
+
+    def callback(self) -> Schedule:
+        """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
+        from peftc.schedule import Schedule
+
+        return Schedule(self)
 
     # Artifacts
 
@@ -205,5 +224,4 @@ def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
 
 def added_names(plan: Plan) -> set[str]:
     """The full names of every tensor that is not simply the base model's."""
-    state = {f"{binding.path}.{name}" for binding in plan.bindings for name in binding.state}
-    return state | set(plan.trained)
+    return {*plan.tensors, *plan.trained}

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from peftc.ir import is_tensor, value
+from peftc.ir import PROVENANCE, Provenance, fake_mode, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def normalise(module: fx.GraphModule) -> None:
             if node.target in DROPOUTS and node.args[1] == 0.0:
                 _bypass(node)
             else:
-                node.update_arg(TRAINING_FLAG[node.target], _training_node(graph))
+                node.update_arg(TRAINING_FLAG[node.target], training_node(graph))
         elif node.target is aten.scaled_dot_product_attention.default:
             _attention_dropout(graph, node)
         elif node.target is aten.batch_norm.default and node.args[3] is not None:
@@ -68,7 +68,7 @@ def tidy(module: fx.GraphModule) -> bool:
             _bypass(node)
             changed = True
         elif node.target in TRAINING_FLAG and node.args[TRAINING_FLAG[node.target]] is True:
-            node.update_arg(TRAINING_FLAG[node.target], _training_node(module.graph))
+            node.update_arg(TRAINING_FLAG[node.target], training_node(module.graph))
             changed = True
     return bool(module.graph.eliminate_dead_code()) or changed
 
@@ -99,7 +99,20 @@ def _is_private(source: object) -> bool:
     )
 
 
-def _training_node(graph: fx.Graph) -> fx.Node:
+def training_tensor(graph: fx.Graph) -> fx.Node:
+    """`self.training` as a number in a tensor of no dimensions, made once: rewrites are traced with tensors only."""
+    flag = training_node(graph)
+    for user in flag.users:
+        if user.target is aten.full.default:
+            return user
+    with graph.inserting_after(flag):
+        node = graph.call_function(aten.full.default, ((), flag), {"dtype": torch.float32})
+    node.meta["val"] = fake_mode(graph).from_tensor(torch.ones(()), static_shapes=True)
+    node.meta[PROVENANCE] = Provenance("training", "")
+    return node
+
+
+def training_node(graph: fx.Graph) -> fx.Node:
     """Reads `self.training` where the graph runs, so that `train()` and `eval()` mean what they always mean."""
     for known in graph.find_nodes(op="get_attr", target="training"):
         return cast(fx.Node, known)
@@ -115,7 +128,7 @@ def _attention_dropout(graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(probability, float) or probability == 0.0:
         return
     with graph.inserting_before(node):
-        scaled = graph.call_function(operator.mul, (_training_node(graph), probability))
+        scaled = graph.call_function(operator.mul, (training_node(graph), probability))
     scaled.meta["val"] = probability
     if len(node.args) > 4:
         node.update_arg(4, scaled)

@@ -7,8 +7,9 @@ Every pass works on the flat graph in place; the verifier runs after each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -20,7 +21,8 @@ from peftc.insert import Inserter, materialise
 from peftc.method import Stage
 from peftc.module import CompiledModule, Stages
 from peftc.normalise import tidy
-from peftc.planning import Plan, make_plan
+from peftc.penalties import add_penalties
+from peftc.planning import Binding, Plan, make_plan
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -34,6 +36,7 @@ class Work:
     module: fx.GraphModule
     plan: Plan
     state: dict[str, Tensor] | None
+    data: Mapping[Binding, Any] | None
     inserter: Inserter
 
 
@@ -42,7 +45,7 @@ Pass = Callable[[Work], bool]  # returns whether it changed the graph
 
 def _materialise(work: Work) -> bool:
     """Tensors first: the rewrites refer to them."""
-    materialise(work.module, work.plan, work.state)
+    materialise(work.module, work.plan, work.state, work.data)
     return False
 
 
@@ -56,6 +59,11 @@ def _insert(name: str, stage: Stage) -> Pass:
     return insert
 
 
+def _penalties(work: Work) -> bool:
+    """What methods add to the loss in training."""
+    return add_penalties(work.module, work.plan, "penalties")
+
+
 def _tidy(work: Work) -> bool:
     """Casts to the dtype a value already has, and what nothing reads any more."""
     return tidy(work.module)
@@ -66,6 +74,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
     ("output methods", _insert("output methods", Stage.OUTPUT)),
     ("module methods", _insert("module methods", Stage.MODULE)),
+    ("penalties", _penalties),
     ("tidy", _tidy),
 )
 
@@ -79,14 +88,19 @@ def plan_model(model: nn.Module, spec: Spec, example: Example, timings: Timings)
         return make_plan(captured, sites, spec)
 
 
-def build(plan: Plan, timings: Timings, state: dict[str, Tensor] | None = None) -> CompiledModule:
+def build(
+    plan: Plan,
+    timings: Timings,
+    state: dict[str, Tensor] | None = None,
+    data: Mapping[Binding, Any] | None = None,
+) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
-    `state` (full name -> tensor) replaces initialisation: an artifact's tensors.
+    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
     """
     with timings.stage("cost"):
         _ = plan.kept  # of the graph as captured, which the passes rewrite
-    work = Work(plan.captured.module, plan, state, Inserter(plan.captured.module))
+    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module))
     verifier = Verifier(work.module, plan)
     with timings.stage("history"):
         stages: Stages = [("capture", _copy(work.module.graph))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from peftc import syntax as ast
 from peftc.capture import Captured
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
 from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
-from peftc.method import Method, Stage, State, methods
+from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
 from peftc.site import Experts, Linear, Module, Projection, Site, Sites
@@ -40,11 +40,29 @@ class Binding:
     site: Site
     path: str
     span: Span
+    shared_path: str = ""
+    shared: dict[str, State] = field(default_factory=dict)
 
     @cached_property
     def state(self) -> dict[str, State]:
         """The tensors the method keeps here."""
         return self.method.state(self.site)
+
+    @cached_property
+    def own_names(self) -> dict[str, str]:
+        """The full name of each tensor the method keeps here."""
+        return {name: f"{self.path}.{name}" for name in self.state}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The full name of each tensor the method has here, those it shares with other sites included."""
+        return self.own_names | {name: f"{self.shared_path}.{name}" for name in self.shared}
+
+    @cached_property
+    def tensors(self) -> dict[str, State]:
+        """Full name -> what `names` names."""
+        specs = self.state | self.shared
+        return {full: specs[name] for name, full in self.names.items()}
 
 
 @dataclass(frozen=True)
@@ -87,12 +105,12 @@ class Plan:
         return self.trainable / self.total if self.total else 0.0
 
     def _added(self, *, trainable: bool) -> int:
-        return sum(
-            prod(state.shape)
-            for binding in self.bindings
-            for state in binding.state.values()
-            if state.trainable is trainable
-        )
+        return sum(prod(state.shape) for state in self.tensors.values() if state.trainable is trainable)
+
+    @cached_property
+    def tensors(self) -> dict[str, State]:
+        """Every tensor that the methods keep, by its full name; one that sites share is there once."""
+        return {name: state for binding in self.bindings for name, state in binding.tensors.items()}
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
@@ -187,22 +205,27 @@ class _Planner:
             )  # fmt: skip
         if wrong or reasons:
             return []
-        bindings = [Binding(index, method, site, self._path(method, site), application.span) for site in fitting]
-        count = sum(prod(state.shape) for b in bindings for state in b.state.values() if state.trainable)
+        shared = method.shared(fitting)
+        home = self._free(f"{method.name}_{index}" if index else method.name) if shared else ""
+        bindings = [
+            Binding(index, method, site, self._path(method, site), application.span, home, shared) for site in fitting
+        ]
+        tensors = {name: state for binding in bindings for name, state in binding.tensors.items()}
+        count = sum(prod(state.shape) for state in tensors.values() if state.trainable)
         self.rows.append(Row(_one_line(application.span), len(bindings), count))
         return bindings
 
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
-        """Of experts it also says which methods take them: they are a surprise where other models have linear layers."""
+        """Of experts it says which methods take them: other models have linear layers where they stand."""
         only_experts = all(isinstance(site, Experts) for site in wrong)
         self.problems.append(
             say.WrongSite(
                 method=application.method.name,
-                wants=choices([KINDS[kind] for kind in application.method.kinds()], "and"),
+                wants=choices([KINDS[kind] for kind in kinds(application.method)], "and"),
                 site=wrong[0].name,
                 site_kind=_kind_of(wrong[0]),
                 others=len(wrong) - 1,
-                instead=tuple(name for name, cls in methods().items() if only_experts and Experts in cls.kinds()),
+                instead=tuple(name for name, cls in methods().items() if only_experts and Experts in kinds(cls)),
                 span=application.target.span,
             )
         )
@@ -210,7 +233,9 @@ class _Planner:
     def _path(self, method: Method, site: Site) -> str:
         """A module name for the state that nothing in the base model has."""
         part = re.sub(r"[^A-Za-z0-9_]+", "_", site.name[len(site.path) :]).strip("_")
-        path = ".".join(filter(None, (site.path, method.name + (f"_{part}" if part else ""))))
+        return self._free(".".join(filter(None, (site.path, method.name + (f"_{part}" if part else "")))))
+
+    def _free(self, path: str) -> str:
         while any(name == path or name.startswith(f"{path}.") for name in self.sites.parameters):
             path += "_"
         return path

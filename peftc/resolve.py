@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from peftc import spec_errors as say
 from peftc import syntax as ast
-from peftc.errors import Diagnostic, PeftcError, in_file_order, suggest
+from peftc.calls import Calls
+from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.language import mistakes
-from peftc.method import Method, Param, Stage, methods
+from peftc.method import Method, Stage, methods
 from peftc.text import Span
 
 ROLES = (
@@ -23,10 +24,6 @@ KINDS_OF_ATTENTION = ("self", "cross")
 FIELDS = ("in_features", "out_features", "width", "experts")
 STACKS = ("encoder", "decoder")
 QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
-LATER_METHODS = (
-    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class _Resolver:
         self.found = Intentions()
         self.problems: list[Diagnostic] = []
         self.lets: dict[str, ast.Let] = {}
-        self.broken: set[str] = set()  # names of methods already complained of
+        self.calls = Calls(self.problems, self.lets)
 
     def statements(self, statements: tuple[ast.Statement, ...]) -> None:
         for statement in statements:
@@ -128,12 +125,12 @@ class _Resolver:
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
             if isinstance(value, ast.Selector):
                 value = self.selector(value)
-            elif self.method(value) is None:
-                self.broken.add(name)
+            elif self.calls.build(value, Method) is None:
+                self.calls.broken.add(name)
             self.lets[name] = ast.Let(statement.name, value, span=statement.span)
 
     def _apply(self, statement: ast.Apply) -> None:
-        built = self.method(statement.method)
+        built = self.calls.build(statement.method, Method)
         target = self.selector(statement.target) if statement.target else None
         if built is None:
             return
@@ -145,85 +142,6 @@ class _Resolver:
                 )
             return
         self.found.applications.append(Application(built, target, statement.span))
-
-    # Methods
-
-    def method(self, call: ast.Call) -> Method | None:
-        """The method `call` describes, or None with the reasons noted."""
-        name = call.name.text
-        if (let := self.lets.get(name)) is not None:
-            return self._named_method(call, let)
-        if name in LATER_METHODS:
-            self._later(name, call.name.span)
-            return None
-        if name not in methods():
-            known = (*methods(), *self.lets)
-            self.problems.append(say.UnknownMethod(name=name, known=known, span=call.name.span))
-            return None
-        cls = methods()[name]
-        before = len(self.problems)
-        values = self._arguments(cls, call)
-        if len(self.problems) > before:
-            return None
-        built = cls(**values)
-        if conflict := built.conflict():
-            self.problems.append(say.ParametersConflict(method=name, problem=conflict, span=call.span))
-            return None
-        return built
-
-    def _named_method(self, call: ast.Call, let: ast.Let) -> Method | None:
-        if call.name.text in self.broken:
-            return None
-        if isinstance(let.value, ast.Selector):
-            wrong = say.WrongKindOfName(
-                name=call.name.text, is_a="selector", wanted="method", defined=let.name.span, span=call.name.span
-            )  # fmt: skip
-            self.problems.append(wrong)
-            return None
-        merged = (*let.value.args, *call.args)
-        return self.method(ast.Call(let.value.name, merged, span=call.span))
-
-    def _arguments(self, cls: type[Method], call: ast.Call) -> dict[str, object]:
-        by_name = cls.parameters
-        aliases = {parameter.alias: name for name, parameter in by_name.items() if parameter.alias}
-        values: dict[str, object] = {}
-        spans: dict[str, Span] = {}
-        for argument in call.args:
-            if argument.name is None:
-                first = next(iter(by_name), None)
-                self.problems.append(say.PositionalArgument(method=cls.name, first=first, span=argument.value.span))
-                continue
-            given = argument.name.text
-            name = aliases.get(given, given)
-            if name not in by_name:
-                self.problems.append(_unknown_parameter(cls, given, argument.name.span))
-                continue
-            if name in spans:
-                self.problems.append(
-                    say.GivenTwice(method=cls.name, name=name, first=spans[name], span=argument.name.span)
-                )
-                continue
-            spans[name] = argument.name.span
-            values[name] = self._value(cls, by_name[name], argument.value)
-        return values
-
-    def _value(self, cls: type[Method], parameter: Param, given: ast.Value) -> object:
-        match given:
-            case ast.Number():
-                value: object = given.scaled
-            case ast.Bool() | ast.String():
-                value = given.value
-            case ast.Name():
-                value = given.text
-            case _:
-                value = None
-        problem = parameter.problem(value) if value is not None else f"expects {parameter.expects}"
-        if problem:
-            hint = suggest(str(value), parameter.choices) if parameter.choices else None
-            self.problems.append(
-                say.BadValue(method=cls.name, name=parameter.name, problem=problem, hint=hint, span=given.span)
-            )
-        return value
 
     # Selectors
 
@@ -315,10 +233,3 @@ def _is_role(parts: tuple[str, ...]) -> bool:
         text = ".".join(parts[1:])
         return text in ROLES and text.startswith("attn")
     return text in ROLES
-
-
-def _unknown_parameter(cls: type[Method], given: str, span: Span) -> Diagnostic:
-    parameters = cls.parameters.items()
-    takes = tuple(f"{name} ({p.alias})" if p.alias else name for name, p in parameters)
-    names = (*cls.parameters, *(p.alias for _, p in parameters if p.alias))
-    return say.UnknownParameter(method=cls.name, name=given, takes=takes, names=names, span=span)

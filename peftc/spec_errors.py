@@ -28,10 +28,11 @@ class UnknownMethod(Diagnostic):
     code = "unknown-method"
     name: str
     known: tuple[str, ...]
+    noun: str = "method"
 
     @property
     def title(self) -> str:
-        return f"there is no method '{self.name}'"
+        return f"there is no {self.noun} '{self.name}'"
 
     @property
     def label(self) -> str:
@@ -39,7 +40,7 @@ class UnknownMethod(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (f"methods: {', '.join(self.known)}",)
+        return (f"{self.noun}s: {', '.join(self.known)}",)
 
 
 class UnknownParameter(Diagnostic):
@@ -100,6 +101,21 @@ class ParametersConflict(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.method}: {self.problem}"
+
+
+class MissingParameter(Diagnostic):
+    code = "missing-parameter"
+    method: str
+    name: str
+    expects: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} needs {self.name}"
+
+    @property
+    def label(self) -> str:
+        return f"expects {self.expects}"
 
 
 class GivenTwice(Diagnostic):

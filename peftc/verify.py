@@ -80,12 +80,8 @@ class Verifier:
         for name, tensor in self.frozen.items():
             if name not in self.replaceable and get_attribute(module, name) is not tensor:
                 self._fail(pass_name, f"the frozen {name} was replaced", None)
-        planned = set(self.plan.trained) | {
-            f"{binding.path}.{name}"
-            for binding in self.plan.bindings
-            for name, state in binding.state.items()
-            if state.trainable
-        }
+        planned = set(self.plan.trained)
+        planned |= {name for name, state in self.plan.tensors.items() if state.trainable}
         learns = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
         if learns != planned:
             odd = sorted(learns ^ planned)

@@ -58,9 +58,7 @@ class _Artist:
         self.trained: dict[str, Span] = plan.trained if trained else {}
         self.dims: Dims = dim_names(graph)
         self.state = {
-            f"{binding.path}.{name}": (binding.span, spec.trainable)
-            for binding in plan.bindings
-            for name, spec in binding.state.items()
+            name: (binding.span, spec.trainable) for binding in plan.bindings for name, spec in binding.tensors.items()
         }
         self.paths = {f"{binding.path}.": binding.span for binding in plan.bindings}
         attributes = [str(node.target) for node in graph.find_nodes(op="get_attr")]

@@ -1,0 +1,189 @@
+"""Declared parameters: class attributes that become the language's arguments, the help, and what diagnostics say.
+
+Methods and the parameterisations of their matrices are both `Configured`: a name, parameters, and a registry that
+is one folder under `passes`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
+
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One parameter, as the language, the help and the diagnostics see it."""
+
+    name: str
+    kind: type
+    default: Any
+    doc: str
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] | None = None
+    alias: str | None = None
+    optional: bool = False
+
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is REQUIRED
+
+    @property
+    def nested(self) -> type[Configured] | None:
+        """What kind of call this parameter takes, as in `gated(lora(r=8))`; None for a plain value."""
+        return self.kind if issubclass(self.kind, Configured) else None
+
+    def problem(self, given: Any) -> str | None:
+        """Why `given` cannot be this parameter's value, or None."""
+        if given is None and self.optional:
+            return None
+        accepted = (int, float) if self.kind is float else self.kind
+        if isinstance(given, bool) != (self.kind is bool) or not isinstance(given, accepted):
+            return f"expects {self.expects}, not {_described(given)}"
+        if self.choices and given not in self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        if isinstance(given, int | float) and not (self._least <= given <= self._most):
+            return f"must be {self.range}"
+        if self.above is not None and isinstance(given, int | float) and not given > self.above:
+            return f"must be {self.range}"
+        return None
+
+    @property
+    def _least(self) -> float:
+        return -math.inf if self.min is None else self.min
+
+    @property
+    def _most(self) -> float:
+        return math.inf if self.max is None else self.max
+
+    @property
+    def expects(self) -> str:
+        """The type in a user's words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.nested:
+            return f"a {self.nested.noun}, such as {self.nested.such_as}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word or a string"}
+        return words[self.kind]
+
+    @property
+    def range(self) -> str:
+        """The bounds in a user's words."""
+        if self.above is not None:
+            return f"above {self.above:g}" + (f", at most {self.max:g}" if self.max is not None else "")
+        if self.min is not None and self.max is not None:
+            return f"between {self.min:g} and {self.max:g}"
+        return f"at least {self.min:g}" if self.min is not None else f"at most {self.max:g}"
+
+
+def _described(given: Any) -> str:
+    if isinstance(given, bool):
+        return str(given).lower()
+    return f'"{given}"' if isinstance(given, str) else f"{given}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    default: Any
+    options: dict[str, Any]
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Declares a parameter as a class attribute; the annotation gives its type.
+
+    An annotation that is `Configured` takes a call; its default is then a name of that kind's registry.
+    """
+    bounds = {"min": min, "max": max, "above": above}
+    return _Field(default, {"doc": doc, "choices": choices, "alias": alias, **bounds})
+
+
+class Configured:
+    """Something a spec can call by name with parameters. Each kind of it has a registry: a folder under `passes`."""
+
+    name: ClassVar[str]
+    parameters: ClassVar[dict[str, Param]] = {}
+    noun: ClassVar[str]
+    such_as: ClassVar[str]
+    folder: ClassVar[str]
+
+    def __init__(self, **given: Any) -> None:
+        """Raises TypeError or ValueError on what the plan would have reported with a line and a caret."""
+        for name, value in given.items():
+            if name not in self.parameters:
+                raise TypeError(f"{self.name} has no parameter {name!r}")
+            if problem := self.parameters[name].problem(value):
+                raise ValueError(f"{name} {problem}")
+        for name, parameter in self.parameters.items():
+            value = given.get(name, parameter.default)
+            if value is REQUIRED:
+                raise TypeError(f"{self.name} needs {name}")
+            if parameter.nested and isinstance(value, str):
+                value = registered(parameter.nested)[value]()
+            setattr(self, name, float(value) if parameter.kind is float and value is not None else value)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters as they are set."""
+        return {name: getattr(self, name) for name in self.parameters}
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.values.items())})"
+
+    def conflict(self) -> str | None:
+        """Why these parameters do not go together, or None."""
+        return None
+
+
+C = TypeVar("C", bound=type[Configured])
+_registries: dict[str, dict[str, type[Configured]]] = {}
+
+
+def register(cls: C) -> C:
+    """Registers a class under its `name` and turns its fields into parameters."""
+    cls.parameters = {
+        name: _parameter(name, hint, field)
+        for name, hint in get_type_hints(cls).items()
+        if isinstance(field := cls.__dict__.get(name), _Field)
+    }
+    registry = _registries.setdefault(cls.folder, {})
+    if cls.name in registry:
+        raise ValueError(f"two {cls.folder} are called {cls.name}")
+    registry[cls.name] = cls
+    return cls
+
+
+def _parameter(name: str, hint: Any, field: _Field) -> Param:
+    optional = isinstance(hint, UnionType)
+    kind = next(part for part in get_args(hint) if part is not type(None)) if optional else hint
+    return Param(name, cast(type, kind), field.default, optional=optional, **field.options)
+
+
+def registered(kind: type[Configured]) -> dict[str, type[Configured]]:
+    """Everything of one kind by name: importing each file of its folder registers what it defines."""
+    return _imported(kind.folder)
+
+
+@cache
+def _imported(folder: str) -> dict[str, type[Configured]]:
+    package = importlib.import_module(f"peftc.passes.{folder}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_registries[folder].items()))
