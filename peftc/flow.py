@@ -61,7 +61,9 @@ def value_flow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
 
 def _has_features(node: fx.Node) -> bool:
     found = node.meta.get("val")
-    return isinstance(found, tuple | list) or (isinstance(found, torch.Tensor) and found.is_floating_point())
+    if isinstance(found, torch.Tensor):
+        return found.is_floating_point() or found.is_complex()
+    return isinstance(found, tuple | list)
 
 
 def nearest(

@@ -30,9 +30,9 @@ import peftc
 from peftc import pipeline
 from peftc.capture import Captured, capture
 from peftc.ir import get_attribute
-from peftc.method import Method, Param, Stage, methods, wanted
+from peftc.method import Method, Param, Stage, kinds, methods, wanted
 from peftc.resolve import resolve
-from peftc.site import Linear, Module, Site
+from peftc.site import Experts, Linear, Module, Projection, Site
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
@@ -40,8 +40,10 @@ torch.set_num_threads(1)
 
 # Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
 # on all of them mlp.down has more inputs than outputs.
-PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp"}
+PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp", Experts: "mlp.gate, mlp.down"}
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
+# Of stacked experts, a slice of a fused weight and a whole one; the second stores them transposed, slices interleaved.
+MIXTURES = ("mixtral", "gpt_oss")
 
 # Largest difference of two outputs of size about 1 that were computed in another order: a few hundred roundings of
 # 6e-8 (float32) and 1e-16 (float64, where the softmax and the GELU's erf are also good to 1e-15).
@@ -180,15 +182,22 @@ def variants(cls: type[Method]) -> Iterator[str]:
                 yield f"{cls.name}({parameter.name}={spelt(value)})"
 
 
-def statement(variant: str) -> str:
-    place = PLACES[methods()[variant.partition("(")[0]].site]
+def statement(variant: str, kind: type[Site] | None = None) -> str:
+    place = PLACES[kind or kinds(methods()[variant.partition("(")[0]])[0]]
     return f"apply {variant} to {place}"
+
+
+def statement_on(name: str, variant: str) -> str:
+    """The statement for one model: on a mixture of experts it is about them."""
+    return statement(variant, Experts if name in MIXTURES else None)
 
 
 VARIANTS = [variant for cls in methods().values() for variant in variants(cls)]
 QUICK = [("plain", variant) for variant in VARIANTS] + [
     (name, method) for name in ARCHITECTURES for method in methods()
 ]
+ON_EXPERTS = [variant for variant in VARIANTS if Experts in kinds(methods()[variant.partition("(")[0]])]
+QUICK += [("mixtral", variant) for variant in ON_EXPERTS]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}
 FULL = [
@@ -196,7 +205,7 @@ FULL = [
     for name in ARCHITECTURES
     for variant in VARIANTS
     if variant not in methods() and (name, variant) not in REFUSED
-]
+] + [("gpt_oss", variant) for variant in ON_EXPERTS]
 
 
 def on(name: str, value: str, *marks: pytest.MarkDecorator) -> Any:
@@ -341,13 +350,13 @@ def merges_or_says_why_not(case: Compiled) -> None:
 def test_1_it_starts_as_the_base_model(name: str, variant: str) -> None:
     if not methods()[variant.partition("(")[0]].identity:
         pytest.skip("the method does not claim it")
-    starts_as_the_base(compiled(name, statement(variant)))
+    starts_as_the_base(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_2_the_compiled_model_is_the_definition(name: str, variant: str) -> None:
     """Against a copy of the base whose weights the test itself replaces by the method's dense ones."""
-    case = compiled(name, statement(variant))
+    case = compiled(name, statement_on(name, variant))
     if unmergeable(case):
         pytest.skip("no weight does the same")
     case.randomise()
@@ -360,14 +369,14 @@ def with_dense_weights(case: Compiled) -> nn.Module:
     model = copy.deepcopy(case.subject.base)
     for binding in case.module.plan.bindings:
         site, method = binding.site, binding.method
-        assert isinstance(site, Linear)
+        assert isinstance(site, Projection)
         state = {tensor: get_attribute(case.module, f"{binding.path}.{tensor}") for tensor in binding.state}
         stored = get_attribute(model, site.owner)
-        weight = stored.t() if site.transposed else stored
+        weight = stored.transpose(-2, -1) if site.transposed else stored
         bias = get_attribute(model, site.bias) if site.bias else None
         rows = list(site.rows if site.rows is not None else range(site.n_out))
-        frozen = method.prepare(site, weight[rows], state)
-        weight[rows], shifted = method.fold(site, frozen, None if bias is None else bias[rows], state)
+        frozen = method.prepare(site, weight[..., rows, :], state)
+        weight[..., rows, :], shifted = method.fold(site, frozen, None if bias is None else bias[rows], state)
         if bias is not None:
             assert shifted is not None
             bias[rows] = shifted
@@ -376,22 +385,22 @@ def with_dense_weights(case: Compiled) -> nn.Module:
 
 @every_variant
 def test_3_it_learns_what_it_declares_and_nothing_else(name: str, variant: str) -> None:
-    learns_what_it_declares_and_nothing_else(compiled(name, statement(variant)))
+    learns_what_it_declares_and_nothing_else(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_4_it_merges_or_says_why_not(name: str, variant: str) -> None:
-    merges_or_says_why_not(compiled(name, statement(variant)))
+    merges_or_says_why_not(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_5_it_comes_back_from_disk(name: str, variant: str, tmp_path: Path) -> None:
-    comes_back_from_disk(compiled(name, statement(variant)), tmp_path / "adapter")
+    comes_back_from_disk(compiled(name, statement_on(name, variant)), tmp_path / "adapter")
 
 
 @every_variant
 def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
-    case = compiled(name, statement(variant))
+    case = compiled(name, statement_on(name, variant))
     plan, module = case.module.plan, case.module
     assert plan.trainable == sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad)
     assert plan.trainable == sum(row.parameters for row in plan.rows)
@@ -427,7 +436,7 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, cls in methods().items() if cls.site is Linear and not cls.unmergeable]
+    "name", [name for name, cls in methods().items() if Linear in kinds(cls) and not cls.unmergeable]
 )
 @given(
     data=st.data(),
