@@ -38,7 +38,8 @@ def _aligned(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """torch's grouped product, in the base's precision; features are padded with zeros to what it can address."""
     unit = ALIGNMENT // x.element_size()
     n_out, n_in = W.shape[-2:]
-    x = F.pad(x, (0, -n_in % unit))
-    W = F.pad(W, (0, -n_in % unit, 0, -n_out % unit))
+    if missing := -n_in % unit:  # not by padding, whose fake fixes the number of tokens
+        x = torch.cat([x, torch.zeros_like(x[..., :1]).expand(-1, missing)], dim=-1)
+    W = F.pad(W, (0, missing, 0, -n_out % unit))
     result: Tensor = aten._grouped_mm.default(x, W.transpose(-2, -1), offsets)
     return result[..., :n_out]

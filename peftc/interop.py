@@ -24,7 +24,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding
-from peftc.site import Projection
+from peftc.site import Experts, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -130,6 +130,8 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return f"one folder holds one method, and {first.name} comes first"
     if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    if isinstance(binding.site, Experts):
+        return f"peftc does not write its form for stacked experts, such as {binding.site.name}"
     return None
 
 
