@@ -5,6 +5,7 @@ state under `method.`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Combinator(Method):
     """Base of a method made of another, its parameter `method`. Delegates whatever a combinator does not change."""
 
     method: Method
-    site = Site
+    site: type[Site] | UnionType = Site
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
