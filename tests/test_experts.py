@@ -225,7 +225,7 @@ class Sizes(TorchDispatchMode):
     """Counts the tensors of at least `least` numbers that operations make, views aside."""
 
     def __init__(self, least: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.least, self.count = least, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -293,7 +293,7 @@ def test_in_bfloat16_by_torchs_own_grouped_product(tmp_path: Path) -> None:
     batch = inputs(model)
     with torch.no_grad():
         # bfloat16 has eight bits: two orders of rounding differ by some hundredths of outputs of size one
-        torch.testing.assert_close(module.merge()(**batch).logits, module(**batch).logits, rtol=0.05, atol=0.05)  # type: ignore[operator]
+        torch.testing.assert_close(module.merge()(**batch).logits, module(**batch).logits, rtol=0.05, atol=0.05)
     module(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in module.trainable_parameters().values())
     module.save(tmp_path / "adapter")
