@@ -108,6 +108,24 @@ class NoSuchStack(Diagnostic):
         return ("its blocks stand in one stack: leave the filter out",)
 
 
+class FewerLayersThanGroups(Diagnostic):
+    code = "fewer-layers-than-groups"
+    model: str
+    stack: str | None
+    layers: int
+    groups: int
+    defined: Span
+
+    @property
+    def title(self) -> str:
+        place = f"the {self.stack} of {self.model}" if self.stack else self.model
+        return f"{place} has {self.layers} layers, too few for {self.groups} groups"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.defined, "one of the groups"),)
+
+
 class WrongSite(Diagnostic):
     code = "wrong-site"
     method: str
