@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from peftc.errors import PeftcError
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import Method, State
+from peftc.model_errors import CannotStart
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
 from peftc.site import Linear, Module, Site, Use
@@ -71,6 +73,8 @@ def materialise(
                     made[full].copy_(state[full])
             else:
                 weight = _weight(reference, binding.site)
+                if reason := binding.method.missing(binding.site):
+                    raise PeftcError(CannotStart(method=binding.method.name, reason=reason, span=binding.span))
                 binding.method.initialise(binding.site, weight, own)
                 if data is not None and binding in data:
                     binding.method.calibrate(binding.site, weight, data[binding], own)

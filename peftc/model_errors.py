@@ -122,6 +122,20 @@ class WrongSite(Diagnostic):
         return f"{self.method} attaches to {self.wants}, which {self.site} ({self.site_kind}){rest}"
 
 
+class NoSequence(Diagnostic):
+    code = "no-sequence"
+    method: str
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's input sequence, and {self.model} has none that could be found"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a sequence is made of tokens looked up in a table, or enters the first of several equal blocks",)
+
+
 class Refused(Diagnostic):
     code = "refused"
     method: str
@@ -133,6 +147,18 @@ class Refused(Diagnostic):
     def title(self) -> str:
         more = f" and {self.others} more" if self.others else ""
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
+
+
+class CannotStart(Diagnostic):
+    """A method whose start is made of something that is not there; a saved one needs no start."""
+
+    code = "cannot-start"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} has nothing to start from: {self.reason}"
 
 
 class SameMethodTwice(Diagnostic):

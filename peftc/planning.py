@@ -23,11 +23,12 @@ from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Experts, Linear, Module, Site, Sites
+from peftc.site import Experts, Linear, Module, Sequence, Site, Sites
 from peftc.spec_errors import NotYet
 from peftc.text import Span
 
-KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights",
+         Sequence: "the model's whole input, with no 'to …'"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,20 +187,20 @@ class _Planner:
 
     def _bind(self, index: int, application: Application) -> list[Binding]:
         method = application.method
-        found = self._select(application.target)
+        found = self._select(application.target) if application.target else self._sequences(application)
         wrong = [site for site in found if not isinstance(site, method.site)]
         if wrong:
             self._wrong_site(application, wrong)
         fitting = [site for site in found if isinstance(site, method.site)]
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := _mixed(site) or method.refuses(site):
+            if reason := _mixed(site) or _too_long(method, site) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
                 say.Refused(
                     method=method.name, site=refused[0].name, reason=reason, others=len(refused) - 1,
-                    span=application.target.span,
+                    span=application.where,
                 )
             )  # fmt: skip
         if wrong or reasons:
@@ -214,13 +215,20 @@ class _Planner:
         self.rows.append(Row(_one_line(application.span), len(bindings), count))
         return bindings
 
+    def _sequences(self, application: Application) -> list[Site]:
+        if not self.sites.sequences:
+            self.problems.append(
+                say.NoSequence(method=application.method.name, model=self.sites.model, span=application.span)
+            )
+        return list(self.sites.sequences)
+
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
         if any(isinstance(site, Experts) for site in wrong):
             self.problems.append(
                 NotYet(
                     what=f"{application.method.name} on stacked expert weights",
                     instead="leave them out with 'except expert'",
-                    span=application.target.span,
+                    span=application.where,
                 )
             )
             return
@@ -231,7 +239,7 @@ class _Planner:
                 site=wrong[0].name,
                 site_kind=_kind_of(wrong[0]),
                 others=len(wrong) - 1,
-                span=application.target.span,
+                span=application.where,
             )
         )
 
@@ -351,6 +359,17 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
 def _mixed(site: Site) -> str | None:
     if isinstance(site, Linear) and site.mixed:
         return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
+    return None
+
+
+def _too_long(method: Method, site: Site) -> str | None:
+    """Why the sequence cannot be lengthened by so much, or at all."""
+    if not isinstance(site, Sequence):
+        return None
+    if site.obstacle:
+        return site.obstacle
+    if site.positions is not None and method.extends(site) >= site.positions:
+        return f"it has positions for {site.positions} tokens, which leaves none for the text behind the prompt"
     return None
 
 
