@@ -94,8 +94,8 @@ class _Reader:
             return "its length is neither fixed nor an input's"
         if self.length in self._other_sizes():
             return f"its length of {self.length} is also another size of the model, and constants tell them not apart"
-        if self.is_causal and any(self._reads_a_place(node) for node in self.after):
-            return "it reads a place of the sequence, which a prompt in front would move"
+        if any(self._reads_a_moved_place(node) for node in self.after):
+            return "it reads a place of the sequence, which a prompt would move"
         return None
 
     def _other_sizes(self) -> set[int]:
@@ -107,14 +107,15 @@ class _Reader:
                 sizes |= set(tensor.shape) if isinstance(tensor, torch.Tensor) else set()
         return sizes
 
-    def _reads_a_place(self, node: fx.Node) -> bool:
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not is_tensor(source) or len(node.args) < 3:
+    def _reads_a_moved_place(self, node: fx.Node) -> bool:
+        """Whether one place is picked that a prompt moves: from the start if it stands in front, else from the end."""
+        if node.target is not aten.select.int:
             return False
-        dim = node.args[1]
-        if not isinstance(dim, int) or value(source).shape[dim] != self.length:
-            return False
-        return node.target is aten.select.int or (node.target is aten.slice.Tensor and node.args[2] != 0)
+        source, dim, place = node.args[:3]
+        assert isinstance(source, fx.Node)
+        assert isinstance(dim, int)
+        assert isinstance(place, int)
+        return value(source).shape[dim] == self.length and (place >= 0) == self.is_causal
 
 
 def downstream(start: fx.Node) -> set[fx.Node]:

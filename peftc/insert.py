@@ -16,6 +16,7 @@ from peftc.model_errors import CannotStart
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
 from peftc.site import Linear, Module, Site, Use
+from peftc.statefiles import load_start
 
 HALF = (torch.float16, torch.bfloat16)
 # Operands that are no state: the rows of a slice that is no range, and whether the model is training.
@@ -76,6 +77,7 @@ def materialise(
                 if reason := binding.method.missing(binding.site):
                     raise PeftcError(CannotStart(method=binding.method.name, reason=reason, span=binding.span))
                 binding.method.initialise(binding.site, weight, own)
+                load_start(binding, own)
                 if data is not None and binding in data:
                     binding.method.calibrate(binding.site, weight, data[binding], own)
             for full, spec in fresh.items():

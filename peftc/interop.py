@@ -24,7 +24,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding
-from peftc.site import Linear
+from peftc.site import Linear, Sequence
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -33,6 +33,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MARKS = (".lora_", ".ia3_")
+MODES = ("multiply", "prepend")  # of IA3 and of a prompt: HF PEFT has no others
+WHOLE = "sequence"  # the site of what it keeps for the model as a whole, under no module's name
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
@@ -52,17 +54,38 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
         state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
         settings, own = binding.method.to_peft(binding.site, state)
         _join(config, settings, binding.site.name)
-        tensors |= {f"{PREFIX}{binding.site.name}.{name}": tensor for name, tensor in own.items()}
+        prefix = "" if isinstance(binding.site, Sequence) else f"{PREFIX}{binding.site.name}."
+        tensors |= {prefix + name: tensor for name, tensor in own.items()}
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
-        "target_modules": sorted(binding.site.name for binding in bindings),
-        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
         "inference_mode": True,
-        "task_type": None,
     }
+    config |= _task(compiled) if any(isinstance(b.site, Sequence) for b in bindings) else _modules(bindings)
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
     write_folder(folder, files)
+
+
+def _modules(bindings: tuple[Binding, ...]) -> dict[str, Any]:
+    """Which modules the folder adapts."""
+    return {
+        "target_modules": sorted(binding.site.name for binding in bindings),
+        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
+        "task_type": None,
+    }
+
+
+def _task(compiled: CompiledModule) -> dict[str, Any]:
+    """What the model is for: HF PEFT puts a prompt into its input by that."""
+    kind = "FEATURE_EXTRACTION"
+    if getattr(compiled.config, "is_encoder_decoder", False):
+        kind = "SEQ_2_SEQ_LM"
+    elif getattr(compiled.base, "can_generate", bool)():
+        kind = "CAUSAL_LM"
+    elif "labels" in compiled.convention.inputs:
+        labels = compiled.plan.input_values[compiled.convention.inputs.index("labels")]
+        kind = "SEQ_CLS" if labels.dim() == 1 or labels.is_floating_point() else "TOKEN_CLS"
+    return {"task_type": kind, "num_transformer_submodules": 1}
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
@@ -86,13 +109,14 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
             if found is not None:
                 arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items())
                 lines[f"{cls.name}({arguments})"].append(module)
-                states[module] = found[1]
+                states[module or WHOLE] = found[1]
                 break
         else:
             reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
             raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
     text = "\n".join(
-        f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
+        f"apply {method}" + (f" to {', '.join(map(json.dumps, names))}" if names != [""] else "")
+        for method, names in lines.items()
     )
     spec = parse(Source(f"{folder.name}/{CONFIG}", text))
     plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
@@ -124,10 +148,12 @@ def _problems(compiled: CompiledModule) -> list[CannotExport]:
 
 
 def _reason(binding: Binding, first: type[Any]) -> str | None:
-    if binding.method.peft_type is None or getattr(binding.method, "mode", "multiply") != "multiply":
+    if binding.method.peft_type is None or getattr(binding.method, "mode", MODES[0]) not in MODES:
         return f"it has no {binding.method!r}"
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
+    if isinstance(binding.site, Sequence) and binding.site.vocabulary is None:
+        return "its prompts stand before tokens"
     if isinstance(binding.site, Linear) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
     return None

@@ -105,6 +105,10 @@ class Method(Configured):
         """What `initialise` needs and cannot get at, such as a tokenizer, or None."""
         return None
 
+    def reads(self) -> tuple[str, str] | None:
+        """A safetensors file that state starts from, and how the names of that state begin; None for no file."""
+        return None
+
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Fills state from the frozen weight [n_out, n_in], where the method starts from it."""
 

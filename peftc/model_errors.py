@@ -149,6 +149,20 @@ class Refused(Diagnostic):
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
 
 
+class NoPositions(Diagnostic):
+    code = "no-positions"
+    method: str
+    taken: int
+    positions: int
+
+    @property
+    def title(self) -> str:
+        return (
+            f"the model has positions for {self.positions} tokens, and with this {self.method} the prompt takes "
+            f"{self.taken}: none is left for the input"
+        )
+
+
 class CannotStart(Diagnostic):
     """A method whose start is made of something that is not there; a saved one needs no start."""
 
@@ -287,6 +301,20 @@ class NeedsLabels(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("pass labels=, or compile with example={'input_ids': …, 'decoder_input_ids': …}",)
+
+
+class NoRoom(Diagnostic):
+    code = "no-room"
+    given: int
+    room: int
+
+    @property
+    def title(self) -> str:
+        return f"the input has {self.given} tokens, and the prompt leaves positions for {self.room}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("cut the input, or compile a shorter prompt",)
 
 
 class CannotGenerate(Diagnostic):

@@ -122,6 +122,19 @@ class Plan:
         """The fake values of the graph's inputs."""
         return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
 
+    @property
+    def room(self) -> tuple[str, int] | None:
+        """The input that counts positions and how long it may be, where prompts take some of a table's positions."""
+        for binding in self.bindings:
+            if isinstance(binding.site, Sequence) and binding.site.positions is not None:
+                return binding.site.tokens, binding.site.positions - self.extension
+        return None
+
+    @property
+    def extension(self) -> int:
+        """The positions that all prompts together add to the sequence."""
+        return sum(b.method.extends(b.site) for b in self.bindings if isinstance(b.site, Sequence))
+
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
         return estimate(self, batch, seq, optimizer)
@@ -169,6 +182,7 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
+        self._too_long(bindings)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -194,7 +208,7 @@ class _Planner:
         fitting = [site for site in found if isinstance(site, method.site)]
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := _mixed(site) or _too_long(method, site) or method.refuses(site):
+            if reason := _mixed(site) or _obstacle(site) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
@@ -221,6 +235,20 @@ class _Planner:
                 say.NoSequence(method=application.method.name, model=self.sites.model, span=application.span)
             )
         return list(self.sites.sequences)
+
+    def _too_long(self, bindings: list[Binding]) -> None:
+        """Prompts, all together, leave positions for the text behind them."""
+        taken = 0
+        for binding in bindings:
+            if isinstance(binding.site, Sequence) and binding.method.extends(binding.site):
+                taken += binding.method.extends(binding.site)
+                if binding.site.positions is not None and taken >= binding.site.positions:
+                    self.problems.append(
+                        say.NoPositions(
+                            method=binding.method.name, taken=taken, positions=binding.site.positions,
+                            span=binding.span,
+                        )
+                    )  # fmt: skip
 
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
         if any(isinstance(site, Experts) for site in wrong):
@@ -362,15 +390,8 @@ def _mixed(site: Site) -> str | None:
     return None
 
 
-def _too_long(method: Method, site: Site) -> str | None:
-    """Why the sequence cannot be lengthened by so much, or at all."""
-    if not isinstance(site, Sequence):
-        return None
-    if site.obstacle:
-        return site.obstacle
-    if site.positions is not None and method.extends(site) >= site.positions:
-        return f"it has positions for {site.positions} tokens, which leaves none for the text behind the prompt"
-    return None
+def _obstacle(site: Site) -> str | None:
+    return site.obstacle if isinstance(site, Sequence) else None
 
 
 def _is_part(site: Site) -> bool:

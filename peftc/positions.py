@@ -79,9 +79,7 @@ def _computed(module: fx.GraphModule, node: fx.Node, inputs: dict[str, Tensor], 
         elif node.op == "get_attr":
             known[node] = _stored(get_attribute(module, str(node.target)))
         else:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda other: _computed(module, other, inputs, known)
-            )
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: _computed(module, other, inputs, known))
             args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)
             assert callable(node.target)
             known[node] = node.target(*args, **kwargs)

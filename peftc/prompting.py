@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 from peftc.errors import PeftcError
 from peftc.imagesequences import SIZED, downstream, upstream
 from peftc.ir import (
-    PROVENANCE, STACK, Provenance, attribute_node, computed, is_tensor, redirect, splice, trace, value,
+    PROVENANCE,
+    STACK,
+    Provenance,
+    attribute_node,
+    computed,
+    is_tensor,
+    redirect,
+    splice,
+    trace,
+    value,
 )  # fmt: skip
 from peftc.method import wanted
 from peftc.model_errors import Refused
@@ -46,7 +55,7 @@ class _Prompting:
         self.entry = site.embeddings
         self.bindings = sorted(bindings, key=lambda binding: binding.method.extends(site) > 0)
         self.count = sum(binding.method.extends(site) for binding in bindings)
-        self.inputs = {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
+        self.inputs: dict[str, fx.Node] = {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
         self.mask = self.inputs.get(site.mask) if site.mask else None
         self.stamp = Provenance(pass_name, site.name, self.bindings[-1].span)
         self.before = {node: value(node).shape for node in self.graph.nodes if is_tensor(node)}
@@ -92,7 +101,7 @@ class _Prompting:
         return result
 
     def _last_input(self) -> fx.Node:
-        return list(self.graph.find_nodes(op="placeholder"))[-1]
+        return list(self.inputs.values())[-1]
 
     def _replace(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
         """A node behind the inputs, which all readers of `node` read instead."""
@@ -112,9 +121,7 @@ class _Prompting:
 
     def _insert(self, binding: Binding, x: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The binding's rewrite behind `x`."""
-        tensors = {
-            name: attribute_node(self.graph, self.module, full) for name, full in binding.names.items()
-        }
+        tensors = {name: attribute_node(self.graph, self.module, full) for name, full in binding.names.items()}
         if self.mask is not None and MASK in wanted(type(binding.method).rewrite, 3):
             tensors[MASK] = self.mask
         names = tuple(tensors)
@@ -147,7 +154,7 @@ class _Prompting:
                     (node.args, node.kwargs),
                     lambda item: length + self.count if type(item) is int and item == length else item,
                 )
-                node.args, node.kwargs = changed  # type: ignore[assignment]
+                node.args, node.kwargs = changed
         try:
             known: dict[tuple[Any, str], Any] = {}
             for node in behind:

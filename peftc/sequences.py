@@ -75,9 +75,7 @@ def _rows(lookup: fx.Node) -> int:
 class _TokenSequence:
     """The sequence of one token input."""
 
-    def __init__(
-        self, captured: Captured, inputs: dict[str, fx.Node], tokens: str, lookups: list[fx.Node]
-    ) -> None:
+    def __init__(self, captured: Captured, inputs: dict[str, fx.Node], tokens: str, lookups: list[fx.Node]) -> None:
         self.captured = captured
         self.inputs = inputs
         self.tokens = tokens
@@ -172,4 +170,3 @@ class _TokenSequence:
             return list(AutoTokenizer.from_pretrained(source)(text)["input_ids"])
         except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
             return None
-

@@ -92,3 +92,12 @@ class Prompt(Method):
         settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.length, "token_dim": site.width}
         return settings, {"prompt_embeddings": state["embedding"]}
 
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if config.get("peft_type") not in ("PROMPT_TUNING", "P_TUNING") or set(tensors) != {"prompt_embeddings"}:
+            return None
+        # For encoder-decoder models HF PEFT keeps rows for the decoder too, and uses those of the encoder alone.
+        rows = tensors["prompt_embeddings"][: config.get("num_virtual_tokens")]
+        return {"length": len(rows)}, {"embedding": rows}
