@@ -92,8 +92,8 @@ class _Prompting:
         count = self.count
 
         def counted(given: Tensor) -> Tensor:
-            first = torch.arange(count, device=given.device, dtype=given.dtype).expand(given.shape[0], -1)
-            return torch.cat([first, given + count], 1)
+            first = given.new_ones(count).cumsum(0, dtype=given.dtype) - 1
+            return torch.cat([first.expand(given.shape[0], -1), given + count], 1)
 
         template = trace(counted, value(positions))
         result, made = splice(self.graph, template, [positions], self._last_input(), self.stamp)

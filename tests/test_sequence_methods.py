@@ -153,7 +153,7 @@ def test_hf_peft_reads_the_folder_and_it_comes_back(name: str, spec: str, tmp_pa
 
 
 def test_a_folder_of_hf_peft_with_rows_for_a_decoder(tmp_path: Path) -> None:
-    """By default HF PEFT keeps 2 k rows for an encoder-decoder model and puts the first k before the encoder's input."""
+    """By default HF PEFT keeps 2 k rows for an encoder-decoder model, and the first k go before the encoder's input."""
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
     theirs = of_hf_peft("t5", config)
     theirs.save_pretrained(str(tmp_path))
@@ -422,9 +422,9 @@ def test_a_start_from_the_vocabulary() -> None:
 # ---- Positions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "positions"), [("gpt2", 64), ("bert", 64), ("opt", 64), ("roberta", 62)])
+@pytest.mark.parametrize(("name", "positions"), [("gpt2", 64), ("bert", 64), ("opt", 64), ("roberta", 63)])
 def test_a_prompt_takes_its_share_of_the_positions(name: str, positions: int) -> None:
-    """The table of GPT-2 and BERT starts at the first row; OPT and RoBERTa leave two rows out."""
+    """The table of GPT-2 and BERT starts at the first row; OPT's has two rows more, and RoBERTa's leaves one out."""
     ours, model = compiled(name, f"apply prompt(length={LENGTH})"), ZOO[name]()
     room = positions - LENGTH
     with torch.no_grad():
@@ -461,25 +461,30 @@ def test_prompts_stand_in_file_order_and_share_the_input() -> None:
 
 
 def test_a_prompt_over_adapted_blocks() -> None:
-    """With random branches in the blocks, against the same branches under a prompt given by hand."""
+    """With random branches in the blocks: a prompt of the embeddings of tokens is those tokens in front."""
     rest = "apply lora(r=2) to attn.q, mlp.down\napply adapter(size=4) to mlp\ntrain norm"
     model = ZOO["llama"]().eval()
     ours = peftc.compile(model, f"apply prompt(length={LENGTH})\n{rest}").eval()
+    plain = peftc.compile(model, rest).eval()
     random = torch.Generator().manual_seed(0)
+    tokens = torch.arange(10, 10 + LENGTH)
     with torch.no_grad():
         for parameter in ours.trainable_parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
-    batch = padded(model, "none")
-    x = model.get_input_embeddings()(batch["input_ids"])
-    embedded = torch.cat([ours.get_parameter(PROMPT).expand(3, -1, -1), x], 1)
-    example = {
-        "inputs_embeds": embedded.detach(), "attention_mask": torch.ones(3, 9 + LENGTH, dtype=torch.long),
-        "labels": torch.cat([torch.full((3, LENGTH), -100), batch["labels"]], 1),
-    }  # fmt: skip
-    plain = peftc.compile(model, rest, example=example).eval()
+        ours.get_parameter(PROMPT).copy_(model.get_input_embeddings()(tokens))
     plain.load_state_dict({name: tensor for name, tensor in ours.state_dict().items() if name != PROMPT})
-    with torch.no_grad():
-        torch.testing.assert_close(ours(**batch).loss, plain(**example).loss, rtol=NEAR, atol=NEAR)
+    batch = padded(model, "left")
+    in_front = {
+        "input_ids": torch.cat([tokens.expand(3, -1), batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones(3, LENGTH, dtype=torch.long), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full((3, LENGTH), -100), batch["labels"]], 1),
+    }
+    mine, other = ours(**batch), plain(**in_front)
+    mine.loss.backward()
+    other.loss.backward()
+    torch.testing.assert_close(mine.loss, other.loss, rtol=NEAR, atol=NEAR)
+    for name, parameter in plain.trainable_parameters().items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=NEAR, atol=NEAR)
 
 
 def test_an_input_that_counts_places_is_refused() -> None:
@@ -487,7 +492,7 @@ def test_an_input_that_counts_places_is_refused() -> None:
     model = seeded(hf.BertForQuestionAnswering, hf.BertConfig, **BERT)
     example = {**inputs(ZOO["bert"](), 2, 8), "start_positions": torch.zeros(2, dtype=torch.long)}
     example["end_positions"] = example.pop("labels")
-    with pytest.raises(peftc.PeftcError, match="start_positions for a prompt is not known"):
+    with pytest.raises(peftc.PeftcError, match="start_positions is for a prompt is not known"):
         peftc.compile(model, "apply prompt", example=example)
 
 
@@ -530,7 +535,7 @@ def trained(module: peftc.CompiledModule, steps: int, batch: Callable[[int], dic
         loss = module(**batch(step)).loss
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def learn_subspace(folder: Path) -> peftc.CompiledModule:
@@ -598,7 +603,7 @@ def test_a_saved_second_phase_needs_the_first_no_more(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("missing", "no such file"),
+        ("missing", "there is no file missing"),
         ("../outside.safetensors", "lies outside"),
         ("link.safetensors", "lies outside"),
         ("text.safetensors", "is no safetensors file"),
