@@ -34,14 +34,17 @@ class Convention:
     def signature(self) -> inspect.Signature:
         """What `inspect.signature(model.forward)` says, which Trainer chooses a data set's columns by."""
         optional = {*FILLED_IN, *LOSS_INPUTS}
+        needed = [place for place, name in enumerate(self.inputs) if name not in optional]
+        first = next((place for place, name in enumerate(self.inputs) if name in optional), len(self.inputs))
+        late = next((place for place in needed if place > first), len(self.inputs))  # Python wants these by name
         return inspect.Signature(
             [
                 inspect.Parameter(
                     name,
-                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD if place < late else inspect.Parameter.KEYWORD_ONLY,
                     default=None if name in optional else inspect.Parameter.empty,
                 )
-                for name in self.inputs
+                for place, name in enumerate(self.inputs)
             ]
         )
 
@@ -84,6 +87,11 @@ class Convention:
             start += spec.num_leaves
         keys = [key for key in self.keys if key != "loss"]
         return self.result.type(**dict(zip(keys, values, strict=True)))
+
+    @property
+    def logits(self) -> int:
+        """Which leaf holds the logits, behind the loss."""
+        return self.keys.index("logits")
 
     @property
     def keys(self) -> list[str]:

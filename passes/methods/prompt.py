@@ -88,6 +88,11 @@ class Prompt(Method):
         place = torch.where(there > 0, there.cumsum(1) - 1, self.length).clamp(max=self.length)
         return x + F.embedding(place, F.pad(embedding, (0, 0, 0, 1))).to(x.dtype)
 
+    def unexportable(self, site: Sequence) -> str | None:
+        if self.mode == "add":
+            return "its prompts stand in front of the input"
+        return "its prompts stand before tokens" if site.vocabulary is None else None
+
     def to_peft(self, site: Sequence, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.length, "token_dim": site.width}
         return settings, {"prompt_embeddings": state["embedding"]}

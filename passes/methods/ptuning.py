@@ -87,6 +87,9 @@ class PTuning(Method):
     def rewrite(self, site: Sequence, x: Tensor, **state: Tensor) -> Tensor:
         return site.join(self.prompt(state), x)
 
+    def unexportable(self, site: Sequence) -> str | None:
+        return "its prompts stand before tokens" if site.vocabulary is None else None
+
     def to_peft(self, site: Sequence, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {
             "peft_type": "P_TUNING", "num_virtual_tokens": self.length, "token_dim": site.width,
