@@ -127,7 +127,9 @@ class _Prompting:
         names = tuple(tensors)
 
         def function(given: Tensor, *rest: Tensor) -> Tensor:
-            return binding.method.rewrite(self.site, given, **dict(zip(names, rest, strict=True)))
+            state = dict(zip(names, rest, strict=True))
+            result: Tensor = binding.method.rewrite(self.site, given, **state)
+            return result
 
         args = [x, *tensors.values()]
         template = trace(function, *(value(node) for node in args))

@@ -140,9 +140,9 @@ def test_hf_peft_reads_the_folder_and_it_comes_back(name: str, spec: str, tmp_pa
     ours = compiled(name, spec)
     batch = padded(ZOO[name](), "left")
     ours.save_pretrained(tmp_path / "adapter")
-    assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == {
-        "prompt_embeddings"
-    }
+    written = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    heads = {f"base_model.classifier.{part}" for part in ("weight", "bias")} if name == "bert" else set()
+    assert written.keys() == {"prompt_embeddings", *heads}
     theirs = peft.PeftModel.from_pretrained(ZOO[name](), str(tmp_path / "adapter")).eval()
     back = peftc.load_peft(ZOO[name](), tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -570,7 +570,7 @@ def test_intrinsic_prompt_tuning_in_two_phases(tmp_path: Path, monkeypatch: pyte
         frozen = module.get_buffer("sequence.ipt.decoder.0.weight").clone()
         losses[where] = trained(module, 40, lambda _step: task_batch(20))
         assert torch.equal(module.get_buffer("sequence.ipt.decoder.0.weight"), frozen)
-    assert losses["learned"] < losses["random"] - 0.3
+    assert losses["learned"] < losses["random"] - 0.2
 
 
 def test_a_prompt_is_decoded_by_the_papers_formula() -> None:
