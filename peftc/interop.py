@@ -26,7 +26,7 @@ from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding, Plan
 from peftc.promptfolders import has_prompt, load_prompt, prompt_folder
-from peftc.site import Linear
+from peftc.site import Experts, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -74,7 +74,7 @@ def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[d
         "inference_mode": True,
         "task_type": None,
     }
-    if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
+    if any(isinstance(binding.site, Projection) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
     return config, tensors
 
@@ -165,8 +165,10 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return reason
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
-    if isinstance(binding.site, Linear) and binding.site.rows is not None:
+    if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    if isinstance(binding.site, Experts):
+        return f"peftc does not write its form for stacked experts, such as {binding.site.name}"
     return None
 
 

@@ -228,7 +228,8 @@ def example(
 def apply(method: Method, site: Linear, x: Tensor, known: dict[str, Tensor | None], y: Tensor | None = None) -> Tensor:
     """The method's rewrite; without `y`, of what it adds to zero."""
     start = torch.zeros(len(x), site.n_out, dtype=x.dtype) if y is None else y
-    return method.rewrite(site, x, start, *(known.get(name) for name in wanted(type(method).rewrite, 4)))
+    rewritten: Tensor = method.rewrite(site, x, start, *(known.get(name) for name in wanted(type(method).rewrite, 4)))
+    return rewritten
 
 
 def krona_by_entries(method: Any, x: Tensor, known: dict[str, Any]) -> Tensor:
