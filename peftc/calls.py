@@ -14,7 +14,7 @@ from peftc.text import Span
 K = TypeVar("K", bound=Configured)
 LATER_METHODS = (
     "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
+    "llama_adapter", "ladder", "gated", "mixture", "sparse",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,6 +97,19 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
         made = graph.create_node("get_attr", path)
     made.meta["val"] = fake_mode(graph).from_tensor(get_attribute(root, path), static_shapes=True)
     return made
+
+
+def computed(node: fx.Node) -> Any:
+    """The fake value of `node` from those of its inputs, whatever its own says; sizes stay symbols.
+
+    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+    mode = fake_mode(node.graph)
+    assert callable(node.target)
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+        return node.target(*args, **kwargs)
 
 
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:

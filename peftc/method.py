@@ -110,6 +110,14 @@ class Method(Configured):
         """The method whose state's gradients `Data.STATE_GRADIENTS` asks for."""
         raise NotImplementedError
 
+    def missing(self, site: Any) -> str | None:
+        """What `initialise` needs and cannot get at, such as a tokenizer, or None."""
+        return None
+
+    def reads(self) -> tuple[str, str] | None:
+        """A safetensors file that state starts from, and how the names of that state begin; None for no file."""
+        return None
+
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Fills state from the frozen weight [n_out, n_in], where the method starts from it."""
 
@@ -128,6 +136,10 @@ class Method(Configured):
         the output and what the next block of its chain gets.
         """
         raise NotImplementedError
+
+    def extends(self, site: Any) -> int:
+        """How many positions the method adds to a sequence; its `rewrite` is (site, x, *state) -> [B, k + S, d]."""
+        return 0
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
         """The definition as a change of the weight, [n_out, n_in]."""

@@ -30,11 +30,16 @@ QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 
 @dataclass(frozen=True)
 class Application:
-    """`apply METHOD to SELECTOR`, with the method built."""
+    """`apply METHOD to SELECTOR`, with the method built. A sequence method may have no target."""
 
     method: Method
-    target: ast.Selector
+    target: ast.Selector | None
     span: Span
+
+    @property
+    def where(self) -> Span:
+        """What an error about the sites points at."""
+        return self.target.span if self.target else self.span
 
 
 @dataclass(frozen=True)
@@ -152,12 +157,11 @@ class _Resolver:
         target = self.selector(statement.target) if statement.target else None
         if built is None:
             return
-        if target is None:
-            if built.stage is not Stage.SEQUENCE:
-                example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
-                self.problems.append(
-                    say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
-                )
+        if target is None and built.stage is not Stage.SEQUENCE:
+            example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
+            self.problems.append(
+                say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
+            )
             return
         self.found.applications.append(Application(built, target, statement.span))
 

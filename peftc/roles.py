@@ -26,6 +26,7 @@ from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
 from peftc.residual import Crossing, block_sites
 from peftc.rows import Known, feature_rows
+from peftc.sequences import find_sequences
 from peftc.site import Experts, Linear, Module, Site, Sites
 
 aten = torch.ops.aten
@@ -46,6 +47,7 @@ class _Finder:
     """One walk over one captured model. Roles collect per (weight, rows) before sites are made."""
 
     def __init__(self, captured: Captured) -> None:
+        self.captured = captured
         self.module = captured.module
         self.flow: nx.DiGraph[fx.Node] = value_flow(self.module.graph)
         self.products = products(self.module.graph)
@@ -76,7 +78,8 @@ class _Finder:
             for node in self.module.graph.find_nodes(op="get_attr")
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
-        return Sites(self.model_name, placed, sizes, tuple(block.path for block in blocks))
+        paths = tuple(block.path for block in blocks)
+        return Sites(self.model_name, placed, sizes, paths, find_sequences(self.captured, blocks))
 
     def _is_product(self, node: fx.Node) -> bool:
         return node in self.by_node
