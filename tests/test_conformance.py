@@ -189,6 +189,22 @@ def variants(cls: type[Method]) -> Iterator[str]:
         yield from found if parameter.choices or parameter.nested else found[:1]
 
 
+@cache
+def fitting(name: str, given: str) -> str | None:
+    """The call, if need be with one number smaller than its default, as the models here are; None if none fits."""
+    numbers = [
+        number for number, p in methods()[name].parameters.items() if p.kind is int and f"{number}=" not in given
+    ]
+    calls = [
+        f"{name}({', '.join(filter(None, (given, more)))})".removesuffix("()")
+        for more in ("", *(f"{number}={size}" for number in numbers for size in (8, 4)))
+    ]
+    calls = [call for call in calls if not complaints(call)]
+    return next((call for call in calls if place(call) == PLACES[kinds(built(call))[0]]), None) or next(
+        (call for call in calls if place(call)), None
+    )
+
+
 def complaints(call: str) -> list[peftc.Diagnostic]:
     """What a spec says of a call by itself: methods that do not go together, parameters that do not."""
     return peftc.check(f"apply {call} to attn")
