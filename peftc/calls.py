@@ -13,8 +13,8 @@ from peftc.text import Span
 
 K = TypeVar("K", bound=Configured)
 LATER_METHODS = (
-    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
+    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far",
+    "prompt", "ptuning", "ipt", "ladder", "gated", "mixture", "sparse",
 )  # fmt: skip
 
 

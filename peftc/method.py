@@ -72,6 +72,7 @@ class Method(Configured):
     unmergeable: str | None = None
     data: Data | None = None
     scheduled: bool = False
+    windowed: bool = False
     peft_type: ClassVar[str | None] = None
 
     noun = "method"
@@ -115,6 +116,20 @@ class Method(Configured):
     def rewrite(self, *given: Any, **state: Any) -> Tensor:
         """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says."""
         raise NotImplementedError
+
+    def extend(self, *given: Any, **state: Any) -> tuple[Tensor, Tensor]:
+        """(site, *state): keys and values for an attention, [length, kv_heads * width] each.
+
+        They stand in front of the attention's own, under one softmax. A method that has a `rewrite`, too, is given
+        (site, attended, y, *state): what the attention's queries make of these keys and values apart, and its result.
+        State is asked for by name, and so are `key_weight`, `key_bias`, `value_weight` and `value_bias`, those of the
+        layers that project the attention's own.
+        """
+        raise NotImplementedError
+
+    def takes_positions(self, site: Any) -> int:
+        """How many of the sequence's first positions the method takes at `site`: the text counts on from there."""
+        return 0
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
         """The definition as a change of the weight, [n_out, n_in]."""

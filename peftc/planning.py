@@ -23,11 +23,11 @@ from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Experts, Linear, Module, Site, Sites
+from peftc.site import Attention, Experts, Linear, Module, Site, Sites
 from peftc.spec_errors import NotYet
 from peftc.text import Span
 
-KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS = {Linear: "linear layers", Module: "attn and mlp", Attention: "attn", Experts: "stacked expert weights"}
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def _overlap(one: Binding, other: Binding) -> bool:
 
 
 def _kind_of(site: Site) -> str:
-    return {"parameters": "an existing parameter", "module": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+    return {"parameters": "an existing parameter", "module": "a sublayer", "attention": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
 
 
 def _one_line(span: Span) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from peftc.flow import AttentionPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,34 @@ class Module(Site):
 
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Module):
+    """A sublayer whose attention is understood: softmax(q kᵀ) v with q of `heads` heads.
+
+    Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
+    heads of its own count; `groups` says which key head each of them is, where it is one. `key` and `value` are the
+    layers that project them. `positions` is how many tokens the model can count, where a table of learned positions
+    says so.
+    """
+
+    pattern: AttentionPattern | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    groups: tuple[int, ...] = ()
+    key: Linear | None = None
+    value: Linear | None = None
+    cross: bool = False
+    positions: int | None = None
+
+    kind = "attention"
+
+    def facts(self) -> dict[str, Any]:
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
+        return {**super().facts(), **heads}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from peftc.errors import PeftcError
-from peftc.ir import PROVENANCE, Provenance, fake_mode, get_attribute
+from peftc.ir import PROVENANCE, Provenance, fake_mode, faking, get_attribute
 from peftc.method import Method
 from peftc.model_errors import VerifierFailed
 from peftc.planning import Plan
@@ -69,7 +69,7 @@ class Verifier:
         key = (node.target, str(pytree.tree_map(_signature, (args, kwargs))))
         if key not in self.known:  # equal blocks ask the same question
             assert callable(node.target)
-            with mode, torch.no_grad():
+            with faking(mode):
                 self.known[key] = _signature(node.target(*args, **kwargs))
         if self.known[key] != _signature(claimed):
             reason = f"{node.name} is {self.known[key]} where {_signature(claimed)} was promised"
