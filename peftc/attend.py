@@ -82,7 +82,7 @@ class Attender:
         q, k, v, mask, causal = (argument(node, name) for name in ("query", "key", "value", "attn_mask", "is_causal"))
 
         def longer(k: Tensor, v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = (heads_of(flat, self.site, like) for flat, like in zip(self._extended(given), (k, v)))
+            keys, values = self._heads(given, k, v)
             return torch.cat([keys, k], -2), torch.cat([values, v], -2)
 
         keys, values = self._spliced(longer, [k, v, *self.operands.values()], node.prev, node, "longer")
@@ -101,7 +101,7 @@ class Attender:
         options = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
 
         def attended(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
-            keys, values = (heads_of(flat, self.site, like) for flat, like in zip(self._extended(given), (k, v)))
+            keys, values = self._heads(given, k, v)
             return scaled_dot_product_attention(q, keys, values, **options)
 
         self._rewritten(self._spliced(attended, [q, k, v, *self.operands.values()], node, node, f"apart {options}"))
@@ -112,11 +112,11 @@ class Attender:
         """As operands of an attention spelt out: [..., width, length] and [..., length, width]."""
 
         def shaped(k: Tensor, v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = self._extended(given)
-            return heads_of(keys, self.site, k).transpose(-1, -2), heads_of(values, self.site, v)
+            keys, values = self._heads(given, k, v)
+            return keys.transpose(-1, -2), values
 
-        before = max(self.pattern.k, self.pattern.v, self.pattern.q)
-        found = self._spliced(shaped, [self.pattern.k, self.pattern.v, *self.operands.values()], before, scores, "shaped")
+        k, v = self.pattern.k, self.pattern.v
+        found = self._spliced(shaped, [k, v, *self.operands.values()], max(k, v), scores, "shaped")
         return found[0], found[1]
 
     def _rewritten(self, attended: fx.Node) -> None:
@@ -133,6 +133,10 @@ class Attender:
         result = self._spliced(function, [attended, y, *extra.values()], max(attended, y), y, "rewritten")
         for reader in readers:
             reader.replace_input_with(y, result)
+
+    def _heads(self, given: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._extended(given)
+        return heads_of(keys, self.site, k), heads_of(values, self.site, v)
 
     def _extended(self, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The method's keys and values from its tensors, and from the projections where it asks for them."""

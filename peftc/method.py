@@ -72,7 +72,8 @@ class Method(Configured):
     unmergeable: str | None = None
     data: Data | None = None
     scheduled: bool = False
-    windowed: bool = False
+    indivisible: str | None = None  # why a combinator cannot take the method's state apart
+    windowed: bool = False  # whether a sliding window may hide what `extend` puts in front
     peft_type: ClassVar[str | None] = None
 
     noun = "method"

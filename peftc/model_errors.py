@@ -272,6 +272,30 @@ class CannotGenerate(Diagnostic):
         return f"{self.model} does not continue text, or was captured without an attention mask"
 
 
+class NeedsCalibration(Diagnostic):
+    """A method that starts from data, compiled without any."""
+
+    code = "needs-calibration"
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} starts from data, and there is none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
+
+
+class BadCalibration(Diagnostic):
+    code = "bad-calibration"
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the calibration batches cannot be used: {self.reason}"
+
+
 class CannotMerge(Diagnostic):
     code = "cannot-merge"
     method: str

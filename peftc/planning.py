@@ -30,7 +30,7 @@ from peftc.text import Span
 KINDS = {Linear: "linear layers", Module: "attn and mlp", Attention: "attn", Experts: "stacked expert weights"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binding:
     """One method at one site. `path` is where the compiled model keeps its state."""
 
@@ -110,6 +110,12 @@ class Plan:
     def tensors(self) -> dict[str, State]:
         """Every tensor that the methods keep, by its full name; one that sites share is there once."""
         return {name: state for binding in self.bindings for name, state in binding.tensors.items()}
+
+    @cached_property
+    def consistency(self) -> float:
+        """The weight of a consistency loss between two passes of each step; 0 where no method asks for one."""
+        has_loss = list(getattr(self.captured.result, "context", None) or [])[:1] == ["loss"]
+        return max((binding.method.consistency for binding in self.bindings), default=0.0) if has_loss else 0.0
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
@@ -368,7 +374,8 @@ def _overlap(one: Binding, other: Binding) -> bool:
 
 
 def _kind_of(site: Site) -> str:
-    return {"parameters": "an existing parameter", "module": "a sublayer", "attention": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+    known = {"parameters": "an existing parameter", "module": "a sublayer", "attention": "a sublayer"}
+    return known.get(site.kind, f"a {site.kind} layer")
 
 
 def _one_line(span: Span) -> str:

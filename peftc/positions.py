@@ -25,6 +25,7 @@ from peftc.text import Span
 
 aten = torch.ops.aten
 
+
 def made(
     graph: fx.Graph, target: Any, args: tuple[Any, ...], after: fx.Node, like: fx.Node, stamp: Provenance,
     kwargs: Mapping[str, Any] | None = None,
@@ -148,7 +149,7 @@ class Rooms:
         return self.counting.is_bias(mask) or (windowed and mask in self.counting.counted)
 
     def widened(self, mask: fx.Node, site: Attention, count: int, windowed: bool, stamp: Provenance) -> fx.Node:
-        """The mask [..., tokens, keys] of a fused attention with `count` keys in front, made once for all its readers."""
+        """The mask [..., tokens, keys] of a fused attention with `count` keys in front, made once for all readers."""
         longer = self.of(site)
         moves = longer is not None and self.speaks_of_positions(mask, windowed)
         key = (mask, count, moves)

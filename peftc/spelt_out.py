@@ -91,22 +91,29 @@ class SpeltOut:
         for operand in node.all_input_nodes:
             if operand in copies or not self._is_over_keys(operand):
                 continue
-            columns = self._columns(operand, node) if in_front else None
+            columns = self._columns(operand) if in_front else None
             if columns is None:
                 return next(copies[argument] for argument in node.all_input_nodes if argument in copies)
             known[operand] = columns
-        return self._copied(node, known)
+        copied = self._copied(node, known)
+        for operand in known.keys() - copies.keys():
+            self._move(operand, node)
+        return copied
 
     def _is_over_keys(self, operand: fx.Node) -> bool:
         return is_tensor(operand) and value(operand).dim() > 0 and expression(value(operand).shape[-1]) == self.tokens
 
-    def _columns(self, operand: fx.Node, reader: fx.Node) -> fx.Node | None:
-        """What a mask or bias says of the added keys, where that is something; its text's part then moves, too."""
+    def _columns(self, operand: fx.Node) -> fx.Node | None:
+        """What a mask or bias says of the added keys, where that is something."""
         longer = self.rooms.of(self.site)
-        if longer is None or not self.rooms.speaks_of_positions(operand, self.windowed):
-            return None
+        speaks = longer is not None and self.rooms.speaks_of_positions(operand, self.windowed)
+        return longer.in_front(operand, self.count) if longer and speaks else None
+
+    def _move(self, operand: fx.Node, reader: fx.Node) -> None:
+        """What it says of the text's own keys then counts on, too."""
+        longer = self.rooms.of(self.site)
+        assert longer is not None
         reader.replace_input_with(operand, longer.for_text(operand))
-        return longer.in_front(operand, self.count)
 
     def _product(self, *, in_front: bool) -> fx.Node:
         """q times the added keys, with the bias that one kind of product adds."""
@@ -115,8 +122,9 @@ class SpeltOut:
             return self._inserted(scores, (scores.args[0], self.keys))
         bias, q = scores.args[:2]
         assert isinstance(bias, fx.Node)
-        columns = self._columns(bias, scores) if in_front else None
+        columns = self._columns(bias) if in_front else None
         if columns is not None:
+            self._move(bias, scores)
             return self._inserted(scores, (columns, q, self.keys))
         product = self._made(aten.bmm.default, (q, self.keys), scores)
         return self._made(aten.mul.Tensor, (product, scores.kwargs.get("alpha", 1)), scores)
@@ -148,6 +156,8 @@ class SpeltOut:
     def _inserted(self, like: fx.Node, args: tuple[Any, ...]) -> fx.Node:
         return self._made(like.target, args, like, like.kwargs)
 
-    def _made(self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    def _made(
+        self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
         self.last = made(self.graph, target, args, self.last, like, self.stamp, kwargs)
         return self.last

@@ -30,7 +30,8 @@ import peftc
 from peftc import pipeline
 from peftc.capture import Captured, capture
 from peftc.ir import get_attribute
-from peftc.method import Method, Param, Stage, methods, wanted
+from peftc.method import Data, Method, Stage, methods
+from peftc.params import Configured, Param, registered
 from peftc.resolve import resolve
 from peftc.site import Linear, Module, Site
 from peftc.specs import as_spec
@@ -42,6 +43,16 @@ torch.set_num_threads(1)
 # on all of them mlp.down has more inputs than outputs.
 PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp"}
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
+
+# Sites as the smallest models have them, to ask a method whether it would stand there.
+LIKELY = (
+    Linear("attn.q", "", frozenset({"attn.q"}), n_in=24, n_out=16),
+    Linear("mlp.down", "", frozenset({"mlp.down"}), n_in=40, n_out=24),
+    Module("attn", "", frozenset({"attn"}), width=24, entry_width=24),
+    Module("mlp", "", frozenset({"mlp"}), width=24, entry_width=24),
+)
+# How a call is spelt small where its default is too large for models this small.
+SMALL = {"phm": "(n=2)"}
 
 # Largest difference of two outputs of size about 1 that were computed in another order: a few hundred roundings of
 # 6e-8 (float32) and 1e-16 (float64, where the softmax and the GELU's erf are also good to 1e-15).
@@ -155,7 +166,9 @@ def _capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_values(parameter: Param) -> list[Any]:
-    """Each other choice; the other truth; one other number that the parameter allows."""
+    """Each other choice; the other truth; one other number that the parameter allows; every call that it takes."""
+    if parameter.nested:
+        return [f"{name}{SMALL.get(name, '')}" for name in registered(parameter.nested)]
     if parameter.choices:
         return [choice for choice in parameter.choices if choice != parameter.default]
     if parameter.kind is bool:
@@ -173,29 +186,63 @@ def spelt(value: Any) -> str:
 
 def variants(cls: type[Method]) -> Iterator[str]:
     """The method as it is by default, and once for each value that differs from that."""
-    yield cls.name
+    required = [parameter for parameter in cls.parameters.values() if parameter.required]
+    starts = [f"{p.name}={value}" for p in required for value in other_values(p)] or [""]
+    starts = [start for start in starts if not complaints(f"{cls.name}({start})")]
+    for start in starts:
+        yield f"{cls.name}({start})" if start else cls.name
     for parameter in cls.parameters.values():
-        for value in other_values(parameter):
-            if cls(**{parameter.name: value}).conflict() is None:
-                yield f"{cls.name}({parameter.name}={spelt(value)})"
+        for value in [] if parameter.required else other_values(parameter):
+            small = "size=4" if parameter.nested else ""  # four divides the widths, and what phm and kron divide by
+            given = ", ".join(filter(None, (starts[0], small, f"{parameter.name}={spelt(value)}")))
+            if not complaints(f"{cls.name}({given})"):
+                yield f"{cls.name}({given})"
+
+
+def complaints(call: str) -> list[peftc.Diagnostic]:
+    """What a spec says of a call by itself: methods that do not go together, parameters that do not."""
+    return peftc.check(f"apply {call} to attn")
+
+
+@cache
+def built(variant: str) -> Method:
+    """The method that a variant spells."""
+    (application,) = resolve(as_spec(f"apply {variant} to attn")).applications
+    return application.method
+
+
+def default(variant: str) -> bool:
+    """Whether the variant is its method as it is by default: of a combinator, the first method that it takes."""
+    return variant == next(variants(type(built(variant))))
+
+
+@cache
+def place(variant: str) -> str:
+    """Where the variant can stand, of the places for its kind of site; empty if nowhere."""
+    method = built(variant)
+    likely = [site for site in LIKELY if type(site) is method.site]
+    if not likely:
+        return PLACES[method.site]
+    return ", ".join(site.name for site in likely if method.refuses(site) is None)
 
 
 def statement(variant: str) -> str:
-    place = PLACES[methods()[variant.partition("(")[0]].site]
-    return f"apply {variant} to {place}"
+    return f"apply {variant} to {place(variant)}"
 
 
-VARIANTS = [variant for cls in methods().values() for variant in variants(cls)]
-QUICK = [("plain", variant) for variant in VARIANTS] + [
-    (name, method) for name in ARCHITECTURES for method in methods()
-]
+VARIANTS = [variant for cls in methods().values() for variant in variants(cls) if place(variant)]
+# Gradients are of a loss, which a plain module does not return.
+NEEDS_LOSS = {Data.WEIGHT_GRADIENTS, Data.STATE_GRADIENTS}
+DEFAULTS = [variant for variant in VARIANTS if default(variant)]
+QUICK = [("llama" if built(variant).data in NEEDS_LOSS else "plain", variant) for variant in VARIANTS]
+QUICK += [("llama", variant) for variant in DEFAULTS if ("llama", variant) not in QUICK]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}
 FULL = [
     (name, variant)
     for name in ARCHITECTURES
     for variant in VARIANTS
-    if variant not in methods() and (name, variant) not in REFUSED
+    if (name, variant) not in QUICK and (name, variant) not in REFUSED
 ]
 
 
@@ -236,7 +283,9 @@ class Compiled:
 def _compiled(name: str, spec: str) -> Compiled:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        module = peftc.compile(subject(name).base, spec, example=subject(name).example)
+        wants = any(application.method.data for application in resolve(as_spec(spec)).applications)
+        data = [subject(name).batch] if wants else None
+        module = peftc.compile(subject(name).base, spec, example=subject(name).example, calibration=data)
     return Compiled(subject(name), module, {key: tensor.clone() for key, tensor in module.state_dict().items()})
 
 
@@ -261,10 +310,7 @@ def starts_as_the_base(case: Compiled) -> None:
 def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
     plan, module = case.module.plan, case.module
     declared = {*plan.trained} | {
-        f"{binding.path}.{tensor}"
-        for binding in plan.bindings
-        for tensor, state in binding.method.state(binding.site).items()
-        if state.trainable
+        full for binding in plan.bindings for full, state in binding.tensors.items() if state.trainable
     }
     everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -339,7 +385,7 @@ def merges_or_says_why_not(case: Compiled) -> None:
 
 @every_variant
 def test_1_it_starts_as_the_base_model(name: str, variant: str) -> None:
-    if not methods()[variant.partition("(")[0]].identity:
+    if not built(variant).identity:
         pytest.skip("the method does not claim it")
     starts_as_the_base(compiled(name, statement(variant)))
 
@@ -361,7 +407,7 @@ def with_dense_weights(case: Compiled) -> nn.Module:
     for binding in case.module.plan.bindings:
         site, method = binding.site, binding.method
         assert isinstance(site, Linear)
-        state = {tensor: get_attribute(case.module, f"{binding.path}.{tensor}") for tensor in binding.state}
+        state = {tensor: get_attribute(case.module, full) for tensor, full in binding.names.items()}
         stored = get_attribute(model, site.owner)
         weight = stored.t() if site.transposed else stored
         bias = get_attribute(model, site.bias) if site.bias else None
@@ -395,7 +441,7 @@ def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
     plan, module = case.module.plan, case.module
     assert plan.trainable == sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad)
     assert plan.trainable == sum(row.parameters for row in plan.rows)
-    added = {f"{b.path}.{tensor}": state.shape for b in plan.bindings for tensor, state in b.state.items()}
+    added = {full: state.shape for full, state in plan.tensors.items()}
     assert {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()} == added
     frozen = sum(tensor.numel() for key, tensor in module.named_parameters() if key not in added)
     assert plan.total == frozen + sum(map(prod, added.values()))
@@ -404,7 +450,7 @@ def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
 # ---- Claim 2 on its own: any shape -------------------------------------------------------------------------------
 
 
-def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
+def settings_of(cls: type[Configured]) -> st.SearchStrategy[Any]:
     """The method with any values its parameters allow, small ones, and no dropout: that is not part of a definition."""
 
     def values(parameter: Param) -> st.SearchStrategy[Any]:
@@ -412,6 +458,11 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
             return st.sampled_from(parameter.choices)
         if parameter.kind is bool:
             return st.booleans()
+        if parameter.nested:
+            kind = parameter.nested
+            inner = [one for one in registered(kind).values() if folds(one)]
+            taken = [one for one in inner if not complaints(f"{cls.name}({one.name})")]
+            return st.sampled_from(taken).flatmap(settings_of)
         if parameter.name == "dropout" or parameter.kind is str:
             return st.just(parameter.default)
         low, high = (4 if bound is None else min(bound, 4) for bound in (parameter.min, parameter.max))
@@ -426,9 +477,16 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
     )
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, cls in methods().items() if cls.site is Linear and not cls.unmergeable]
-)
+def folds(cls: type[Configured]) -> bool:
+    """Whether a plain method stands on linear layers and folds into them."""
+    return issubclass(cls, Method) and cls.site is Linear and cls.unmergeable is None
+
+
+def sometimes_folds(cls: type[Method]) -> bool:
+    return any(built(variant).site is Linear and built(variant).unmergeable is None for variant in variants(cls))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in methods().items() if sometimes_folds(cls)])
 @given(
     data=st.data(),
     n_in=st.integers(1, 12),
@@ -445,24 +503,26 @@ def test_2_rewrite_equals_fold_on_any_shape(
     method = data.draw(settings_of(methods()[name]))
     site = Linear("layer", "layer", frozenset({role}), n_in=n_in, n_out=n_out, bias="layer.bias" if has_bias else None)
     assume(method.conflict() is None)
-    assume(method.refuses(site) is None)
+    assume(isinstance(site, method.site) and method.refuses(site) is None)
     random = torch.Generator().manual_seed(seed)
 
     def number(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    state = {key: number(*spec.shape) for key, spec in method.state(site).items()}
+    specs = {**method.state(site), **method.shared([site])}
+    start = {key: spec.init(torch.empty(spec.shape, dtype=spec.dtype or torch.float64)) for key, spec in specs.items()}
+    method.initialise(site, number(n_out, n_in), start)
+    # random numbers hide nothing; but an index, or a seed, stays what the method made it
+    state = {key: number(*spec.shape) if spec.dtype is None else start[key] for key, spec in specs.items()}
     x, bias = number(tokens, n_in), number(n_out) if has_bias else None
     weight = method.prepare(site, number(n_out, n_in), state)
-    known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias}
-
-    def asked(function: Callable[..., Tensor], given: int) -> list[Tensor | None]:
-        return [known[parameter] for parameter in wanted(function, given)]
-
+    known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias, "training": torch.zeros(())}
     if method.rewrites_input(site):
-        rewritten = F.linear(method.rewrite_input(site, x, *asked(type(method).rewrite_input, 3)), weight, bias)
+        given = {name: known[name] for name in method.asks_input(state)}
+        rewritten = F.linear(method.rewrite_input(site, x, **given), weight, bias)
     else:
-        rewritten = method.rewrite(site, x, F.linear(x, weight, bias), *asked(type(method).rewrite, 4))
+        given = {name: known[name] for name in method.asks(state)}
+        rewritten = method.rewrite(site, x, F.linear(x, weight, bias), **given)
     folded = F.linear(x, *method.fold(site, weight, bias, state))
     # float64 rounds at 1e-16; a row whose norm DoRA divides by may be 1e-4, and makes ten thousand times that
     torch.testing.assert_close(rewritten, folded, rtol=1e-9, atol=1e-9)
@@ -482,11 +542,11 @@ def test_2_an_adapter_is_its_formula(at: str, bias: bool, width: int, entering: 
         for shape in ((size, len(source)), (width, size), (size,), (width,))
     )
     method = methods()["adapter"](size=size, at=at, bias=bias, scale=1.5, activation="tanh")
-    given = (down, up, down_bias, up_bias) if bias else (down, up, None, None)
+    state = {"down": down, "up": up} | ({"down_bias": down_bias, "up_bias": up_bias} if bias else {})
     inner = [torch.tanh((down[j] * source).sum() + (down_bias[j] if bias else 0)) for j in range(size)]
     outer = [sum(up[k, j] * inner[j] for j in range(size)) + (up_bias[k] if bias else 0) for k in range(width)]
     expected = torch.stack([h[k] + 1.5 * outer[k] for k in range(width)])
-    found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], *given)
+    found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], **state)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -694,22 +754,27 @@ def test_an_interrupted_save_leaves_the_old_artifact_whole(
 
 def chosen(variant: str) -> bool:
     """Whether the variant is the default or another choice, which may change how a method works, not only how much."""
-    name, _, rest = variant.partition("(")
-    return not rest or methods()[name].parameters[rest.partition("=")[0]].choices is not None
+    last = variant.rstrip(")").rpartition("=")[0].rpartition("(")[2].rpartition(" ")[2]
+    parameter = built(variant).parameters.get(last)
+    return default(variant) or (parameter is not None and (parameter.choices or parameter.nested) is not None)
 
 
 TRAININGS = ("train norm", "train linear")
 MEETING = [*map(statement, filter(chosen, VARIANTS)), *TRAININGS]
-PLAINEST = [*map(statement, methods()), "train norm"]
+PLAINEST = [*map(statement, DEFAULTS), "train norm"]
 
 
 def stage(line: str) -> int:
     """When the line's method acts; only within a stage does the order of the file matter."""
-    return 0 if line in TRAININGS else methods()[method_of(line)].stage
+    return 0 if line in TRAININGS else built(variant_of(line)).stage
 
 
 def method_of(line: str) -> str:
-    return "train" if line in TRAININGS else line.split()[1].partition("(")[0]
+    return "train" if line in TRAININGS else variant_of(line).partition("(")[0]
+
+
+def variant_of(line: str) -> str:
+    return line.removeprefix("apply ").rpartition(" to ")[0]
 
 
 def meetings(lines: list[str]) -> list[str]:
@@ -731,8 +796,14 @@ def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
                         marks=[pytest.mark.xdist_group(f"conformance-{name}"), *marks])  # fmt: skip
 
 
+def subject_of(spec: str) -> str:
+    """A plain module, unless a gradient is asked for."""
+    asked = {application.method.data for application in resolve(as_spec(spec)).applications}
+    return "llama" if asked & NEEDS_LOSS else "plain"
+
+
 QUICK_MEETINGS = [
-    *(("plain", spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
+    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
     *(
         ("llama", f"{statement(first)}\n{statement(second)}")
         for first, second in combinations(("lora", "ia3", "adapter"), 2)
@@ -774,6 +845,7 @@ def test_7_a_claimed_weight_is_shared_with_nothing(name: str, spec: str) -> None
 @pytest.mark.xdist_group("conformance-plain")
 def test_7_all_at_once(tmp_path: Path) -> None:
     """Every method that shares, and an existing parameter, in one model."""
-    sharing = [statement(name) for name, cls in methods().items() if cls().claims_weight() is None]
+    sharing = [statement(variant) for variant in DEFAULTS if built(variant).claims_weight() is None]
+    sharing = [line for line in sharing if built(variant_of(line)).data not in NEEDS_LOSS]
     spec = "\n".join(["train norm, head", *sharing])
     test_7_two_that_meet("plain", spec, tmp_path)

@@ -25,16 +25,18 @@ class LlamaAdapter(Method):
     unmergeable = "its attention to the prompt depends on every query, and no weight does that"
 
     length: int = param(10, "virtual tokens of the prompt", min=1)
-    gates: str = param("layer", "one gate for the layer, as in HF PEFT, or one for each head", choices=("layer", "head"))
+    gates: str = param(
+        "layer", "one gate for the layer, as in HF PEFT, or one for each head", choices=("layer", "head")
+    )
 
     def refuses(self, site: Attention) -> str | None:
         assert site.key is not None
         assert site.value is not None
         made = site.key.n_out, site.value.n_out
         if made != (site.kv_heads * site.key_width, site.kv_heads * site.value_width):
-            return "its keys or values are made of more than one layer's output, so no projection of a prompt is like them"
+            return "its keys or values are made of more than one layer's output, and one is made of the prompt"
         if site.key.n_in != site.value.n_in:
-            return f"it projects keys from {site.key.n_in} features and values from {site.value.n_in}: no one prompt fits"
+            return f"keys come from {site.key.n_in} features and values from {site.value.n_in}: no one prompt fits"
         return None
 
     def state(self, site: Attention) -> dict[str, State]:
@@ -54,7 +56,7 @@ class LlamaAdapter(Method):
         return keys, values
 
     def rewrite(self, site: Attention, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        """x: what the queries find in the prompt; [batch, heads, tokens, width] as y, or heads folded into the batch."""
+        """x: what the queries find in the prompt, [batch, heads, tokens, width] as y, or with heads in the batch."""
         scale = gate[:, None, None].to(y.dtype)
         if self.gates == "head" and y.dim() == 3:
             scale = scale.repeat(y.shape[0] // site.heads, 1, 1)

@@ -31,7 +31,7 @@ class Prefix(Method):
     unmergeable = "its keys and values depend on no token, and no weight makes such"
 
     length: int = param(20, "virtual tokens", min=1)
-    reparam: int | None = param(None, "hidden width of the network that makes the prefix in training; none: no such", min=1)
+    reparam: int | None = param(None, "hidden width of a network that makes the prefix; none: no such", min=1)
     windowed: bool = param(False, "whether a sliding window of attention may pass the prefix by, as in HF PEFT")
 
     def refuses(self, site: Attention) -> str | None:
