@@ -24,12 +24,13 @@ from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
 from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
+from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
 from peftc.text import Span
 from peftc.upstream import never_learning
 
 KINDS: dict[type[Site], str] = {
     Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
+    Attention: "attn",
     Sequence: "the model's whole input, with no 'to …'",
 }  # fmt: skip
 
@@ -142,7 +143,7 @@ class Plan:
     @property
     def extension(self) -> int:
         """The positions that all prompts together add to the sequence."""
-        return sum(b.method.extends(b.site) for b in self.bindings if isinstance(b.site, Sequence))
+        return sum(b.method.lengthens(b.site) for b in self.bindings if isinstance(b.site, Sequence))
 
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
@@ -250,8 +251,8 @@ class _Planner:
         """Prompts, all together, leave positions for the text behind them."""
         taken = 0
         for binding in bindings:
-            if isinstance(binding.site, Sequence) and binding.method.extends(binding.site):
-                taken += binding.method.extends(binding.site)
+            if isinstance(binding.site, Sequence) and binding.method.lengthens(binding.site):
+                taken += binding.method.lengthens(binding.site)
                 if binding.site.positions is not None and taken >= binding.site.positions:
                     self.problems.append(
                         say.NoPositions(
@@ -417,6 +418,7 @@ def _kind_of(site: Site) -> str:
     words = {
         "parameters": "an existing parameter",
         "module": "a sublayer",
+        "attention": "a sublayer",
         "block": "a block",
         "experts": "a stack of experts",
     }
