@@ -31,6 +31,8 @@ class Combinator(Method):
 
     def conflict(self) -> str | None:
         inner = self.method
+        if inner.stage is Stage.ATTENTION and type(self).mix is Combinator.mix:
+            return f"{inner.name} makes keys and values, and {self.name} needs a method with an output of its own"
         if inner.stage is Stage.SEQUENCE:
             return f"{inner.name} changes the whole sequence, and {self.name} needs an output at one place"
         if inner.indivisible:
@@ -72,6 +74,10 @@ class Combinator(Method):
     def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
         asked = self.method.asks_input(())
         return (*state, *(name for name in OPERANDS if name in asked))
+
+    def mix(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, **state: Tensor) -> Tensor:
+        """At an attention, where a combinator takes methods that act there: the result, out of what it was and is."""
+        raise NotImplementedError
 
     def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""

@@ -158,10 +158,9 @@ _registries: dict[str, dict[str, type[Configured]]] = {}
 
 def register(cls: C) -> C:
     """Registers a class under its `name` and turns its fields into parameters."""
+    hints = get_type_hints(cls)
     cls.parameters = {
-        name: _parameter(name, hint, field)
-        for name, hint in get_type_hints(cls).items()
-        if isinstance(field := cls.__dict__.get(name), _Field)
+        name: _parameter(name, hints[name], field) for name, field in cls.__dict__.items() if isinstance(field, _Field)
     }
     registry = _registries.setdefault(cls.folder, {})
     if cls.name in registry:

@@ -12,11 +12,19 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from peftc.combinator import Combinator
 from peftc.cost import Memory, formatted_bytes
 from peftc.method import Method, kinds, methods
+from peftc.parameterisation import Parameterisation
+from peftc.params import registered
 from peftc.planning import Plan
-from peftc.site import Site, Sites
+from peftc.site import Attention, Block, Experts, Linear, Module, Sequence, Site, Sites
 
+# What a spec says for each kind of site.
+PLACES: dict[type[Site], str] = {
+    Linear: "linear layers", Experts: "stacked experts", Module: "attn, mlp", Attention: "attn", Block: "block",
+    Sequence: "the whole input", Site: "where its method does",
+}  # fmt: skip
 # Stages of a command that are not compiling, and the one that is torch.export and nothing else.
 NOT_COMPILING = ("check", "load", "save", "merge")
 EXPORT = "torch.export"
@@ -78,22 +86,42 @@ def timings_table(seconds: dict[str, float]) -> Table:
 
 
 def methods_table() -> Table:
-    """Every method with its formula and paper."""
+    """Every method with its formula, sites, parameters and paper."""
     table = Table(show_lines=True)
-    for heading in ("method", "formula", "parameters", "paper"):
+    for heading in ("method", "formula", "attaches to", "parameters", "paper"):
         table.add_column(heading, overflow="fold")
-    for item in described_methods():
-        table.add_row(item["name"], item["formula"], ", ".join(item["parameters"]), item["paper"])
+    for name, cls in methods().items():
+        table.add_row(name, cls.formula, _places(cls), ", ".join(cls.parameters), cls.paper)
     return table
 
 
 def methods_markdown() -> str:
     """The registry as the README's table."""
-    lines = ["| method | formula | parameters | merges | paper |", "|---|---|---|---|---|"]
-    for item in described_methods():
-        parameters = ", ".join(f"`{name}`" for name in item["parameters"])
-        merges = "yes" if item["merges"] else "no"
-        lines.append(f"| `{item['name']}` | {item['formula']} | {parameters} | {merges} | {item['paper']} |")
+    lines = ["| method | formula | attaches to | parameters | merges | paper |", "|---|---|---|---|---|---|"]
+    for name, cls in methods().items():
+        parameters = ", ".join(f"`{parameter}`" for parameter in cls.parameters)
+        formula = cls.formula.replace("|", "\\|")
+        lines.append(f"| `{name}` | {formula} | {_places(cls)} | {parameters} | {_merges(cls)} | {cls.paper} |")
+    return "\n".join(lines)
+
+
+def _places(cls: type[Method]) -> str:
+    return " and ".join(PLACES[kind] for kind in kinds(cls))
+
+
+def _merges(cls: type[Method]) -> str:
+    if cls.unmergeable is not None:
+        return "no"
+    return "as its method" if issubclass(cls, Combinator) else "yes"
+
+
+def parameterisations_markdown() -> str:
+    """The ways of making a matrix, as the README's table."""
+    lines = ["| matrix | formula | parameters | paper |", "|---|---|---|---|"]
+    for name, cls in registered(Parameterisation).items():
+        assert issubclass(cls, Parameterisation)
+        parameters = ", ".join(f"`{parameter}`" for parameter in cls.parameters)
+        lines.append(f"| `{name}` | {cls.formula} | {parameters} | {cls.paper} |")
     return "\n".join(lines)
 
 
@@ -110,7 +138,8 @@ def described_methods() -> list[dict[str, Any]]:
             "merges": cls.unmergeable is None,
             "parameters": {
                 parameter.name: {
-                    "default": parameter.default,
+                    "default": None if parameter.required else parameter.default,
+                    "required": parameter.required,
                     "doc": parameter.doc,
                     "expects": parameter.expects,
                     **({"alias": parameter.alias} if parameter.alias else {}),
@@ -127,9 +156,11 @@ def method_page(cls: type[Method]) -> Group:
     table = Table("parameter", "default", "meaning", "expects")
     for parameter in cls.parameters.values():
         name = f"{parameter.name} ({parameter.alias})" if parameter.alias else parameter.name
-        table.add_row(name, _default(parameter.default), parameter.doc, parameter.expects)
+        shown = "required" if parameter.required else _default(parameter.default)
+        table.add_row(name, shown, parameter.doc, parameter.expects)
     merges = "can be merged" if cls.unmergeable is None else f"cannot be merged: {cls.unmergeable}"
-    lines = (f"{cls.name}: {inspect.getdoc(cls)}", f"  {cls.formula}", f"  {cls.paper}", f"  {merges}")
+    facts = (cls.formula, cls.paper, f"attaches to {_places(cls)}", merges)
+    lines = (f"{cls.name}: {inspect.getdoc(cls)}", *(f"  {fact}" for fact in facts))
     return Group(*(Text(line) for line in lines), table)
 
 

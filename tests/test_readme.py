@@ -8,12 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import peftc
-from peftc.report import methods_markdown
+from peftc.report import methods_markdown, parameterisations_markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -25,15 +26,18 @@ def fenced(language: str) -> list[str]:
     return [text for named, text in blocks if named == language]
 
 
-def test_the_table_of_methods_is_the_registry(request: pytest.FixtureRequest) -> None:
-    begin, end = "<!-- methods: begin -->\n", "<!-- methods: end -->"
+@pytest.mark.parametrize(
+    ("name", "made"), [("methods", methods_markdown), ("parameterisations", parameterisations_markdown)]
+)
+def test_its_tables_are_the_registry(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     text = README.read_text()
     before, rest = text.split(begin)
     table, after = rest.split(end)
     if request.config.getoption("--update-golden"):
-        README.write_text(f"{before}{begin}{methods_markdown()}\n{end}{after}")
+        README.write_text(f"{before}{begin}{made()}\n{end}{after}")
         return
-    assert table.strip() == methods_markdown(), "pytest --update-golden writes it anew"
+    assert table.strip() == made(), "pytest --update-golden writes it anew"
 
 
 def test_its_specs_have_no_errors() -> None:

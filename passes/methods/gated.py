@@ -26,11 +26,13 @@ class Gated(Combinator):
     formula = "y + sigmoid(w x + b) (f(y) - y), f the method"
     paper = "Mao et al. 2021 (UniPELT), arXiv:2110.07577"
 
+    unmergeable = "its gate depends on what enters the layer"
+
     method: Method = param(REQUIRED, "what is gated")
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.unmergeable = "its gate depends on what enters the layer"
+        self.unmergeable = type(self).unmergeable
 
     def refuses(self, site: Any) -> str | None:
         if self.method.rewrites_input(site):
@@ -43,6 +45,17 @@ class Gated(Combinator):
         return super().state(site) | {"w": State((1, entering), start), "b": State((1,))}
 
     def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
-        gate = torch.sigmoid(linear(x.to(known["w"].dtype), known["w"], known["b"])).reshape(*y.shape[:-1], 1)
+        gate = _gate(x, known["w"], known["b"]).reshape(*y.shape[:-1], 1)
         changed = self.inner_output(site, x, y, known)
         return y + (gate * (changed - y)).to(y.dtype)
+
+    def mix(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        """y: [batch, heads, tokens, width], or with the heads in the batch; one gate a token for all its heads."""
+        gate = _gate(x, w, b).reshape(-1, 1, y.shape[-2], 1)
+        if y.dim() == 3:
+            gate = gate.expand(-1, site.heads, -1, -1).flatten(0, 1)
+        return y + (gate * (changed - y)).to(y.dtype)
+
+
+def _gate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(linear(x.to(w.dtype), w, b))
