@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import enum
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from peftc.schedule import Place, Step
 
 __all__ = [
-    "REQUIRED", "Data", "Method", "Param", "Stage", "State", "method", "methods", "param", "wanted",
+    "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "divisors_near", "kinds", "method", "methods",
+    "param", "wanted",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
@@ -66,7 +69,7 @@ class Method(Configured):
 
     formula: ClassVar[str]
     paper: ClassVar[str]
-    site: type[Site] = Linear
+    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
     stage: Stage = Stage.WEIGHT
     identity: bool = True
     unmergeable: str | None = None
@@ -74,6 +77,7 @@ class Method(Configured):
     scheduled: bool = False
     indivisible: str | None = None  # why a combinator cannot take the method's state apart
     peft_type: ClassVar[str | None] = None
+    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     noun = "method"
     such_as = "lora(r=8)"
@@ -135,6 +139,10 @@ class Method(Configured):
         """The weight [n_out, n_in] and bias [n_out] of a plain layer that does the same."""
         return weight + self.delta(site, **state).to(weight.dtype), bias
 
+    def unexportable(self, site: Any) -> str | None:
+        """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
+        return None
+
     def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
         raise NotImplementedError
@@ -195,6 +203,11 @@ class Method(Configured):
         return False
 
 
+def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
+    """The kinds of site that a method attaches to, the one that it is made for first."""
+    return get_args(method.site) or (cast(type[Site], method.site),)
+
+
 M = TypeVar("M", bound=type[Method])
 
 
@@ -212,6 +225,13 @@ def wanted(function: Callable[..., Any], given: int, known: Iterable[str] = ()) 
     """The names a rewrite asks for behind its first `given` parameters; `**state` asks for all that are `known`."""
     named, everything = _asked(function, given)
     return (*named, *(name for name in known if name not in named)) if everything else named
+
+
+def divisors_near(size: int, wanted: int) -> str:
+    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
+    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))
 
 
 @cache
