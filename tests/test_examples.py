@@ -1,10 +1,12 @@
 """Every recipe and script of `examples/`, as a user runs it."""
 
+import copy
 import os
 import re
 import subprocess
 import sys
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import peftc
+from peftc.resolve import resolve
+from peftc.specs import as_spec
 from peftc.syntax import parse, parse_file, unparse
 from peftc.text import Source
 from zoo import ZOO, inputs
@@ -35,13 +39,18 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: reci
 def header(recipe: Path) -> list[str]:
     """The comment at the top: what it is, by whom, what to expect."""
     lines = recipe.read_text(encoding="utf-8").splitlines()
-    return lines[: lines.index("")]
+    return list(takewhile(lambda line: line.startswith("#"), lines))
+
+
+def said(recipe: Path, key: str) -> list[str]:
+    """The words of the header's line `# key: words`; none where there is no such line."""
+    start = f"# {key}:"
+    return [word for line in header(recipe) if line.startswith(start) for word in line.removeprefix(start).split()]
 
 
 def families(recipe: Path) -> tuple[str, ...]:
     """The models of `zoo.py` that a recipe is for: those of its line `# families:`, and else all five."""
-    named = [line.removeprefix("# families:").split() for line in header(recipe) if line.startswith("# families:")]
-    return tuple(named[0]) if named else FAMILIES
+    return tuple(said(recipe, "families")) or FAMILIES
 
 
 def on_its_families() -> list[Any]:
@@ -57,10 +66,21 @@ def on_its_families() -> list[Any]:
 
 
 @cache
-def base_model(family: str) -> PreTrainedModel:
+def base_model(family: str, layers: int = 2) -> PreTrainedModel:
     """One model for all the recipes, which share its capture; compiling leaves it as it is."""
-    model: PreTrainedModel = ZOO[family]().eval()
+    model: PreTrainedModel = ZOO[family]()
+    if layers != 2:
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = layers
+        torch.manual_seed(0)
+        model = type(model)(config)
+    model.eval()
     return model
+
+
+def base_for(recipe: Path, family: str) -> PreTrainedModel:
+    """With two layers, or as many as the recipe's line `# layers:` says that it needs."""
+    return base_model(family, *map(int, said(recipe, "layers")))
 
 
 def test_every_recipe_is_there() -> None:
@@ -78,9 +98,9 @@ def test_recipe_is_valid_and_reads_back(recipe: Path) -> None:
 def test_recipe_says_what_it_is(recipe: Path) -> None:
     """What it does, the paper (authors, year, arXiv number), what to expect, and models that there are."""
     lines = header(recipe)
-    assert all(line.startswith("#") and len(line) <= 120 for line in lines)
+    assert all(len(line) <= 120 for line in lines)
     text = " ".join(line.removeprefix("#").strip() for line in lines)
-    assert re.search(r"\w+( et al\.| & \w+)? 20\d\d, arXiv:\d{4}\.\d{4,5}", text)
+    assert re.search(r"\w+( et al\.| & \w+)? 20\d\d( \(\w+\))?, arXiv:\d{4}\.\d{4,5}", text)
     assert "Expect" in text
     assert set(families(recipe)) <= set(ZOO)
 
@@ -89,9 +109,10 @@ def test_recipe_says_what_it_is(recipe: Path) -> None:
 def test_recipe_compiles_and_learns(recipe: Path, family: str) -> None:
     """It starts as the model where its methods claim to, and ten steps on one batch bring the loss down."""
     torch.manual_seed(0)
-    base = base_model(family)
+    base = base_for(recipe, family)
     batch = inputs(base)
-    model = peftc.compile(base, recipe).eval()
+    asks = any(application.method.data for application in resolve(as_spec(recipe)).applications)
+    model = peftc.compile(base, recipe, calibration=[batch] if asks else None).eval()
     assert 0 < model.plan.trainable < model.plan.total
     with torch.no_grad():
         before = model(**batch)

@@ -388,3 +388,14 @@ def test_blocks_without_a_residual_stream_are_refused() -> None:
     model = nn.Sequential(Halving(16), Halving(8))
     with pytest.raises(peftc.PeftcError, match="no hidden state runs through it"):
         peftc.plan(model, "apply ladder(size=2) to block", example=torch.zeros(2, 3, 16))
+
+
+@per_model(("llama", "t5"))
+def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
+    module = compiled(name)
+    fast = torch.compile(module, fullgraph=True, backend="aot_eager")
+    batch = inputs(module.base)  # type: ignore[arg-type]
+    result = fast(**batch)
+    result.loss.backward()
+    torch.testing.assert_close(result.logits, module(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert all(tensor.grad is not None for tensor in module.trainable_parameters().values())

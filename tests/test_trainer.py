@@ -536,12 +536,12 @@ def train_three_steps(model: nn.Module) -> list[float]:
     return losses
 
 
-def sharded_process(rank: int, folder: str, expected: list[float]) -> None:
+def sharded_process(rank: int, folder: str, spec: str, expected: list[float]) -> None:
     """One of two processes; `spawn` reports what it raises."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        model = compiled("llama")
+        model = compiled("llama", spec)
         mesh = init_device_mesh("cpu", (2,))
         for block in model.plan.sites.blocks:
             fully_shard(model.get_submodule(block), mesh=mesh)
@@ -552,8 +552,9 @@ def sharded_process(rank: int, folder: str, expected: list[float]) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_with_the_same_loss(tmp_path: Path) -> None:
-    expected = train_three_steps(compiled("llama"))
+@pytest.mark.parametrize("spec", [LORA, "apply ladder(size=4) to block"], ids=["lora", "ladder"])
+def test_fsdp2_trains_with_the_same_loss(tmp_path: Path, spec: str) -> None:
+    expected = train_three_steps(compiled("llama", spec))
     torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        sharded_process, (str(tmp_path), expected), nprocs=2
+        sharded_process, (str(tmp_path), spec, expected), nprocs=2
     )
