@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch import nn
 
 from peftc import pipeline
 from peftc.capture import capture
+from peftc.errors import PeftcError
 from peftc.inputs import example_inputs
+from peftc.model_errors import NeedsCalibration
 from peftc.module import CompiledModule
 from peftc.planning import Plan
 from peftc.references import load_model, parse_reference
-from peftc.resolve import resolve
+from peftc.resolve import Intentions, resolve
 from peftc.roles import find_sites
 from peftc.site import Sites
 from peftc.specs import as_spec
@@ -26,6 +29,7 @@ def compile(
     spec: Spec | str | Path,
     *,
     example: Any = None,
+    calibration: Iterable[Any] | None = None,
     timings: Timings | None = None,
 ) -> CompiledModule:
     """Compiles `spec` into `model`.
@@ -36,6 +40,8 @@ def compile(
         spec: a path ending in `.peft`, spec text, or a parsed `Spec`.
         example: inputs to capture with, for a module that is not a transformers model: a tensor, a tuple, or a dict
             of keyword arguments, with a batch of two or more.
+        calibration: batches, each as the model is called (with labels, where gradients are asked for), for methods
+            that start from data: FISH, EVA, SNIP.
         timings: collects seconds by stage.
 
     Returns:
@@ -46,10 +52,17 @@ def compile(
     """
     timings = timings or Timings()
     parsed = as_spec(spec)
-    resolve(parsed)  # everything a spec can be blamed for alone comes before the model is read
+    _has_data(resolve(parsed), calibration)  # what a spec can be blamed for alone comes before the model is read
     module, given = as_model(model)
-    plan = pipeline.plan_model(module, parsed, example_inputs(module, given if example is None else example), timings)
-    return pipeline.build(plan, timings)
+    inputs = example_inputs(module, given if example is None else example)
+    plan = pipeline.plan_model(module, parsed, inputs, timings)
+    data = None if calibration is None else pipeline.calibrate(plan, list(calibration), timings)
+    return pipeline.build(plan, timings, data=data)
+
+
+def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:
+    if calibration is None and (wanting := [a for a in intentions.applications if a.method.data is not None]):
+        raise PeftcError(*(NeedsCalibration(method=repr(item.method), span=item.span) for item in wanting))
 
 
 def plan(

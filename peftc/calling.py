@@ -79,6 +79,11 @@ class Convention:
         return self.result.type(**dict(zip(keys, values, strict=True)))
 
     @property
+    def logits(self) -> int:
+        """Which leaf holds the logits, behind the loss."""
+        return self.keys.index("logits")
+
+    @property
     def keys(self) -> list[str]:
         """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
         kind = self.result.type

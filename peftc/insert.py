@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from peftc.chains import onto_block
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import Method, State
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
-from peftc.site import Linear, Module, Site, Use
+from peftc.site import Block, Linear, Module, Site, Use
 
 HALF = (torch.float16, torch.bfloat16)
 # Operands that are no state: the rows of a slice that is no range, and whether the model is training.
@@ -133,6 +134,7 @@ class Inserter:
         self.current: dict[fx.Node, fx.Node] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self.templates: dict[Hashable, fx.Graph] = {}
+        self.carries: dict[tuple[int, str], fx.Node] = {}
 
     def insert(self, binding: Binding, pass_name: str) -> None:
         """The binding's nodes, at every use of its site."""
@@ -146,6 +148,9 @@ class Inserter:
                     self._onto(binding, use.y, use.x, use, stamp)
             case Module(entry=Use() as entry, h=fx.Node() as h):
                 self._onto(binding, h, entry.x, entry, stamp)
+            case Block():
+                state = self._operands(binding, binding.method.asks(binding.names))
+                onto_block(self, binding, state, stamp)
 
     def _onto(self, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
         """Replaces the output `y` by the method's."""
@@ -209,7 +214,8 @@ class Inserter:
                 part = take(y, site, -1, index)
                 result = method.rewrite(site, x, part, **{name: values.get(name) for name in names})
                 return _put(y, result, site, index)
-            return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+            whole: Tensor = method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+            return whole
 
         return function
 

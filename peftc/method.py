@@ -73,6 +73,7 @@ class Method(Configured):
     unmergeable: str | None = None
     data: Data | None = None
     scheduled: bool = False
+    indivisible: str | None = None  # why a combinator cannot take the method's state apart
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[Mapping[str, str]] = {}
 
@@ -86,6 +87,10 @@ class Method(Configured):
 
     def claims_weight(self) -> str | None:
         """Why nothing else may change the weight that this method stands on, or None."""
+        return None
+
+    def claims_upstream(self) -> str | None:
+        """Why nothing that the method's output depends on may learn (no gradient passes through it), or None."""
         return None
 
     def state(self, site: Any) -> dict[str, State]:
@@ -114,8 +119,12 @@ class Method(Configured):
         """(site, x, *state): x as everything at the site shall read it. State is asked for by name."""
         raise NotImplementedError
 
-    def rewrite(self, *given: Any, **state: Any) -> Tensor:
-        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says."""
+    def rewrite(self, *given: Any, **state: Any) -> Any:
+        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says.
+
+        At a block, `carry`, `memory` and `attend` too (see `peftc.chains`): who asks for `carry` returns the pair of
+        the output and what the next block of its chain gets.
+        """
         raise NotImplementedError
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
@@ -178,6 +187,14 @@ class Method(Configured):
     def rate(self, state: str) -> float:
         """The learning rate of one state tensor, as a multiple of the base rate."""
         return 1.0
+
+    def changes(self, site: Any) -> bool:
+        """Whether the site's output becomes another; a link of a chain may only read it."""
+        return True
+
+    def keeps(self, site: Any) -> int | None:
+        """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
+        return None
 
     def rewrites_input(self, site: Any) -> bool:
         """Whether the method acts on what goes into the site; else on what comes out."""

@@ -170,6 +170,27 @@ class WeightClaimed(Diagnostic):
         return (Label(self.other, "changes it too"),)
 
 
+class GradientClaimed(Diagnostic):
+    """Something that learns below a method through which no gradient passes."""
+
+    code = "gradient-claimed"
+    method: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} keeps the gradient from what it stands on: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "would never learn"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"leave one of them out, or keep to what stands behind {self.method}, such as the head",)
+
+
 class TrainsASlice(Diagnostic):
     code = "trains-a-slice"
     site: str
@@ -270,6 +291,30 @@ class CannotGenerate(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.model} does not continue text, or was captured without an attention mask"
+
+
+class NeedsCalibration(Diagnostic):
+    """A method that starts from data, compiled without any."""
+
+    code = "needs-calibration"
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} starts from data, and there is none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
+
+
+class BadCalibration(Diagnostic):
+    code = "bad-calibration"
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the calibration batches cannot be used: {self.reason}"
 
 
 class CannotMerge(Diagnostic):

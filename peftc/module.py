@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from peftc.calling import Convention, without_loss
+from peftc.consistency import two_passes
 from peftc.errors import PeftcError
+from peftc.insert import prepare
 from peftc.ir import keep_unread
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
@@ -49,6 +52,7 @@ class CompiledModule(fx.GraphModule):
         keep_unread(root, self)
         self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
         self._set_forward()
         self.train()
 
@@ -68,7 +72,10 @@ class CompiledModule(fx.GraphModule):
         def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
-                return self.convention.unflatten(run(self, *given.values()), with_loss=True)
+                step = partial(run, self, *given.values())
+                weight = self.plan.consistency if self.training else 0.0
+                leaves = two_passes(step, weight, self.convention.logits) if weight else step()
+                return self.convention.unflatten(leaves, with_loss=True)
             return self.convention.unflatten(self._without_loss()(self, *given.values()), with_loss=False)
 
         signature = self.convention.signature
@@ -215,6 +222,12 @@ def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [
         name for name in incompatible.missing_keys if not (name in frozen or _ends_with_one_of(name, frozen))
     ]
+
+
+def _prepare_again(module: CompiledModule, _incompatible: Any) -> None:
+    """Frozen weights that depend on state, such as what ReLoRA has merged, follow the state that was loaded."""
+    with torch.no_grad():
+        prepare(module, module.plan)
 
 
 def _ends_with_one_of(name: str, frozen: set[str]) -> bool:

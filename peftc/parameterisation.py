@@ -30,7 +30,7 @@ class Parameterisation(Configured):
         """The tensors of one matrix; `zero`: W starts at zero, else as random as a linear layer's."""
         raise NotImplementedError
 
-    def shared(self, shapes: Sequence[tuple[int, int]]) -> dict[str, State]:
+    def common(self, shapes: Sequence[tuple[int, int]]) -> dict[str, State]:
         """The tensors that the matrices of a statement have in common, under names that `state` does not use."""
         return {}
 
@@ -38,8 +38,8 @@ class Parameterisation(Configured):
         """The definition: W, [n_out, n_in]."""
         raise NotImplementedError
 
-    def apply(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """x Wᵀ, [..., n_in] -> [..., n_out], without forming W where that is cheaper."""
+    def apply(self, x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]) -> Tensor:
+        """x Wᵀ + bias, [..., n_in] -> [..., n_out], without forming W where that is cheaper."""
         raise NotImplementedError
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from peftc import debug
+from peftc import calibration, debug
 from peftc.capture import capture
 from peftc.fold import fold_blocks
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
-from peftc.method import Stage
+from peftc.method import Data, Stage
 from peftc.module import CompiledModule, Stages
 from peftc.normalise import tidy
 from peftc.penalties import add_penalties
@@ -86,6 +86,19 @@ def plan_model(model: nn.Module, spec: Spec, example: Example, timings: Timings)
         sites = find_sites(captured)
     with timings.stage("plan"):
         return make_plan(captured, sites, spec)
+
+
+def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding, Any]:
+    """What the plan's methods see of `batches`: the model runs once over them for each kind of question."""
+    with timings.stage("calibration"):
+        data = calibration.observed(plan, batches)
+        if not calibration.wants_state_gradients(plan):
+            return data
+        captured = plan.captured
+        twin = plan_model(captured.model, plan.spec, captured.example, Timings())
+        compiled = build(calibration.probing(twin), Timings())
+        wanting = [binding for binding in plan.bindings if binding.method.data is Data.STATE_GRADIENTS]
+        return data | dict(zip(wanting, calibration.probed(compiled, batches), strict=True))
 
 
 def build(

@@ -18,19 +18,21 @@ import torch
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.capture import Captured
+from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
 from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.method import Method, Stage, State
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Experts, Linear, Module, Site, Sites
+from peftc.site import Block, Experts, Linear, Module, Site, Sites
 from peftc.spec_errors import NotYet
 from peftc.text import Span
+from peftc.upstream import never_learning
 
-KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS = {Linear: "linear layers", Module: "attn and mlp", Block: "block", Experts: "stacked expert weights"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binding:
     """One method at one site. `path` is where the compiled model keeps its state."""
 
@@ -112,6 +114,12 @@ class Plan:
         return {name: state for binding in self.bindings for name, state in binding.tensors.items()}
 
     @cached_property
+    def consistency(self) -> float:
+        """The weight of a consistency loss between two passes of each step; 0 where no method asks for one."""
+        has_loss = list(getattr(self.captured.result, "context", None) or [])[:1] == ["loss"]
+        return max((binding.method.consistency for binding in self.bindings), default=0.0) if has_loss else 0.0
+
+    @cached_property
     def kept(self) -> tuple[Kept, ...]:
         """What autograd keeps, read off the captured graph; building the module, which rewrites it, asks first."""
         return kept_for_backward(self)
@@ -168,6 +176,7 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
+        self.problems += never_learning(self.captured.module.graph, bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -190,7 +199,7 @@ class _Planner:
         wrong = [site for site in found if not isinstance(site, method.site)]
         if wrong:
             self._wrong_site(application, wrong)
-        fitting = [site for site in found if isinstance(site, method.site)]
+        fitting = linked([site for site in found if isinstance(site, method.site)])
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
             if reason := _mixed(site) or method.refuses(site):
@@ -368,7 +377,8 @@ def _overlap(one: Binding, other: Binding) -> bool:
 
 
 def _kind_of(site: Site) -> str:
-    return {"parameters": "an existing parameter", "module": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+    kinds = {"parameters": "an existing parameter", "module": "a sublayer", "block": "a block"}
+    return kinds.get(site.kind, f"a {site.kind} layer")
 
 
 def _one_line(span: Span) -> str:

@@ -116,9 +116,55 @@ class Module(Site):
         return {"width": self.width}
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A cross attention, as what it does to values: `out` is their product with the weights, at operand `values`.
+
+    A rewrite may give the same weights, masks and all, values of its own.
+    """
+
+    out: fx.Node
+    values: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Block(Site):
+    """One of a model's repeated blocks: `x` is the hidden state that enters it, `h` the one that leaves it.
+
+    Both are [..., width], and None where no residual stream runs through the block. `top`: no block of its container
+    follows. `readers`: the containers of the blocks that depend on `h` further up, other than its own; `reading`: the
+    attention by which it reads the blocks in container `source`.
+
+    What one statement names in one container is a chain: `before` and `after` are the block's neighbours in it,
+    `memory` is the last block of the chain that its cross attention reads. `feeds`: another chain's blocks read this.
+    """
+
+    width: int = 0
+    x: fx.Node | None = None
+    h: fx.Node | None = None
+    top: bool = False
+    readers: tuple[str, ...] = ()
+    reading: Reading | None = None
+    source: str | None = None
+    before: Block | None = None
+    after: Block | None = None
+    memory: Block | None = None
+    feeds: bool = False
+
+    kind = "block"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    @property
+    def container(self) -> str:
+        """The path of the module that holds the blocks."""
+        return self.path.rpartition(".")[0]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Parameters(Site):
-    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions, blocks."""
+    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions."""
 
     kind = "parameters"
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations
 from math import prod
@@ -27,21 +27,36 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import peftc
-from peftc import pipeline
-from peftc.capture import Captured, capture
 from peftc.ir import get_attribute
-from peftc.method import Method, Param, Stage, methods, wanted
+from peftc.method import Data, Method, Stage, methods
+from peftc.params import Configured, Param, registered
 from peftc.resolve import resolve
-from peftc.site import Linear, Module, Site
+from peftc.site import Block, Linear, Module, Site
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 # Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
 # on all of them mlp.down has more inputs than outputs.
-PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp"}
+PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block"}
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
+
+# Sites as the smallest models have them, to ask a method whether it would stand there.
+LIKELY = (
+    *(
+        Linear("attn.q", "", frozenset({"attn.q"}), n_out=n_out, n_in=n_in)
+        for n_out, n_in in ((16, 24), (32, 32), (48, 32))
+    ),
+    *(
+        Linear("mlp.down", "", frozenset({"mlp.down"}), n_out=n_out, n_in=n_in)
+        for n_out, n_in in ((24, 40), (32, 48), (32, 80))
+    ),
+    *(Module(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
+)
+# How a call is spelt small where its default is too large for models this small.
+SMALL = {"phm": "(n=2)"}
 
 # Largest difference of two outputs of size about 1 that were computed in another order: a few hundred roundings of
 # 6e-8 (float32) and 1e-16 (float64, where the softmax and the GELU's erf are also good to 1e-15).
@@ -132,30 +147,13 @@ def subject(name: str) -> Subject:
     return Subject(name, base, batch, batch if name == "plain" else None, before)
 
 
-captures: dict[tuple[int, str], Captured] = {}
-
-
-def captured_once(model: nn.Module, example: Any, *more: Any) -> Captured:
-    """`capture`, which takes seconds, once for each model; each caller gets a graph of its own, as it uses it up."""
-    key = id(model), str({name: (tensor.shape, tensor.dtype) for name, tensor in example.kwargs.items()})
-    if key not in captures:
-        captures[key] = capture(model, example, *more)
-    known = captures[key]
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(known.module.graph, {}))
-    return replace(known, module=fx.GraphModule(known.module, graph, class_name=type(model).__name__))
-
-
-@pytest.fixture(autouse=True)
-def _capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "capture", captured_once)
-
-
 # ---- The variants of each method, from its declared parameters ---------------------------------------------------
 
 
 def other_values(parameter: Param) -> list[Any]:
-    """Each other choice; the other truth; other numbers that the parameter allows, of which one will do."""
+    """Each other choice; the other truth; other numbers that the parameter allows; every call that it takes."""
+    if parameter.nested:
+        return [f"{name}{SMALL.get(name, '')}" for name in registered(parameter.nested)]
     if parameter.choices:
         return [choice for choice in parameter.choices if choice != parameter.default]
     if parameter.kind is bool:
@@ -171,53 +169,80 @@ def spelt(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# (n_out, n_in) of the places in the models used here, for methods whose parameters must divide them.
-SIZES = ((16, 24), (24, 40), (32, 32), (48, 32), (32, 48), (32, 80), (48, 80))
-
-
-def fits(method: Method) -> bool:
-    """Whether the method attaches at every place, as far as sizes tell."""
-    sites = (Linear("layer", "layer", frozenset(), n_out=n_out, n_in=n_in) for n_out, n_in in SIZES)
-    return method.conflict() is None and (method.site is not Linear or all(not method.refuses(site) for site in sites))
+def variants(cls: type[Method]) -> Iterator[str]:
+    """The method as it is by default, and once for each value that differs from that and goes with the sizes here."""
+    required = [parameter for parameter in cls.parameters.values() if parameter.required]
+    starts = [f"{p.name}={value}" for p in required for value in other_values(p)] or [""]
+    starts = [start for start in starts if fitting(cls.name, start)]
+    for start in starts:
+        yield str(fitting(cls.name, start))
+    for parameter in cls.parameters.values():
+        values = [] if parameter.required else [f"{parameter.name}={spelt(value)}" for value in other_values(parameter)]
+        found = [call for value in values if (call := fitting(cls.name, ", ".join(filter(None, (starts[0], value)))))]
+        yield from found if parameter.choices or parameter.nested else found[:1]
 
 
 @cache
-def fitting(variant: str) -> str | None:
-    """`variant`, if need be with one number smaller than its default, as the models here are; None if none fits."""
-    name, _, given = variant.removesuffix(")").partition("(")
-    numbers = [key for key, p in methods()[name].parameters.items() if p.kind is int and key != given.partition("=")[0]]
-    for more in ("", *(f"{key}={size}" for key in numbers for size in (8, 4))):
-        call = f"{name}({', '.join(filter(None, (given, more)))})".removesuffix("()")
-        if fits(resolve(as_spec(f"apply {call} to linear")).applications[0].method):
-            return call
-    return None
+def fitting(name: str, given: str) -> str | None:
+    """The call, if need be with one number smaller than its default, as the models here are; None if none fits."""
+    numbers = [
+        number for number, p in methods()[name].parameters.items() if p.kind is int and f"{number}=" not in given
+    ]
+    calls = [
+        f"{name}({', '.join(filter(None, (given, more)))})".removesuffix("()")
+        for more in ("", *(f"{number}={size}" for number in numbers for size in (8, 4)))
+    ]
+    calls = [call for call in calls if not complaints(call)]
+    return next((call for call in calls if place(call) == PLACES.get(built(call).site)), None) or next(
+        (call for call in calls if place(call)), None
+    )
 
 
-def variants(cls: type[Method]) -> Iterator[str]:
-    """The method as it is by default, and once for each value that differs from that and goes with the sizes here."""
-    yield cls.name
-    for parameter in cls.parameters.values():
-        values = [value for value in other_values(parameter) if cls(**{parameter.name: value}).conflict() is None]
-        found = [variant for value in values if fitting(variant := f"{cls.name}({parameter.name}={spelt(value)})")]
-        yield from found if parameter.choices else found[:1]
+def complaints(call: str) -> list[peftc.Diagnostic]:
+    """What a spec says of a call by itself: methods that do not go together, parameters that do not."""
+    return peftc.check(f"apply {call} to attn")
+
+
+@cache
+def built(variant: str) -> Method:
+    """The method that a variant spells."""
+    (application,) = resolve(as_spec(f"apply {variant} to attn")).applications
+    return application.method
+
+
+def default(variant: str) -> bool:
+    """Whether the variant is its method as it is by default: of a combinator, the first method that it takes."""
+    return variant == next(variants(type(built(variant))))
+
+
+@cache
+def place(variant: str) -> str:
+    """Where the variant can stand, of the places for its kind of site; empty if nowhere."""
+    method = built(variant)
+    likely = [site for site in LIKELY if type(site) is method.site]
+    if not likely:
+        return PLACES[method.site]
+    refused = {site.name for site in likely if method.refuses(site)}
+    return ", ".join(name for name in dict.fromkeys(site.name for site in likely) if name not in refused)
 
 
 def statement(variant: str) -> str:
-    place = PLACES[methods()[variant.partition("(")[0]].site]
-    return f"apply {fitting(variant)} to {place}"
+    return f"apply {variant} to {place(variant)}"
 
 
-VARIANTS = [variant for cls in methods().values() for variant in variants(cls)]
-QUICK = [("plain", variant) for variant in VARIANTS] + [
-    (name, method) for name in ARCHITECTURES for method in methods()
-]
+VARIANTS = [variant for cls in methods().values() for variant in variants(cls) if place(variant)]
+# Gradients are of a loss, which a plain module does not return.
+NEEDS_LOSS = {Data.WEIGHT_GRADIENTS, Data.STATE_GRADIENTS}
+DEFAULTS = [variant for variant in VARIANTS if default(variant)]
+QUICK = [("llama" if built(variant).data in NEEDS_LOSS else "plain", variant) for variant in VARIANTS]
+QUICK += [("llama", variant) for variant in DEFAULTS if ("llama", variant) not in QUICK]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}
 FULL = [
     (name, variant)
     for name in ARCHITECTURES
     for variant in VARIANTS
-    if variant not in methods() and (name, variant) not in REFUSED
+    if (name, variant) not in QUICK and (name, variant) not in REFUSED
 ]
 
 
@@ -258,7 +283,9 @@ class Compiled:
 def _compiled(name: str, spec: str) -> Compiled:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        module = peftc.compile(subject(name).base, spec, example=subject(name).example)
+        wants = any(application.method.data for application in resolve(as_spec(spec)).applications)
+        data = [subject(name).batch] if wants else None
+        module = peftc.compile(subject(name).base, spec, example=subject(name).example, calibration=data)
     return Compiled(subject(name), module, {key: tensor.clone() for key, tensor in module.state_dict().items()})
 
 
@@ -356,7 +383,7 @@ def merges_or_says_why_not(case: Compiled) -> None:
 
 @every_variant
 def test_1_it_starts_as_the_base_model(name: str, variant: str) -> None:
-    if not methods()[variant.partition("(")[0]].identity:
+    if not built(variant).identity:
         pytest.skip("the method does not claim it")
     starts_as_the_base(compiled(name, statement(variant)))
 
@@ -421,7 +448,7 @@ def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
 # ---- Claim 2 on its own: any shape -------------------------------------------------------------------------------
 
 
-def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
+def settings_of(cls: type[Configured]) -> st.SearchStrategy[Any]:
     """The method with any values its parameters allow, small ones, and no dropout: that is not part of a definition."""
 
     def values(parameter: Param) -> st.SearchStrategy[Any]:
@@ -429,6 +456,11 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
             return st.sampled_from(parameter.choices)
         if parameter.kind is bool:
             return st.booleans()
+        if parameter.nested:
+            kind = parameter.nested
+            inner = [one for one in registered(kind).values() if folds(one)]
+            taken = [one for one in inner if not complaints(f"{cls.name}({one.name})")]
+            return st.sampled_from(taken).flatmap(settings_of)
         if parameter.name.endswith("dropout") or parameter.kind is str:
             return st.just(parameter.default)
         low, high = (4 if bound is None else min(bound, 4) for bound in (parameter.min, parameter.max))
@@ -442,9 +474,16 @@ def settings_of(cls: type[Method]) -> st.SearchStrategy[Method]:
     return given.map(lambda values: cls(**values)).filter(lambda method: method.conflict() is None)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, cls in methods().items() if cls.site is Linear and not cls.unmergeable]
-)
+def folds(cls: type[Configured]) -> bool:
+    """Whether a plain method stands on linear layers and folds into them."""
+    return issubclass(cls, Method) and cls.site is Linear and cls.unmergeable is None
+
+
+def sometimes_folds(cls: type[Method]) -> bool:
+    return any(built(variant).site is Linear and built(variant).unmergeable is None for variant in variants(cls))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in methods().items() if sometimes_folds(cls)])
 @given(
     data=st.data(),
     n_in=st.integers(1, 12),
@@ -460,27 +499,26 @@ def test_2_rewrite_equals_fold_on_any_shape(
 ) -> None:
     method = data.draw(settings_of(methods()[name]))
     site = Linear("layer", "layer", frozenset({role}), n_in=n_in, n_out=n_out, bias="layer.bias" if has_bias else None)
-    assume(method.refuses(site) is None)
+    assume(isinstance(site, method.site) and method.refuses(site) is None)
     random = torch.Generator().manual_seed(seed)
 
     def number(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    x, bias, frozen = number(tokens, n_in), number(n_out) if has_bias else None, number(n_out, n_in)
-    specs = method.state(site) | method.shared([site])
-    state = {key: torch.zeros(spec.shape, dtype=spec.dtype or torch.float64) for key, spec in specs.items()}
-    method.initialise(site, frozen, state)  # indices, for one, mean something
-    state |= {key: number(*spec.shape) for key, spec in specs.items() if spec.dtype is None}
-    weight = method.prepare(site, frozen, state)
-    known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias}
-
-    def asked(function: Callable[..., Tensor], given: int) -> list[Tensor | None]:
-        return [known.get(parameter) for parameter in wanted(function, given)]
-
+    specs = {**method.state(site), **method.shared([site])}
+    start = {key: spec.init(torch.empty(spec.shape, dtype=spec.dtype or torch.float64)) for key, spec in specs.items()}
+    method.initialise(site, number(n_out, n_in), start)
+    # random numbers hide nothing; but an index, or a seed, stays what the method made it
+    state = {key: number(*spec.shape) if spec.dtype is None else start[key] for key, spec in specs.items()}
+    x, bias = number(tokens, n_in), number(n_out) if has_bias else None
+    weight = method.prepare(site, number(n_out, n_in), state)
+    known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias, "training": torch.zeros(())}
     if method.rewrites_input(site):
-        rewritten = F.linear(method.rewrite_input(site, x, *asked(type(method).rewrite_input, 3)), weight, bias)
+        given = {name: known[name] for name in method.asks_input(state)}
+        rewritten = F.linear(method.rewrite_input(site, x, **given), weight, bias)
     else:
-        rewritten = method.rewrite(site, x, F.linear(x, weight, bias), *asked(type(method).rewrite, 4))
+        given = {name: known[name] for name in method.asks(state)}
+        rewritten = method.rewrite(site, x, F.linear(x, weight, bias), **given)
     folded = F.linear(x, *method.fold(site, weight, bias, state))
     # float64 rounds at 1e-16; a row whose norm DoRA divides by may be 1e-4, and makes ten thousand times that
     torch.testing.assert_close(rewritten, folded, rtol=1e-9, atol=1e-9)
@@ -500,11 +538,11 @@ def test_2_an_adapter_is_its_formula(at: str, bias: bool, width: int, entering: 
         for shape in ((size, len(source)), (width, size), (size,), (width,))
     )
     method = methods()["adapter"](size=size, at=at, bias=bias, scale=1.5, activation="tanh")
-    given = (down, up, down_bias, up_bias) if bias else (down, up, None, None)
+    state = {"down": down, "up": up} | ({"down_bias": down_bias, "up_bias": up_bias} if bias else {})
     inner = [torch.tanh((down[j] * source).sum() + (down_bias[j] if bias else 0)) for j in range(size)]
     outer = [sum(up[k, j] * inner[j] for j in range(size)) + (up_bias[k] if bias else 0) for k in range(width)]
     expected = torch.stack([h[k] + 1.5 * outer[k] for k in range(width)])
-    found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], *given)
+    found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], **state)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -712,22 +750,27 @@ def test_an_interrupted_save_leaves_the_old_artifact_whole(
 
 def chosen(variant: str) -> bool:
     """Whether the variant is the default or another choice, which may change how a method works, not only how much."""
-    name, _, rest = variant.partition("(")
-    return not rest or methods()[name].parameters[rest.partition("=")[0]].choices is not None
+    last = variant.rstrip(")").rpartition("=")[0].rpartition("(")[2].rpartition(" ")[2]
+    parameter = built(variant).parameters.get(last)
+    return default(variant) or (parameter is not None and (parameter.choices or parameter.nested) is not None)
 
 
 TRAININGS = ("train norm", "train linear")
 MEETING = [*map(statement, filter(chosen, VARIANTS)), *TRAININGS]
-PLAINEST = [*map(statement, methods()), "train norm"]
+PLAINEST = [*map(statement, DEFAULTS), "train norm"]
 
 
 def stage(line: str) -> int:
     """When the line's method acts; only within a stage does the order of the file matter."""
-    return 0 if line in TRAININGS else methods()[method_of(line)].stage
+    return 0 if line in TRAININGS else built(variant_of(line)).stage
 
 
 def method_of(line: str) -> str:
-    return "train" if line in TRAININGS else line.split()[1].partition("(")[0]
+    return "train" if line in TRAININGS else variant_of(line).partition("(")[0]
+
+
+def variant_of(line: str) -> str:
+    return line.removeprefix("apply ").rpartition(" to ")[0]
 
 
 def meetings(lines: list[str]) -> list[str]:
@@ -736,12 +779,15 @@ def meetings(lines: list[str]) -> list[str]:
     return ["\n".join(pair) for pair in pairs if stage(pair[0]) <= stage(pair[1])]
 
 
-def shares_a_claimed_weight(spec: str) -> bool:
-    """Whether a method that needs its weight to itself meets something else that changes it: all stand on the same."""
+def contradiction(spec: str) -> str | None:
+    """The code of the refusal where a method that wants something to itself meets what all of these stand on."""
     lines = spec.splitlines()
-    on_weights = [application.method for application in resolve(as_spec(spec)).applications]
-    on_weights = [method for method in on_weights if method.stage is Stage.WEIGHT]
-    return len(on_weights) + ("train linear" in lines) > 1 and any(method.claims_weight() for method in on_weights)
+    applied = [application.method for application in resolve(as_spec(spec)).applications]
+    if len(lines) > 1 and any(method.claims_upstream() for method in applied):
+        return "gradient-claimed"
+    on_weights = [method for method in applied if method.stage is Stage.WEIGHT]
+    shared = len(on_weights) + ("train linear" in lines) > 1
+    return "weight-claimed" if shared and any(method.claims_weight() for method in on_weights) else None
 
 
 def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
@@ -749,8 +795,14 @@ def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
                         marks=[pytest.mark.xdist_group(f"conformance-{name}"), *marks])  # fmt: skip
 
 
+def subject_of(spec: str) -> str:
+    """A plain module, unless a gradient is asked for."""
+    asked = {application.method.data for application in resolve(as_spec(spec)).applications}
+    return "llama" if asked & NEEDS_LOSS else "plain"
+
+
 QUICK_MEETINGS = [
-    *(("plain", spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
+    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     *(
         ("llama", f"{statement(first)}\n{statement(second)}")
         for first, second in combinations(("lora", "ia3", "adapter"), 2)
@@ -759,8 +811,8 @@ QUICK_MEETINGS = [
     ("gpt2", "apply dora to attn.q\napply lora to attn.k"),
 ]
 FULL_MEETINGS = [
-    *(("llama", spec) for spec in meetings(MEETING) if not shares_a_claimed_weight(spec)),
-    *(("gpt2", spec) for spec in meetings(PLAINEST) if not shares_a_claimed_weight(spec)),
+    *(("llama", spec) for spec in meetings(MEETING) if not contradiction(spec)),
+    *(("gpt2", spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     ("gpt2", "apply lora(init=pissa) to attn.q\napply dora to attn.k, mlp.down"),
 ]
 
@@ -778,20 +830,21 @@ def test_7_two_that_meet(name: str, spec: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [meeting("plain", spec) for spec in meetings(MEETING) if shares_a_claimed_weight(spec)]
+    ("name", "spec"), [meeting("plain", spec) for spec in meetings(MEETING) if contradiction(spec)]
 )
-def test_7_a_claimed_weight_is_shared_with_nothing(name: str, spec: str) -> None:
+def test_7_what_one_claims_is_shared_with_nothing(name: str, spec: str) -> None:
     """Whatever the order in the file, the refusal shows both lines."""
     for lines in permutations(spec.splitlines()):
         with pytest.raises(peftc.PeftcError) as raised:
             peftc.plan(subject(name).base, "\n".join(lines), example=subject(name).example)
-        assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"weight-claimed"}
+        assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {contradiction(spec)}
         assert all(line in str(raised.value) for line in lines)
 
 
 @pytest.mark.xdist_group("conformance-plain")
 def test_7_all_at_once(tmp_path: Path) -> None:
     """Every method that shares, and an existing parameter, in one model."""
-    sharing = [statement(name) for name, cls in methods().items() if cls().claims_weight() is None]
+    sharing = [v for v in DEFAULTS if not (built(v).claims_weight() or built(v).claims_upstream())]
+    sharing = [statement(variant) for variant in sharing if built(variant).data not in NEEDS_LOSS]
     spec = "\n".join(["train norm, head", *sharing])
     test_7_two_that_meet("plain", spec, tmp_path)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.method import Method, Stage, State, method, param
+from peftc.parameterisation import Parameterisation
 from peftc.site import Module
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "identity": lambda x: x,
 }
 
 
@@ -39,6 +39,12 @@ class Adapter(Method):
     scale: float = param(1.0, "s", above=0)
     dropout: float = param(0.0, "dropout on the bottleneck, in training", min=0, max=0.99)
     bias: bool = param(True, "whether D and U have biases")
+    weight: Parameterisation = param("dense", "how D and U are made: dense, lowrank(…), kron(…), phm(…)")
+    residual: str = param(
+        "none",
+        "learned: a trained multiple of h as well, h + t h + s U f(D h) (KronA^B_res)",
+        choices=("none", "learned"),
+    )
 
     def conflict(self) -> str | None:
         if self.size is not None and self.reduction is not None:
@@ -48,24 +54,48 @@ class Adapter(Method):
     def refuses(self, site: Module) -> str | None:
         if self.size is None and site.width < (self.reduction or 16):
             return f"a width of {site.width} leaves nothing at reduction={self.reduction or 16}: give size="
-        return None
+        down, up = self._shapes(site)
+        return self.weight.refuses(*down) or self.weight.refuses(*up)
+
+    def _shapes(self, site: Module) -> tuple[tuple[int, int], tuple[int, int]]:
+        """[n_out, n_in] of D and of U."""
+        width = self.size or site.width // (self.reduction or 16)
+        entering = site.width if self.at == "sequential" else site.entry_width
+        return (width, entering), (site.width, width)
 
     def state(self, site: Module) -> dict[str, State]:
-        width = self.size or site.width // (self.reduction or 16)
-        start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
-        entering = site.width if self.at == "sequential" else site.entry_width
-        state = {"down": State((width, entering), start), "up": State((site.width, width))}
+        down, up = self._shapes(site)
+        state = _named("down", self.weight.state(*down, zero=False)) | _named("up", self.weight.state(*up, zero=True))
         if self.bias:
-            state |= {"down_bias": State((width,)), "up_bias": State((site.width,))}
+            state |= {"down_bias": State((down[0],)), "up_bias": State((up[0],))}
+        if self.residual == "learned":
+            state |= {"t": State((1,))}
         return state
 
-    def rewrite(
-        self, site: Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor,
-        down_bias: Tensor | None, up_bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        entering = (y if self.at == "sequential" else x).to(down.dtype)
-        inner = ACTIVATIONS[self.activation](F.linear(entering, down, down_bias))
+    def shared(self, sites: Sequence[Module]) -> dict[str, State]:
+        shapes = [shape for site in sites for shape in self._shapes(site)]
+        return _named("weight", self.weight.common(shapes))
+
+    def rewrite(self, site: Module, x: Tensor, y: Tensor, **state: Tensor) -> Tensor:
+        entering = y if self.at == "sequential" else x
+        narrow = self._times("down", entering.to(next(iter(state.values())).dtype), state)
+        inner = ACTIVATIONS[self.activation](narrow)
         if self.dropout:
             inner = F.dropout(inner, self.dropout)
-        branch = F.linear(inner, up, up_bias) * self.scale
-        return y + branch.reshape(y.shape).to(y.dtype)
+        branch = (self._times("up", inner, state) * self.scale).reshape(y.shape)
+        if self.residual == "learned":
+            branch = branch + state["t"] * y
+        return y + branch.to(y.dtype)
+
+    def _times(self, matrix: str, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return self.weight.apply(x, state.get(f"{matrix}_bias"), _part("weight", state) | _part(matrix, state))
+
+
+def _named(prefix: str, state: dict[str, State]) -> dict[str, State]:
+    return {f"{prefix}.{name}" if name else prefix: spec for name, spec in state.items()}
+
+
+def _part(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one matrix by the names its parameterisation knows."""
+    names = {name: name.removeprefix(prefix).removeprefix(".") for name in state}
+    return {names[name]: tensor for name, tensor in state.items() if name == prefix or name.startswith(f"{prefix}.")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.method import Method, State, method, param
+from peftc.method import Data, Method, State, method, param
 from peftc.site import Linear
 
 
@@ -29,10 +29,15 @@ class LoRA(Method):
     rslora: bool = param(False, "scale by alpha/sqrt(r) (Kalajdzievski 2023)")
     init: str = param(
         "kaiming",
-        "kaiming and gaussian: random A, B = 0; pissa: leading singular vectors; olora: leading QR columns",
-        choices=("kaiming", "gaussian", "pissa", "olora"),
+        "kaiming, gaussian: random A, B = 0; eva: A from the inputs of calibration batches, B = 0; "
+        "pissa: leading singular vectors; olora: leading QR columns",
+        choices=("kaiming", "gaussian", "eva", "pissa", "olora"),
     )
     lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", above=0)
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.data = Data.INPUTS if self.init == "eva" else None
 
     @property
     def scale(self) -> float:
@@ -45,6 +50,8 @@ class LoRA(Method):
         return self.init in ("pissa", "olora")
 
     def refuses(self, site: Linear) -> str | None:
+        if self.init == "eva" and self.r > site.n_in:
+            return f"init=eva needs r <= {site.n_in}, the number of inputs"
         if self.takes_from_weight and self.r > min(site.n_in, site.n_out):
             return f"init={self.init} needs r <= {min(site.n_in, site.n_out)}, the smaller side of the weight"
         if self.takes_from_weight and site.tied:
@@ -76,6 +83,11 @@ class LoRA(Method):
             b, a = q[:, : self.r], triangle[: self.r]
         for name, tensor in {"A": a, "B": b, "A0": a, "B0": b}.items():
             state[name].copy_(tensor)
+
+    def calibrate(self, site: Linear, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
+        """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""
+        ascending = torch.linalg.eigh(data).eigenvectors
+        state["A"].copy_(ascending.flip(1)[:, : self.r].t())
 
     def prepare(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
         if not self.takes_from_weight:

@@ -1,0 +1,114 @@
+"""A method whose matrices are pruned before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.combinator import INNER, Combinator
+from peftc.method import REQUIRED, Data, Method, State, method, param
+
+PROBE = partial(torch.nn.init.normal_, std=0.02)  # what a matrix that starts at zero is judged by
+
+
+@method
+class Sparse(Combinator):
+    """Of each matrix only the entries kept at the start exist: their places are fixed, their values learn.
+
+    A matrix that starts at zero has no magnitudes to judge by: its entries are judged at small random numbers, and
+    start at zero all the same.
+    """
+
+    name = "sparse"
+    formula = "f with each matrix M replaced by mask * M; the mask keeps the entries of the largest score"
+    paper = "He et al. 2022 (SparseAdapter), arXiv:2210.04284; SNIP: Lee et al. 2019, arXiv:1810.02340"
+
+    method: Method = param(REQUIRED, "what is pruned")
+    density: float = param(0.2, "share of each matrix that is kept", above=0, max=1)
+    by: str = param(
+        "magnitude",
+        "the score: |w|; snip: |w dL/dw| over calibration batches; or random",
+        choices=("magnitude", "snip", "random"),
+    )
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.data = Data.STATE_GRADIENTS if self.by == "snip" else None
+
+    def conflict(self) -> str | None:
+        if isinstance(self.method, Combinator):
+            return f"sparse takes a plain method: write {self.method.name}(sparse(…))"
+        return super().conflict()
+
+    def refuses(self, site: Any) -> str | None:
+        if (reason := super().refuses(site)) is not None:
+            return reason
+        return None if self._pruned(site) else f"{self.method.name} learns no matrix that could be pruned"
+
+    def probe(self) -> Method:
+        return self.method
+
+    def _pruned(self, site: Any) -> dict[str, State]:
+        """The inner method's matrices, by its own names."""
+        inner = self.method.state(site)
+        return {name: spec for name, spec in inner.items() if spec.trainable and len(spec.shape) > 1}
+
+    def state(self, site: Any) -> dict[str, State]:
+        state = super().state(site)
+        for name, spec in self._pruned(site).items():
+            kept = max(1, round(self.density * torch.Size(spec.shape).numel()))
+            del state[INNER + name]
+            state[f"{INNER}{name}.values"] = State((kept,))
+            state[f"{INNER}{name}.places"] = State((kept,), trainable=False, dtype=torch.int64)
+        return state
+
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
+        self._start(site, weight, {}, state)
+
+    def calibrate(self, site: Any, weight: Tensor, data: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        self._start(site, weight, data, state)
+
+    def _start(self, site: Any, weight: Tensor, scores: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Fills places by the scores, and values by the inner method's own start."""
+        pruned = self._pruned(site)
+        dense = {name: spec.init(_like(state[f"{INNER}{name}.values"], spec.shape)) for name, spec in pruned.items()}
+        rest = {name.removeprefix(INNER): t for name, t in state.items() if name.removeprefix(INNER) not in pruned}
+        self.method.initialise(site, weight, rest | dense)
+        for name, start in dense.items():
+            score = scores.get(name, torch.rand_like(start) if self.by == "random" else _magnitude(start))
+            places = state[f"{INNER}{name}.places"]
+            places.copy_(score.flatten().abs().topk(len(places)).indices.sort().values)
+            state[f"{INNER}{name}.values"].copy_(start.flatten()[places])
+
+    def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
+        return self.inner_output(site, x, y, self._whole(site, known))
+
+    def rewrite_input(self, site: Any, x: Tensor, **known: Tensor) -> Tensor:
+        return self.inner_input(site, x, self._whole(site, known))
+
+    def _whole(self, site: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The matrices with zeros where nothing was kept."""
+        whole = dict(known)
+        for name, spec in self._pruned(site).items():
+            values, places = whole.pop(f"{INNER}{name}.values"), whole.pop(f"{INNER}{name}.places")
+            empty = values.new_zeros(torch.Size(spec.shape).numel())
+            whole[INNER + name] = empty.scatter(0, places, values).reshape(spec.shape)
+        return whole
+
+    def fold(
+        self, site: Any, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        inner = {name.removeprefix(INNER): tensor for name, tensor in self._whole(site, state).items()}
+        return self.method.fold(site, weight, bias, inner)
+
+
+def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _magnitude(start: Tensor) -> Tensor:
+    return start if start.any() else PROBE(torch.empty_like(start))

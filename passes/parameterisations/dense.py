@@ -1,0 +1,33 @@
+"""A matrix as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from peftc.method import State
+from peftc.parameterisation import Parameterisation, parameterisation
+
+
+@parameterisation
+class Dense(Parameterisation):
+    """Every entry is a parameter."""
+
+    name = "dense"
+    formula = "W"
+    paper = ""
+
+    def state(self, n_out: int, n_in: int, *, zero: bool) -> dict[str, State]:
+        start = torch.nn.init.zeros_ if zero else partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+        return {"": State((n_out, n_in), start)}
+
+    def dense(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state[""]
+
+    def apply(self, x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]) -> Tensor:
+        return linear(x, state[""], bias)

@@ -1,0 +1,91 @@
+"""What combinators have in common: a method that is made of another one, stands where that one stands, and keeps its
+state under `method.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from peftc.method import Method, Stage, State
+from peftc.site import Site
+
+INNER = "method."
+OPERANDS = ("weight", "bias", "training")  # what a rewrite may ask for that is no state
+
+
+class Combinator(Method):
+    """Base of a method made of another, its parameter `method`. Delegates whatever a combinator does not change."""
+
+    method: Method
+    site = Site
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        inner = self.method
+        self.site, self.stage, self.identity = inner.site, inner.stage, inner.identity
+        self.unmergeable = inner.unmergeable
+
+    def conflict(self) -> str | None:
+        inner = self.method
+        if inner.stage is Stage.SEQUENCE:
+            return f"{inner.name} changes the whole sequence, and {self.name} needs an output at one place"
+        if inner.indivisible:
+            return f"{inner.name} cannot be part of it: {inner.indivisible}"
+        if inner.scheduled:
+            return f"the schedule of {inner.name} needs its state to itself"
+        if inner.data is not None:
+            return f"{inner.name} starts from data of its own"
+        if inner.claims_weight():
+            return f"{inner!r} changes the frozen weight, which is there once"
+        return None
+
+    def refuses(self, site: Any) -> str | None:
+        return self.method.refuses(site)
+
+    def state(self, site: Any) -> dict[str, State]:
+        return {INNER + name: spec for name, spec in self.method.state(site).items()}
+
+    def shared(self, sites: Sequence[Any]) -> dict[str, State]:
+        return {INNER + name: spec for name, spec in self.method.shared(sites).items()}
+
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
+        own = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}
+        self.method.initialise(site, weight, own)
+
+    def adds_bias(self, site: Any) -> bool:
+        return self.method.adds_bias(site)
+
+    def rewrites_input(self, site: Any) -> bool:
+        return self.method.rewrites_input(site)
+
+    def rate(self, state: str) -> float:
+        return self.method.rate(state.removeprefix(INNER))
+
+    def asks(self, state: Iterable[str]) -> tuple[str, ...]:
+        asked = self.method.asks(())
+        return (*state, *(name for name in OPERANDS if name in asked))
+
+    def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
+        asked = self.method.asks_input(())
+        return (*state, *(name for name in OPERANDS if name in asked))
+
+    def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
+        """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""
+        return self.method.rewrite(site, x, y, **chosen(known, self.method.asks(inside(known))))
+
+    def inner_input(self, site: Any, x: Tensor, known: Mapping[str, Any]) -> Tensor:
+        """The inner method's rewrite of the input."""
+        return self.method.rewrite_input(site, x, **chosen(known, self.method.asks_input(inside(known))))
+
+
+def inside(names: Iterable[str]) -> tuple[str, ...]:
+    """The inner method's own names of its state."""
+    return tuple(name.removeprefix(INNER) for name in names if name.startswith(INNER))
+
+
+def chosen(known: Mapping[str, Any], asked: Iterable[str]) -> dict[str, Any]:
+    """What an inner method asks for: its state by its own names, and what else there is."""
+    return {name: known.get(INNER + name, known.get(name)) for name in asked}
