@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from peftc.ir import get_attribute, is_tensor, value
+from peftc.linears import GROUPED
 from peftc.optimizers import STATE_BYTES
 from peftc.site import Block
 
@@ -158,7 +159,7 @@ def _kept_by_branch(binding: Binding, kept: dict[int, Kept]) -> list[Kept]:
     shapes = [state.shape for state in binding.state.values() if state.trainable]
     narrow = binding.method.keeps(site)
     if narrow is None:
-        narrow = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] < shape[1])
+        narrow = sum(shape[-2] for shape in shapes if len(shape) > 1 and shape[-2] < shape[-1])
     read = _read_by_branch(site)
     for node in read:
         if node.op == "call_function":
@@ -182,7 +183,8 @@ def _read_by_branch(site: Any) -> list[fx.Node]:
 
 
 def _whole(node: fx.Node) -> Kept:
-    return Kept(tuple(value(node).shape), value(node).element_size())
+    """All the memory that a value lies in: of a slice autograd keeps the whole tensor."""
+    return Kept((value(node).untyped_storage().nbytes(),), 1)
 
 
 def _storage(node: fx.Node) -> int:
@@ -208,6 +210,8 @@ def _kept_by(node: fx.Node, needs: set[fx.Node]) -> Iterable[fx.Node]:
         return node.all_input_nodes[:1]
     if node.target in KEEPS_OUTPUT:
         return [node]
+    if str(node.target) in GROUPED:  # one autograd function, which keeps both whatever it needs
+        return [operand for operand in operands[:1] if operand]
     if node.target in PRODUCTS:
         left, right = (operands[index] for index in PRODUCTS[node.target])
         return [a for a, b in ((left, right), (right, left)) if a and b in needs and is_tensor(a)]

@@ -25,7 +25,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding, Plan
-from peftc.site import Linear
+from peftc.site import Experts, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -64,7 +64,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
         "inference_mode": True,
         "task_type": None,
     }
-    if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
+    if any(isinstance(binding.site, Projection) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
@@ -155,8 +155,10 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return reason
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
-    if isinstance(binding.site, Linear) and binding.site.rows is not None:
+    if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    if isinstance(binding.site, Experts):
+        return f"peftc does not write its form for stacked experts, such as {binding.site.name}"
     return None
 
 

@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from peftc.schedule import Place, Step
 
 __all__ = [
-    "REQUIRED", "Data", "Method", "Param", "Stage", "State", "divisors_near", "method", "methods", "param", "wanted",
+    "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "divisors_near", "kinds", "method", "methods",
+    "param", "wanted",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
@@ -67,7 +69,7 @@ class Method(Configured):
 
     formula: ClassVar[str]
     paper: ClassVar[str]
-    site: type[Site] = Linear
+    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
     stage: Stage = Stage.WEIGHT
     identity: bool = True
     unmergeable: str | None = None
@@ -199,6 +201,11 @@ class Method(Configured):
     def rewrites_input(self, site: Any) -> bool:
         """Whether the method acts on what goes into the site; else on what comes out."""
         return False
+
+
+def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
+    """The kinds of site that a method attaches to, the one that it is made for first."""
+    return get_args(method.site) or (cast(type[Site], method.site),)
 
 
 M = TypeVar("M", bound=type[Method])

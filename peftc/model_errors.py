@@ -115,11 +115,18 @@ class WrongSite(Diagnostic):
     site: str
     site_kind: str
     others: int
+    instead: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         rest = f" and {self.others} more are not" if self.others else " is not"
         return f"{self.method} attaches to {self.wants}, which {self.site} ({self.site_kind}){rest}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.instead:
+            return ()
+        return (f"{choices(self.instead)} can; or leave the experts out with 'except expert'",)
 
 
 class Refused(Diagnostic):

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import networkx as nx
 import torch
@@ -147,10 +148,8 @@ class _Finder:
             ):
                 return []
             activated |= node.target in ACTIVATIONS
-            for other in node.all_input_nodes:
-                if other not in seen and other.op != "get_attr" and isinstance(
-                    other.meta.get("val"), torch.Tensor | tuple | list
-                ):  # fmt: skip
+            for other in self.flow.predecessors(node):
+                if other not in seen and other.op != "get_attr":
                     seen.add(other)
                     queue.append(other)
         return sorted(sources, key=self.products.index) if activated and sources else []
@@ -244,13 +243,10 @@ class _Finder:
         whole = owner.removesuffix(".weight")
         name = f"{whole}[{label}]" if rows else whole
         n_out = len(rows) if rows else first.n_out
-        if first.experts:
-            return Experts(
-                name, path, roles | {"expert"}, parameters=(weight,),
-                n_in=first.n_in, n_out=n_out, experts=first.experts, weight=weight, rows=rows,
-            )  # fmt: skip
         bias = first.bias
-        return Linear(
+        kind = partial(Experts, experts=first.experts) if first.experts else Linear
+        roles |= {"expert"} if first.experts else set()
+        return kind(
             name, path, roles if rows else roles | {"linear"},
             parameters=(weight, bias) if bias else (weight,),
             n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +17,14 @@ class Use:
     """One place in the graph where a linear weight is applied.
 
     `op` is the node that multiplies (its first tensor operand is x); `y` is the node that has the bias too.
-    They are the same node for `aten.linear` and `aten.addmm`.
+    They are the same node for `aten.linear` and `aten.addmm`. In a grouped product, `offsets` [experts] is where each
+    expert's tokens end among the sorted ones.
     """
 
     op: fx.Node
     y: fx.Node
     x_index: int
+    offsets: fx.Node | None = None
 
     @property
     def x(self) -> fx.Node:
@@ -52,13 +57,14 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Linear(Site):
-    """y = x Wᵀ + b, with W of shape [n_out, n_in] (`transposed`: stored as [n_in, n_out]).
+class Projection(Site):
+    """y = x Wᵀ + b, with W of shape [*batch, n_out, n_in] (`transposed`: stored as [*batch, n_in, n_out]).
 
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
-    its transpose, so that no one change of it is a change of this layer.
+    its transpose, so that no one change of it is a change of this layer. `product` is how the base multiplies here,
+    for the matrices of a branch: set in the site that a rewrite gets.
     """
 
     n_in: int = 0
@@ -71,11 +77,15 @@ class Linear(Site):
     tied: bool = False
     mixed: bool = False
     uses: tuple[Use, ...] = ()
-
-    kind = "linear"
+    product: Multiply = F.linear
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of the weight, and of every matrix of a method here."""
+        return ()
 
     @property
     def slice(self) -> tuple[int, int] | None:
@@ -86,19 +96,29 @@ class Linear(Site):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Experts(Site):
-    """Stacked expert weights [experts, ...], applied by a grouped product after routing."""
+class Linear(Projection):
+    """One matrix W [n_out, n_in], the same for every token."""
 
-    n_in: int = 0
-    n_out: int = 0
+    kind = "linear"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experts(Projection):
+    """A stack of matrices W [experts, n_out, n_in], one for each token that the router sends there.
+
+    x [tokens x choices, n_in] is sorted by expert, and one grouped product serves all of them.
+    """
+
     experts: int = 0
-    weight: str = ""
-    rows: tuple[int, ...] | None = None
 
     kind = "experts"
 
     def facts(self) -> dict[str, Any]:
-        return {"in_features": self.n_in, "out_features": self.n_out, "experts": self.experts}
+        return {**super().facts(), "experts": self.experts}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return (self.experts,)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

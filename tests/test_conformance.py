@@ -27,11 +27,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import peftc
+from peftc.combinator import Combinator
 from peftc.ir import get_attribute
-from peftc.method import Data, Method, Stage, methods
+from peftc.method import Data, Method, Stage, kinds, methods
 from peftc.params import Configured, Param, registered
 from peftc.resolve import resolve
-from peftc.site import Block, Linear, Module, Site
+from peftc.site import Block, Experts, Linear, Module, Projection, Site
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
@@ -40,8 +41,12 @@ pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 # Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
 # on all of them mlp.down has more inputs than outputs.
-PLACES: dict[type[Site], str] = {Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block"}
+PLACES: dict[type[Site], str] = {
+    Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block", Experts: "mlp.gate, mlp.down",
+}  # fmt: skip
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
+# Of stacked experts, a slice of a fused weight and a whole one; the second stores them transposed, slices interleaved.
+MIXTURES = ("mixtral", "gpt_oss")
 
 # Sites as the smallest models have them, to ask a method whether it would stand there.
 LIKELY = (
@@ -55,6 +60,7 @@ LIKELY = (
     ),
     *(Module(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
 )
+EXPERTS = Experts("experts", "", frozenset({"expert"}), n_out=48, n_in=32, experts=4)
 # How a call is spelt small where its default is too large for models this small.
 SMALL = {"phm": "(n=2)"}
 
@@ -193,7 +199,7 @@ def fitting(name: str, given: str) -> str | None:
         for more in ("", *(f"{number}={size}" for number in numbers for size in (8, 4)))
     ]
     calls = [call for call in calls if not complaints(call)]
-    return next((call for call in calls if place(call) == PLACES.get(built(call).site)), None) or next(
+    return next((call for call in calls if place(call) == PLACES[kinds(built(call))[0]]), None) or next(
         (call for call in calls if place(call)), None
     )
 
@@ -219,9 +225,9 @@ def default(variant: str) -> bool:
 def place(variant: str) -> str:
     """Where the variant can stand, of the places for its kind of site; empty if nowhere."""
     method = built(variant)
-    likely = [site for site in LIKELY if type(site) is method.site]
+    likely = [site for site in LIKELY if isinstance(site, kinds(method)[0])]
     if not likely:
-        return PLACES[method.site]
+        return PLACES[kinds(method)[0]]
     refused = {site.name for site in likely if method.refuses(site)}
     return ", ".join(name for name in dict.fromkeys(site.name for site in likely) if name not in refused)
 
@@ -230,20 +236,40 @@ def statement(variant: str) -> str:
     return f"apply {variant} to {place(variant)}"
 
 
-VARIANTS = [variant for cls in methods().values() for variant in variants(cls) if place(variant)]
+def statement_on(name: str, variant: str) -> str:
+    """The statement for one model: on a mixture of experts it is about them."""
+    return f"apply {variant} to {PLACES[Experts]}" if name in MIXTURES else statement(variant)
+
+
+def chosen(variant: str) -> bool:
+    """Whether the variant is the default or another choice, which may change how a method works, not only how much."""
+    last = variant.rstrip(")").rpartition("=")[0].rpartition("(")[2].rpartition(" ")[2]
+    parameter = built(variant).parameters.get(last)
+    return default(variant) or (parameter is not None and (parameter.choices or parameter.nested) is not None)
+
+
 # Gradients are of a loss, which a plain module does not return.
 NEEDS_LOSS = {Data.WEIGHT_GRADIENTS, Data.STATE_GRADIENTS}
+
+
+def home(variant: str) -> str:
+    """The smallest model that the variant can be tried on."""
+    return "llama" if built(variant).data in NEEDS_LOSS else "plain"
+
+
+VARIANTS = [variant for cls in methods().values() for variant in variants(cls) if place(variant)]
 DEFAULTS = [variant for variant in VARIANTS if default(variant)]
-QUICK = [("llama" if built(variant).data in NEEDS_LOSS else "plain", variant) for variant in VARIANTS]
-QUICK += [("llama", variant) for variant in DEFAULTS if ("llama", variant) not in QUICK]
+# Every method by default runs quickly; the variants of its parameters, and the other architectures, are slow.
+QUICK = [(home(variant), variant) for variant in DEFAULTS]
+ON_EXPERTS = [v for v in VARIANTS if Experts in kinds(built(v)) and not built(v).refuses(EXPERTS)]
+QUICK += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
+FULL = [(home(variant), variant) for variant in VARIANTS]
+FULL += [(name, variant) for name in ARCHITECTURES for variant in DEFAULTS]
+FULL += [("gpt2", variant) for variant in VARIANTS if chosen(variant) and not isinstance(built(variant), Combinator)]
+FULL += [(name, variant) for name in MIXTURES for variant in ON_EXPERTS]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}
-FULL = [
-    (name, variant)
-    for name in ARCHITECTURES
-    for variant in VARIANTS
-    if (name, variant) not in QUICK and (name, variant) not in REFUSED
-]
+FULL = [case for case in dict.fromkeys(FULL) if case not in QUICK and case not in REFUSED]
 
 
 def on(name: str, value: str, *marks: pytest.MarkDecorator) -> Any:
@@ -385,13 +411,13 @@ def merges_or_says_why_not(case: Compiled) -> None:
 def test_1_it_starts_as_the_base_model(name: str, variant: str) -> None:
     if not built(variant).identity:
         pytest.skip("the method does not claim it")
-    starts_as_the_base(compiled(name, statement(variant)))
+    starts_as_the_base(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_2_the_compiled_model_is_the_definition(name: str, variant: str) -> None:
     """Against a copy of the base whose weights the test itself replaces by the method's dense ones."""
-    case = compiled(name, statement(variant))
+    case = compiled(name, statement_on(name, variant))
     if unmergeable(case):
         pytest.skip("no weight does the same")
     case.randomise()
@@ -404,14 +430,14 @@ def with_dense_weights(case: Compiled) -> nn.Module:
     model = copy.deepcopy(case.subject.base)
     for binding in case.module.plan.bindings:
         site, method = binding.site, binding.method
-        assert isinstance(site, Linear)
+        assert isinstance(site, Projection)
         state = {name: get_attribute(case.module, full) for name, full in binding.names.items()}
         stored = get_attribute(model, site.owner)
-        weight = stored.t() if site.transposed else stored
+        weight = stored.transpose(-2, -1) if site.transposed else stored
         bias = get_attribute(model, site.bias) if site.bias else None
         rows = list(site.rows if site.rows is not None else range(site.n_out))
-        frozen = method.prepare(site, weight[rows], state)
-        weight[rows], shifted = method.fold(site, frozen, None if bias is None else bias[rows], state)
+        frozen = method.prepare(site, weight[..., rows, :], state)
+        weight[..., rows, :], shifted = method.fold(site, frozen, None if bias is None else bias[rows], state)
         if bias is not None:
             assert shifted is not None
             bias[rows] = shifted
@@ -420,22 +446,22 @@ def with_dense_weights(case: Compiled) -> nn.Module:
 
 @every_variant
 def test_3_it_learns_what_it_declares_and_nothing_else(name: str, variant: str) -> None:
-    learns_what_it_declares_and_nothing_else(compiled(name, statement(variant)))
+    learns_what_it_declares_and_nothing_else(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_4_it_merges_or_says_why_not(name: str, variant: str) -> None:
-    merges_or_says_why_not(compiled(name, statement(variant)))
+    merges_or_says_why_not(compiled(name, statement_on(name, variant)))
 
 
 @every_variant
 def test_5_it_comes_back_from_disk(name: str, variant: str, tmp_path: Path) -> None:
-    comes_back_from_disk(compiled(name, statement(variant)), tmp_path / "adapter")
+    comes_back_from_disk(compiled(name, statement_on(name, variant)), tmp_path / "adapter")
 
 
 @every_variant
 def test_6_the_plan_counts_what_is_built(name: str, variant: str) -> None:
-    case = compiled(name, statement(variant))
+    case = compiled(name, statement_on(name, variant))
     plan, module = case.module.plan, case.module
     assert plan.trainable == sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad)
     assert plan.trainable == sum(row.parameters for row in plan.rows)
@@ -476,11 +502,11 @@ def settings_of(cls: type[Configured]) -> st.SearchStrategy[Any]:
 
 def folds(cls: type[Configured]) -> bool:
     """Whether a plain method stands on linear layers and folds into them."""
-    return issubclass(cls, Method) and cls.site is Linear and cls.unmergeable is None
+    return issubclass(cls, Method) and kinds(cls)[0] is Linear and cls.unmergeable is None
 
 
 def sometimes_folds(cls: type[Method]) -> bool:
-    return any(built(variant).site is Linear and built(variant).unmergeable is None for variant in variants(cls))
+    return any(kinds(built(variant))[0] is Linear and built(variant).unmergeable is None for variant in variants(cls))
 
 
 @pytest.mark.parametrize("name", [name for name, cls in methods().items() if sometimes_folds(cls)])
@@ -499,7 +525,7 @@ def test_2_rewrite_equals_fold_on_any_shape(
 ) -> None:
     method = data.draw(settings_of(methods()[name]))
     site = Linear("layer", "layer", frozenset({role}), n_in=n_in, n_out=n_out, bias="layer.bias" if has_bias else None)
-    assume(isinstance(site, method.site) and method.refuses(site) is None)
+    assume(isinstance(site, kinds(method)) and method.refuses(site) is None)
     random = torch.Generator().manual_seed(seed)
 
     def number(*shape: int) -> Tensor:
@@ -748,15 +774,7 @@ def test_an_interrupted_save_leaves_the_old_artifact_whole(
 # ---- Claim 7: methods that meet -----------------------------------------------------------------------------------
 
 
-def chosen(variant: str) -> bool:
-    """Whether the variant is the default or another choice, which may change how a method works, not only how much."""
-    last = variant.rstrip(")").rpartition("=")[0].rpartition("(")[2].rpartition(" ")[2]
-    parameter = built(variant).parameters.get(last)
-    return default(variant) or (parameter is not None and (parameter.choices or parameter.nested) is not None)
-
-
 TRAININGS = ("train norm", "train linear")
-MEETING = [*map(statement, filter(chosen, VARIANTS)), *TRAININGS]
 PLAINEST = [*map(statement, DEFAULTS), "train norm"]
 
 
@@ -802,7 +820,6 @@ def subject_of(spec: str) -> str:
 
 
 QUICK_MEETINGS = [
-    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     *(
         ("llama", f"{statement(first)}\n{statement(second)}")
         for first, second in combinations(("lora", "ia3", "adapter"), 2)
@@ -811,8 +828,7 @@ QUICK_MEETINGS = [
     ("gpt2", "apply dora to attn.q\napply lora to attn.k"),
 ]
 FULL_MEETINGS = [
-    *(("llama", spec) for spec in meetings(MEETING) if not contradiction(spec)),
-    *(("gpt2", spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
+    *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
     ("gpt2", "apply lora(init=pissa) to attn.q\napply dora to attn.k, mlp.down"),
 ]
 
@@ -830,7 +846,7 @@ def test_7_two_that_meet(name: str, spec: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [meeting("plain", spec) for spec in meetings(MEETING) if contradiction(spec)]
+    ("name", "spec"), [meeting("plain", spec) for spec in meetings(PLAINEST) if contradiction(spec)]
 )
 def test_7_what_one_claims_is_shared_with_nothing(name: str, spec: str) -> None:
     """Whatever the order in the file, the refusal shows both lines."""
