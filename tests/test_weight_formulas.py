@@ -14,7 +14,7 @@ import peftc
 from peftc.ir import get_attribute
 from peftc.method import Method, methods, wanted
 from peftc.site import Linear
-from zoo import ZOO
+from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
 
@@ -144,3 +144,19 @@ def test_far_takes_the_largest_rows() -> None:
         assert index.dtype == torch.int64
         assert index.tolist() == sorted(largest)
         assert torch.equal(get_attribute(compiled, f"{binding.path}.selected"), weight[index])
+
+
+def test_far_takes_the_rows_of_the_largest_gradients() -> None:
+    """The squared gradient of each example's loss, one example at a time."""
+    base: Any = ZOO["llama"]()
+    batch = inputs(base, batch=3)
+    compiled = peftc.compile(base, "apply far(keep=0.1, select=gradient) to mlp.up", calibration=[batch])
+    for binding in compiled.plan.bindings:
+        assert isinstance(binding.site, Linear)
+        weight = base.get_parameter(binding.site.owner)
+        score = torch.zeros(len(weight))
+        for example in range(3):
+            loss = base(**{name: tensor[example : example + 1] for name, tensor in batch.items()}).loss
+            score += torch.autograd.grad(loss, weight)[0].square().sum(1)
+        largest = score.argsort()[-round(0.1 * len(score)) :]
+        assert get_attribute(compiled, f"{binding.path}.index").tolist() == sorted(largest.tolist())
