@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(name: str, spec: str, reason: str, tmp_pat
 
 
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
-    theirs: Any = peft.get_peft_model(ZOO["llama"](), peft.VeraConfig(r=4, target_modules=["q_proj"]))
+    theirs: Any = peft.get_peft_model(ZOO["llama"](), peft.FourierFTConfig(n_frequency=4, target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path)
     with pytest.raises(peftc.PeftcError, match="bad-artifact"):
         peftc.load_peft(ZOO["llama"](), tmp_path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.method import Method, State, method, param
+from peftc.method import Data, Method, State, method, param
 from peftc.site import Linear
 
 
@@ -14,7 +16,8 @@ from peftc.site import Linear
 class FAR(Method):
     """A linear layer split in two: the selected outputs have weights that learn, the other weights are frozen.
 
-    The paper selects by how far a few epochs of full fine-tuning move each output's weights. Without data, `norm`
+    The paper selects by how far a first part of full fine-tuning moves each output's weights. `gradient` asks the
+    calibration batches where that would begin: the squared gradients of each example, summed. Without data, `norm`
     takes the outputs whose weights are largest, `random` any.
     """
 
@@ -23,16 +26,26 @@ class FAR(Method):
     paper = "Vucetic et al. 2022, arXiv:2205.01541"
 
     keep: float = param(0.25, "share of the outputs that learn", above=0, max=1)
-    select: str = param("norm", "which outputs learn", choices=("norm", "random"))
+    select: str = param(
+        "norm",
+        "which outputs learn: those of largest weights or gradients, or any",
+        choices=("norm", "gradient", "random"),
+    )
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.data = Data.WEIGHT_GRADIENTS if self.select == "gradient" else None
+
+    def refuses(self, site: Linear) -> str | None:
+        if self.data is not None and site.tied:
+            return "its weight is tied to another layer's, whose gradients select=gradient would count too"
+        return None
 
     def claims_weight(self) -> str | None:
         return "it trains a copy of some of the weight's rows"
 
-    def _kept(self, site: Linear) -> int:
-        return max(1, round(self.keep * site.n_out))
-
     def state(self, site: Linear) -> dict[str, State]:
-        kept = self._kept(site)
+        kept = max(1, round(self.keep * site.n_out))
         state = {
             "index": State((kept,), trainable=False, dtype=torch.int64),
             "selected": State((kept, site.n_in)),
@@ -40,8 +53,15 @@ class FAR(Method):
         return state | ({"shift": State((kept,))} if site.bias else {})
 
     def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
-        score = weight.float().norm(dim=1) if self.select == "norm" else torch.rand(site.n_out, device=weight.device)
-        index = score.topk(self._kept(site)).indices.sort().values
+        known = self.select == "norm"
+        self._take(weight, weight.float().norm(dim=1) if known else torch.rand(site.n_out, device=weight.device), state)
+
+    def calibrate(self, site: Linear, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
+        self._take(weight, data.sum(1), state)
+
+    def _take(self, weight: Tensor, score: Tensor, state: dict[str, Tensor]) -> None:
+        """Starts from the rows of the largest scores."""
+        index = score.topk(len(state["index"])).indices.sort().values
         state["index"].copy_(index)
         state["selected"].copy_(weight[index])
 

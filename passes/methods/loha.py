@@ -69,7 +69,7 @@ class LoHa(Method):
             out = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1, 2)  # [n_out, r^2]
             branch = linear(linear(x, into), self.scale * out)
         else:
-            branch = linear(x, self.scale * (w1_a @ w1_b) * (w2_a @ w2_b))
+            branch = linear(x, ((self.scale * w1_a) @ w1_b) * (w2_a @ w2_b))
         return y + self._thinned(branch).to(y.dtype)
 
     def _thinned(self, branch: Tensor) -> Tensor:
