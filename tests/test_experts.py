@@ -357,6 +357,38 @@ def test_linear_means_experts_too_and_the_router_is_an_ordinary_layer() -> None:
     assert all(p.grad is not None and p.grad.any() for p in module.trainable_parameters().values())
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("llama4", marks=pytest.mark.slow)])
+def test_an_adapter_beside_the_experts_reads_the_tokens_before_routing(name: str) -> None:
+    """Sorted or repeated tokens would be others, and more. Against the same adapter run by hooks on the base."""
+    model = base(name)
+    module = compiled(name, "apply adapter(size=3, at=parallel, activation=tanh) to mlp")
+    batch = inputs(model)
+
+    def beside(state: Callable[[str], Tensor]) -> Callable[..., Any]:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Any) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            inner = torch.tanh(nn.functional.linear(given[0], state("down"), state("down_bias")))
+            added = nn.functional.linear(inner, state("up"), state("up_bias")).reshape(whole.shape)
+            return (whole + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+        return hook
+
+    hooks = []
+    for binding in module.plan.bindings:
+        path = binding.site.name.removesuffix(".experts").removesuffix(".shared_expert")
+        hooks.append(model.get_submodule(path).register_forward_hook(beside(state_of(module, binding.path))))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for handle in hooks:
+            handle.remove()
+        torch.testing.assert_close(module(**batch).logits, expected, rtol=0, atol=NEAR)
+        assert (model(**batch).logits - expected).abs().max() > 100 * NEAR
+
+
+def state_of(module: peftc.CompiledModule, path: str) -> Callable[[str], Tensor]:
+    return lambda name: module.get_parameter(f"{path}.{name}")
+
+
 def test_lora_plus_and_dropout() -> None:
     module = compiled("mixtral", "apply lora(r=2, dropout=0.5, lr_ratio=16) to expert")
     one, sixteen = sorted(group["lr"] for group in module.param_groups(lr=1e-3))
