@@ -125,8 +125,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     spec = parse(Source(f"{folder.name}/{CONFIG}", text))
     plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
     for binding in plan.bindings:
-        if isinstance(binding.site, Experts) and (reason := expertfolders.misread(model, binding.site)):
-            raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {reason}"))
+        if isinstance(binding.site, Experts) and (misread := expertfolders.misread(model, binding.site)):
+            raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {misread}"))
     state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
     state |= _shared(plan, common)
     check_tensors(folder, plan, state)
