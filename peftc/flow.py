@@ -11,7 +11,8 @@ import networkx as nx
 import torch
 from torch import fx
 
-from peftc.ir import is_tensor
+from peftc.ir import is_tensor, value
+from peftc.site import Use
 
 aten = torch.ops.aten
 
@@ -143,6 +144,24 @@ def _times_values(softmax: fx.Node) -> fx.Node | None:
             return None
         node, seen = passive[0], seen + 1
     return None
+
+
+def before_routing(flow: nx.DiGraph[fx.Node], entry: Use, h: fx.Node) -> Use:
+    """Where a mixture of experts is entered by as many tokens as leave it in `h`.
+
+    What an expert itself reads is sorted by expert, or repeated for each; `entry` where no such place is found.
+    """
+    size = str(value(h).numel())  # as text, so that comparing adds no guard
+    queue, seen = deque([(entry.x, entry.op)]), {entry.x}
+    while queue:
+        node, reader = queue.popleft()
+        if is_tensor(node) and str(value(node).numel()) == size and node in reader.args:
+            return Use(reader, entry.y, reader.args.index(node))
+        for other in flow.predecessors(node):
+            if other not in seen:
+                seen.add(other)
+                queue.append((other, node))
+    return entry
 
 
 def residual_value(start: fx.Node) -> fx.Node:

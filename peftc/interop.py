@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peftc import pipeline
+from peftc import expertfolders, pipeline
 from peftc.artifact_errors import BadArtifact, CannotExport
 from peftc.checkpoint import check_tensors, write_folder
 from peftc.errors import PeftcError
@@ -26,7 +26,7 @@ from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding, Plan
 from peftc.promptfolders import has_prompt, load_prompt, prompt_folder
-from peftc.site import Experts, Projection
+from peftc.site import Experts, Linear, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -60,21 +60,29 @@ def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[d
     """The settings and tensors of a method that adapts modules one by one."""
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    stacks = sorted(binding.site.name for binding in bindings if isinstance(binding.site, Experts))
     for binding in bindings:
         state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
         settings, own = binding.method.to_peft(binding.site, state)
         _join(config, settings, binding.site.name)
-        tensors |= {f"{PREFIX}{binding.site.name}.{name}": tensor for name, tensor in own.items()}
+        place = binding.site.name
+        if isinstance(binding.site, Experts):
+            if reason := expertfolders.misread(compiled.base, binding.site):
+                raise PeftcError(CannotExport(reason=reason, span=binding.span))
+            place, own = expertfolders.place(compiled.base, place, stacks), expertfolders.stored(own)
+        tensors |= {f"{PREFIX}{place}.{name}": tensor for name, tensor in own.items()}
         for theirs, ours in binding.method.peft_shared.items():
             if not torch.equal(tensors.setdefault(ROOT + theirs, state[ours]), state[ours]):
                 raise PeftcError(CannotExport(reason=f"{theirs} is the same for all modules there", span=binding.span))
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
-        "target_modules": sorted(binding.site.name for binding in bindings),
+        "target_modules": sorted({binding.site.name for binding in bindings} - set(stacks)),
         "inference_mode": True,
         "task_type": None,
     }
-    if any(isinstance(binding.site, Projection) and binding.site.transposed for binding in bindings):
+    if stacks:
+        config["target_parameters"] = stacks
+    if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
     return config, tensors
 
@@ -97,6 +105,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
         mark = _separator(key)
         module, _, name = key.removeprefix(PREFIX).rpartition(mark)
         grouped[module][mark[1:] + name] = tensor
+    grouped = expertfolders.restored(model, config, grouped)
     lines: dict[str, list[str]] = defaultdict(list)
     states: dict[str, dict[str, Tensor]] = {}
     for module, own in grouped.items():
@@ -115,6 +124,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     )
     spec = parse(Source(f"{folder.name}/{CONFIG}", text))
     plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
+    for binding in plan.bindings:
+        if isinstance(binding.site, Experts) and (misread := expertfolders.misread(model, binding.site)):
+            raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {misread}"))
     state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
     state |= _shared(plan, common)
     check_tensors(folder, plan, state)
@@ -167,8 +179,6 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return f"one folder holds one method, and {first.name} comes first"
     if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
-    if isinstance(binding.site, Experts):
-        return f"peftc does not write its form for stacked experts, such as {binding.site.name}"
     return None
 
 

@@ -23,7 +23,7 @@ from peftc.blocks import Block, find_blocks
 from peftc.capture import Captured
 from peftc.counting import with_limits
 from peftc.existing import existing_parameters, own_name
-from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, residual_value, value_flow
+from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.heads import attention_facts
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
@@ -218,7 +218,8 @@ class _Finder:
         self.modules.append(
             make(
                 path, path, roles, parameters=(*names, *biases),
-                width=int(value(h).shape[-1]), entry_width=entry.n_in, entry=entry.use, h=h,
+                width=int(value(h).shape[-1]), entry_width=entry.n_in, h=h,
+                entry=before_routing(self.flow, entry.use, h) if entry.experts else entry.use,
             )
         )  # fmt: skip
 

@@ -35,8 +35,10 @@ def rows_of_parts(
     path = path_between(source, target)
     key = f"{parts.__qualname__}\n{_shape_of_path(module, source, path)}"
     if key not in known:
-        start, result, weights = _run(module, source, target, path)
-        known[key] = tuple(_touched(start, part, own) for part, own in zip(parts(result), parts(weights), strict=True))
+        with torch.enable_grad():  # also where the caller compiles or loads without gradients
+            start, result, weights = _run(module, source, target, path)
+            pairs = zip(parts(result), parts(weights), strict=True)
+            known[key] = tuple(_touched(start, part, own) for part, own in pairs)
     return known[key]
 
 
@@ -52,18 +54,17 @@ def _run(
     """Random numbers for the source, what the target makes of them, and random weights for its sum."""
     generator = torch.Generator().manual_seed(0)
     env: dict[fx.Node, Any] = {}
-    with torch.enable_grad():
-        start = _number(source, generator).requires_grad_()
-        env[source] = start
-        for node in path:
-            for argument in node.all_input_nodes:
-                if argument not in env:
-                    env[argument] = _operand(module, argument, generator)
-            assert callable(node.target)
-            args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
-            env[node] = node.target(*on_cpu(args), **on_cpu(kwargs))
-        result = env[target]
-        weights = torch.rand(result.shape, generator=generator, dtype=result.dtype) + 0.5
+    start = _number(source, generator).requires_grad_()
+    env[source] = start
+    for node in path:
+        for argument in node.all_input_nodes:
+            if argument not in env:
+                env[argument] = _operand(module, argument, generator)
+        assert callable(node.target)
+        args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
+        env[node] = node.target(*on_cpu(args), **on_cpu(kwargs))
+    result = env[target]
+    weights = torch.rand(result.shape, generator=generator, dtype=result.dtype) + 0.5
     return start, result, weights
 
 

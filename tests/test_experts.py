@@ -357,6 +357,38 @@ def test_linear_means_experts_too_and_the_router_is_an_ordinary_layer() -> None:
     assert all(p.grad is not None and p.grad.any() for p in module.trainable_parameters().values())
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("llama4", marks=pytest.mark.slow)])
+def test_an_adapter_beside_the_experts_reads_the_tokens_before_routing(name: str) -> None:
+    """Sorted or repeated tokens would be others, and more. Against the same adapter run by hooks on the base."""
+    model = base(name)
+    module = compiled(name, "apply adapter(size=3, at=parallel, activation=tanh) to mlp")
+    batch = inputs(model)
+
+    def beside(state: Callable[[str], Tensor]) -> Callable[..., Any]:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Any) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            inner = torch.tanh(nn.functional.linear(given[0], state("down"), state("down_bias")))
+            added = nn.functional.linear(inner, state("up"), state("up_bias")).reshape(whole.shape)
+            return (whole + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+        return hook
+
+    hooks = []
+    for binding in module.plan.bindings:
+        path = binding.site.name.removesuffix(".experts").removesuffix(".shared_expert")
+        hooks.append(model.get_submodule(path).register_forward_hook(beside(state_of(module, binding.path))))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for handle in hooks:
+            handle.remove()
+        torch.testing.assert_close(module(**batch).logits, expected, rtol=0, atol=NEAR)
+        assert (model(**batch).logits - expected).abs().max() > 100 * NEAR
+
+
+def state_of(module: peftc.CompiledModule, path: str) -> Callable[[str], Tensor]:
+    return lambda name: module.get_parameter(f"{path}.{name}")
+
+
 def test_lora_plus_and_dropout() -> None:
     module = compiled("mixtral", "apply lora(r=2, dropout=0.5, lr_ratio=16) to expert")
     one, sixteen = sorted(group["lr"] for group in module.param_groups(lr=1e-3))
@@ -369,6 +401,50 @@ def test_lora_plus_and_dropout() -> None:
         assert not torch.equal(first, second)
 
 
-def test_hf_pefts_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(peftc.PeftcError, match="stacked experts"):
-        compiled("mixtral", SPEC).save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize("spec", [SPEC, "apply lora(r=2, init=pissa) to expert, attn.q", "apply lora(r=3) to mlp.down"])
+def test_hf_peft_reads_what_peftc_writes(spec: str, tmp_path: Path) -> None:
+    ours = compiled("mixtral", spec)
+    ours.save_pretrained(tmp_path / "adapter")
+    theirs: Any = peft.PeftModel.from_pretrained(ZOO["mixtral"](), str(tmp_path / "adapter")).eval()
+    batch = inputs(base("mixtral"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch).logits, ours(**batch).logits, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_peftc_reads_what_hf_peft_writes(name: str, tmp_path: Path) -> None:
+    """A linear layer beside two parameters of one module; and weights stored transposed."""
+    parameters = ["experts.down_proj", "experts.gate_up_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    theirs: Any = peft.get_peft_model(ZOO[name](), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    theirs.save_pretrained(tmp_path)
+    ours = peftc.load_peft(base(name), tmp_path).eval()
+    assert len(ours.plan.bindings) == 2 * 3
+    batch = inputs(base(name))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [("apply lora(r=2) to mlp.up", "a part of one"), ("apply lora(r=2, dropout=0.1) to expert", "no dropout")],
+)
+def test_what_hf_pefts_folder_cannot_hold_is_refused(spec: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(peftc.PeftcError, match=reason):
+        compiled("mixtral", spec).save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_experts_that_hf_peft_misreads_are_refused(tmp_path: Path) -> None:
+    """Llama 4's do not say that they are stored transposed, so HF PEFT's A has the size of the outputs."""
+    with pytest.raises(peftc.PeftcError, match="for its outputs"):
+        compiled("llama4", SPEC).save_pretrained(tmp_path / "adapter")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    theirs: Any = peft.get_peft_model(ZOO["llama4"](), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(peftc.PeftcError, match="for its outputs"):
+        peftc.load_peft(base("llama4"), tmp_path)

@@ -115,10 +115,15 @@ class LoRA(Method):
     def delta(self, site: Projection, **state: Tensor) -> Tensor:
         return self.scale * (state["B"] @ state["A"])
 
+    def unexportable(self, site: Projection) -> str | None:
+        if isinstance(site, Experts) and self.dropout:
+            return "it has no dropout on stacked experts"
+        return None
+
     def to_peft(self, site: Projection, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         a, b, r = state["A"], state["B"], self.r
         if self.takes_from_weight:  # beside the whole weight again: W + s (B A - B0 A0), of twice the rank
-            a, b, r = torch.cat([a, state["A0"]]), torch.cat([b, -state["B0"]], 1), 2 * r
+            a, b, r = torch.cat([a, state["A0"]], -2), torch.cat([b, -state["B0"]], -1), 2 * r
         alpha = self.scale * (math.sqrt(r) if self.rslora else r)
         settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
                     "lora_dropout": self.dropout, "use_dora": False}  # fmt: skip
@@ -131,7 +136,7 @@ class LoRA(Method):
         if config.get("peft_type") != "LORA" or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
             return None
         values = {
-            "r": tensors["lora_A.weight"].shape[0],
+            "r": tensors["lora_A.weight"].shape[-2],
             "alpha": config["lora_alpha"],
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
