@@ -111,9 +111,26 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
     return made
 
 
+def computed(node: fx.Node) -> Any:
+    """The fake value of `node` from those of its inputs, whatever its own says; sizes stay symbols.
+
+    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+    mode = fake_mode(node.graph)
+    assert callable(node.target)
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:
-    """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order."""
-    module = make_fx(function, pre_dispatch=True)(*fakes)
+    """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order.
+
+    Nodes that were copied from one template have one fake value, which tracing would take for one argument.
+    """
+    distinct = [fake if id(fake) not in map(id, fakes[:place]) else fake.detach() for place, fake in enumerate(fakes)]
+    module = make_fx(function, pre_dispatch=True)(*distinct)
     module.graph.eliminate_dead_code()
     return module.graph
 

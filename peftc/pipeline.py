@@ -25,6 +25,7 @@ from peftc.normalise import tidy
 from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
 from peftc.positions import Rooms, make_room
+from peftc.prompting import insert_prompts
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -83,6 +84,14 @@ def _penalties(work: Work) -> bool:
     return add_penalties(work.module, work.plan, "penalties")
 
 
+def _prompts(work: Work) -> bool:
+    """All at once: each sequence is lengthened by as much as its methods ask for together."""
+    mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.SEQUENCE]
+    if mine:
+        insert_prompts(work.module, mine, "sequence methods")
+    return bool(mine)
+
+
 def _tidy(work: Work) -> bool:
     """Casts to the dtype a value already has, and what nothing reads any more."""
     return tidy(work.module)
@@ -95,6 +104,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("module methods", _insert("module methods", Stage.MODULE)),
     ("positions", _positions),
     ("attention methods", _attention),
+    ("sequence methods", _prompts),
     ("penalties", _penalties),
     ("tidy", _tidy),
 )

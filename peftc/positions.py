@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from peftc.counting import Counting, core, expression, is_size, stream, token_test, tokens_of
-from peftc.ir import PROVENANCE, STACK, Provenance, fake_mode, faking, is_tensor, splice, trace, value
+from peftc.ir import PROVENANCE, STACK, Provenance, computed, is_tensor, splice, trace, value
 from peftc.planning import Plan
 from peftc.site import Attention
 from peftc.text import Span
@@ -35,14 +35,6 @@ def made(
         node = graph.call_function(target, args, dict(kwargs or {}))
     node.meta = {"val": computed(node), PROVENANCE: stamp, STACK: like.meta.get(STACK)}
     return node
-
-
-def computed(node: fx.Node) -> Any:
-    """The fake value of `node` from those of its inputs."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
-    assert callable(node.target)
-    with faking(fake_mode(node.graph)):
-        return node.target(*args, **kwargs)
 
 
 @dataclass

@@ -27,7 +27,9 @@ from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, resid
 from peftc.heads import attention_facts
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
+from peftc.residual import Crossing, block_sites
 from peftc.rows import Known, feature_rows
+from peftc.sequences import find_sequences
 from peftc.site import Attention, Experts, Linear, Module, Site, Sites
 
 aten = torch.ops.aten
@@ -48,6 +50,7 @@ class _Finder:
     """One walk over one captured model. Roles collect per (weight, rows) before sites are made."""
 
     def __init__(self, captured: Captured) -> None:
+        self.captured = captured
         self.module = captured.module
         self.flow: nx.DiGraph[fx.Node] = value_flow(self.module.graph)
         self.products = products(self.module.graph)
@@ -60,6 +63,7 @@ class _Finder:
         self.known_rows: Known = {}
         self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
         self.modules: list[Module] = []
+        self.crossing: Crossing = {}
         self.model_name = type(captured.model).__name__
 
     def sites(self) -> Sites:
@@ -69,14 +73,16 @@ class _Finder:
         blocks = _name_stacks(self.blocks, decoders)
         linear = list(self._linear_sites())
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
-        items += existing_parameters(self.module, self.blocks, self.aliases)
+        whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
+        items += existing_parameters(self.module, whole, self.aliases)
         placed = tuple(_place(site, blocks) for site in items)
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
             for node in self.module.graph.find_nodes(op="get_attr")
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
-        return Sites(self.model_name, placed, sizes, tuple(block.path for block in blocks))
+        paths = tuple(block.path for block in blocks)
+        return Sites(self.model_name, placed, sizes, paths, find_sequences(self.captured, blocks))
 
     def _is_product(self, node: fx.Node) -> bool:
         return node in self.by_node
@@ -103,6 +109,7 @@ class _Finder:
             kind = "self" if q.use.x is k.use.x else "cross"
             if kind == "cross" and (block := self._block_of(q.weight)):
                 decoders.add(block.stack)
+                self.crossing[block.path] = found, k.use.x
             parts: list[Rows] = []
             for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
                 fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
@@ -152,10 +159,8 @@ class _Finder:
             ):
                 return []
             activated |= node.target in ACTIVATIONS
-            for other in node.all_input_nodes:
-                if other not in seen and other.op != "get_attr" and isinstance(
-                    other.meta.get("val"), torch.Tensor | tuple | list
-                ):  # fmt: skip
+            for other in self.flow.predecessors(node):
+                if other not in seen and other.op != "get_attr":
                     seen.add(other)
                     queue.append(other)
         return sorted(sources, key=self.products.index) if activated and sources else []
@@ -250,13 +255,10 @@ class _Finder:
         whole = owner.removesuffix(".weight")
         name = f"{whole}[{label}]" if rows else whole
         n_out = len(rows) if rows else first.n_out
-        if first.experts:
-            return Experts(
-                name, path, roles | {"expert"}, parameters=(weight,),
-                n_in=first.n_in, n_out=n_out, experts=first.experts, weight=weight, rows=rows,
-            )  # fmt: skip
         bias = first.bias
-        return Linear(
+        kind = partial(Experts, experts=first.experts) if first.experts else Linear
+        roles |= {"expert"} if first.experts else set()
+        return kind(
             name, path, roles if rows else roles | {"linear"},
             parameters=(weight, bias) if bias else (weight,),
             n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,

@@ -14,8 +14,8 @@ from torch import fx
 
 from peftc.counting import expression, tokens_of
 from peftc.flow import SCORES, AttentionPattern
-from peftc.ir import Provenance, is_tensor, value
-from peftc.positions import Rooms, computed, made
+from peftc.ir import Provenance, computed, is_tensor, value
+from peftc.positions import Rooms, made
 from peftc.rows import path_between
 from peftc.site import Attention
 

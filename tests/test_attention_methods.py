@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -305,16 +306,18 @@ def test_a_prefix_is_hf_pefts(name: str, padding: str) -> None:
 def small_llama() -> LlamaForCausalLM:
     """Heads that fill the width, as HF PEFT's adaption prompt needs them to count its copies of the keys' heads."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**GROUPED, "hidden_size": 48, "num_hidden_layers": 3})).eval()
+    sizes: dict[str, Any] = {**GROUPED, "hidden_size": 48, "num_hidden_layers": 3}
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return model
 
 
 def test_llama_adapter_is_hf_pefts() -> None:
     """In the top two of three layers, gates away from zero: outputs and gradients."""
     model = small_llama()
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
     ours = peftc.compile(model, "apply llama_adapter(length=4) to attn in layers[-2:]").eval()
-    pairs = {}
+    pairs: dict[Tensor, Tensor] = {}
     with torch.no_grad():
         for binding in ours.plan.bindings:
             attention = theirs.base_model.model.get_submodule(binding.site.path)
@@ -463,3 +466,41 @@ def test_generation_goes_on_behind_a_prefix(name: str) -> None:
                 logits = theirs(input_ids=bare, attention_mask=torch.ones_like(bare)).logits
             bare = torch.cat([bare, logits[:, -1].argmax(-1)[:, None]], 1)
         assert found[row, -3:].tolist() == bare[0, -3:].tolist()
+
+
+# ---- HF PEFT's folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["prefix(length=3)", "prefix(length=3, reparam=5)"])
+def test_hf_peft_reads_what_it_writes(method: str, tmp_path: Path) -> None:
+    """The network that made the prefix is not in the folder: what it makes is."""
+    model = ZOO["llama"]().eval()
+    ours = peftc.compile(model, f"apply {method} to attn").eval()
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    batch = inputs(model)
+    torch.testing.assert_close(theirs(**batch).logits, ours(**batch).logits, rtol=1e-5, atol=1e-5)
+    loaded = peftc.load_peft(model, tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).logits, ours(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_it_reads_what_hf_peft_writes(tmp_path: Path) -> None:
+    theirs, _, model = parity_case("mistral")
+    theirs.save_pretrained(tmp_path)
+    loaded = peftc.load_peft(model, tmp_path).eval()
+    batch = inputs(model)
+    torch.testing.assert_close(loaded(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "reason"),
+    [
+        ("llama", "apply prefix(length=3) to attn in layers[1:]", "for all layers"),
+        ("mistral", "apply prefix(length=3) to attn", "windowed=true"),
+        ("llama", "apply llama_adapter to attn", "it has no llama_adapter"),
+    ],
+)
+def test_what_hf_pefts_folder_cannot_hold(name: str, spec: str, reason: str, tmp_path: Path) -> None:
+    compiled = peftc.compile(ZOO[name](), spec)
+    with pytest.raises(peftc.PeftcError, match=reason):
+        compiled.save_pretrained(tmp_path / "adapter")

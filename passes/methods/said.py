@@ -52,7 +52,7 @@ class SAID(Method):
 
 
 def fastfood(theta: Tensor, seed: Tensor, size: int) -> Tensor:
-    """P theta, [size]: H G S H B on theta padded to a power of two, of theta's own length were none of it cut off.
+    """P theta, [size], of about theta's own length: H G S H B on theta padded to a power of two.
 
     B: random signs; S: a random permutation; G: Gaussian; H: the Walsh-Hadamard transform.
     """
