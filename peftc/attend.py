@@ -127,7 +127,8 @@ class Attender:
 
         def function(attended: Tensor, y: Tensor, *given: Tensor) -> Tensor:
             values = dict(zip(extra, given, strict=True))
-            return self.method.rewrite(self.site, attended, y, **{name: values.get(name) for name in names})
+            result: Tensor = self.method.rewrite(self.site, attended, y, **{name: values.get(name) for name in names})
+            return result
 
         readers = users_except(y, [])
         result = self._spliced(function, [attended, y, *extra.values()], max(attended, y), y, "rewritten")

@@ -237,14 +237,15 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.eval()
+    model.eval()
+    return model
 
 
 def with_hf_prefix(model: PreTrainedModel) -> Any:
     """HF PEFT's own, and its one tensor [length, layers * 2 * width]."""
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     task = "SEQ_CLS" if "Sequence" in type(model).__name__ else task
-    sizes = {"token_dim": 48, "num_attention_heads": 4} if model.config.model_type == "t5" else {}
+    sizes: dict[str, Any] = {"token_dim": 48, "num_attention_heads": 4} if model.config.model_type == "t5" else {}
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=LENGTH, **sizes)
     return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
@@ -299,7 +300,9 @@ def test_a_prefix_is_hf_pefts(name: str, padding: str) -> None:
     columns = hf_columns(model, len(ours.plan.bindings))
     for binding, places in zip(ours.plan.bindings, columns, strict=True):
         for place, part in zip(places, ("keys", "values"), strict=True):
-            gradients[:, place] += ours.get_parameter(binding.names[part]).grad
+            gradient = ours.get_parameter(binding.names[part]).grad
+            assert gradient is not None
+            gradients[:, place] += gradient
     torch.testing.assert_close(gradients.view(LENGTH, -1), weight.grad, rtol=1e-5, atol=1e-7)
 
 
@@ -335,6 +338,7 @@ def test_llama_adapter_is_hf_pefts() -> None:
     found.loss.backward()
     assert len(pairs) == 4
     for mine, yours in pairs.items():
+        assert yours.grad is not None
         torch.testing.assert_close(mine.grad, yours.grad.view_as(mine), rtol=1e-5, atol=1e-7)
 
 
@@ -441,9 +445,10 @@ def test_the_network_makes_a_prefix_like_any_other() -> None:
 
 @pytest.mark.parametrize("method", ["prefix", "llama_adapter"])
 def test_state_of_a_half_precision_model_is_in_full_precision(method: str) -> None:
-    model = ZOO["llama"]().to(torch.bfloat16).eval()
-    compiled = peftc.compile(model, f"apply {method}(length=3) to attn")
-    out = compiled(**inputs(model))
+    model: nn.Module = ZOO["llama"]().eval()
+    batch = inputs(ZOO["llama"]())
+    compiled = peftc.compile(model.bfloat16(), f"apply {method}(length=3) to attn")
+    out = compiled(**batch)
     assert out.logits.dtype == torch.bfloat16
     out.loss.backward()
     for parameter in compiled.trainable_parameters().values():
