@@ -38,7 +38,7 @@ def heads_of(flat: Tensor, site: Attention, like: Tensor) -> Tensor:
     Where `like` has one leading dimension for batch and heads, so has the result.
     """
     own = len(site.groups)
-    heads = flat.unflatten(-1, (site.kv_heads, -1)).transpose(0, 1)  # [kv_heads, length, width]
+    heads: Tensor = flat.unflatten(-1, (site.kv_heads, -1)).transpose(0, 1)  # [kv_heads, length, width]
     copies = own // site.kv_heads
     if site.groups != tuple(range(own)):
         in_a_row = site.groups == tuple(head for head in range(site.kv_heads) for _ in range(copies))
@@ -98,7 +98,7 @@ class Attender:
     def _fused_apart(self) -> None:
         node = self.pattern.out
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-        options = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
+        options: dict[str, Any] = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
 
         def attended(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
             keys, values = self._heads(given, k, v)
@@ -127,7 +127,8 @@ class Attender:
 
         def function(attended: Tensor, y: Tensor, *given: Tensor) -> Tensor:
             values = dict(zip(extra, given, strict=True))
-            return self.method.rewrite(self.site, attended, y, **{name: values.get(name) for name in names})
+            result: Tensor = self.method.rewrite(self.site, attended, y, **{name: values.get(name) for name in names})
+            return result
 
         readers = users_except(y, [])
         result = self._spliced(function, [attended, y, *extra.values()], max(attended, y), y, "rewritten")
@@ -201,5 +202,4 @@ def set_argument(node: fx.Node, name: str, now: Any) -> None:
 
 def _causal(count: int, q: Tensor, k: Tensor) -> Tensor:
     """The mask that the fused attention means by `is_causal`, after `count` keys that everybody sees."""
-    ones = torch.ones(q.shape[-2], k.shape[-2] + count, dtype=torch.bool, device=q.device)
-    return ones.tril(count)
+    return q.new_ones(q.shape[-2], k.shape[-2] + count, dtype=torch.bool).tril(count)

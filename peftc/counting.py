@@ -18,7 +18,7 @@ from peftc.site import Attention, Module
 aten = torch.ops.aten
 
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-TOKEN_TESTS = {aten.ne.Scalar: True, aten.eq.Scalar: False}
+TOKEN_TESTS: dict[Any, bool] = {aten.ne.Scalar: True, aten.eq.Scalar: False}
 
 
 def tokens_of(site: Attention) -> Any:

@@ -25,6 +25,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding, Plan
+from peftc.prefixfolders import KIND, TENSOR, has_prefix, load_prefix, prefix_folder
 from peftc.promptfolders import has_prompt, load_prompt, prompt_folder
 from peftc.site import Experts, Linear, Projection
 from peftc.syntax import parse
@@ -50,7 +51,12 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     problems = _problems(compiled)
     if problems:
         raise PeftcError(*problems)
-    config, tensors = prompt_folder(compiled) if has_prompt(compiled) else _modules(bindings, compiled)
+    if has_prompt(compiled):
+        config, tensors = prompt_folder(compiled)
+    elif has_prefix(compiled):
+        config, tensors = prefix_folder(compiled)
+    else:
+        config, tensors = _modules(bindings, compiled)
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
     write_folder(folder, files)
@@ -97,6 +103,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     config, tensors = _read(folder)
     if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
         return load_prompt(model, folder, config, tensors)
+    if config.get("peft_type") == KIND and TENSOR in tensors:
+        return load_prefix(model, folder, config, tensors)
     common = {
         key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
     }

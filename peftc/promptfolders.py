@@ -37,7 +37,7 @@ def prompt_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, T
     (binding,) = compiled.plan.bindings
     state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
     settings, tensors = binding.method.to_peft(binding.site, state)
-    kind = _task(compiled)
+    kind = task_of(compiled)
     settings |= {"task_type": kind, "num_transformer_submodules": 1, "inference_mode": True,
                  "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None}  # fmt: skip
     if kind in WITH_HEAD:
@@ -47,7 +47,7 @@ def prompt_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, T
     return settings, tensors
 
 
-def _task(compiled: CompiledModule) -> str:
+def task_of(compiled: CompiledModule) -> str:
     """What the model is for: HF PEFT puts a prompt into its input by that."""
     if getattr(compiled.config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"

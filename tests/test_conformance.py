@@ -32,7 +32,7 @@ from peftc.ir import get_attribute
 from peftc.method import Data, Method, Stage, kinds, methods
 from peftc.params import Configured, Param, registered
 from peftc.resolve import resolve
-from peftc.site import Block, Experts, Linear, Module, Projection, Sequence, Site
+from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 # on all of them mlp.down has more inputs than outputs.
 PLACES: dict[type[Site], str] = {
     Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block", Experts: "mlp.gate, mlp.down",
-    Sequence: "the whole input",
+    Sequence: "the whole input", Attention: "attn",
 }  # fmt: skip
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
 # Of stacked experts, a slice of a fused weight and a whole one; the second stores them transposed, slices interleaved.
@@ -353,21 +353,27 @@ def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
     start = {key: tensor.detach().clone() for key, tensor in everything.items()}
     with torch.no_grad():
         loss = case.subject.loss(module)
-    module.train()
-    optimizer = torch.optim.Adam(module.param_groups(lr=1e-2))
+    assert any(lowers_the_loss(case, rate, loss) for rate in (1e-2, 0.3))
+    changed = {key for key, tensor in everything.items() if not torch.equal(tensor, start[key])}
+    assert changed
+    assert changed <= declared
+    assert case.subject.is_untouched()
+
+
+def lowers_the_loss(case: Compiled, rate: float, loss: Tensor) -> bool:
+    """After ten steps from the start. The smaller rate may be too small to see behind a gate that starts at zero."""
+    case.reset()
+    module = case.module.train()
+    optimizer = torch.optim.Adam(module.param_groups(lr=rate))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)  # of the dropout
         for _ in range(10):
             optimizer.zero_grad()
             case.subject.loss(module).backward()
             optimizer.step()
-    changed = {key for key, tensor in everything.items() if not torch.equal(tensor, start[key])}
-    assert changed
-    assert changed <= declared
     module.eval()
     with torch.no_grad():
-        assert case.subject.loss(module) < loss
-    assert case.subject.is_untouched()
+        return bool(case.subject.loss(module) < loss)
 
 
 def comes_back_from_disk(case: Compiled, folder: Path) -> None:

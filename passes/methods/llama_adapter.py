@@ -22,6 +22,7 @@ class LlamaAdapter(Method):
     paper = "Zhang et al. 2023, arXiv:2303.16199"
     site = Attention
     stage = Stage.ATTENTION
+    indivisible = "it is a gated branch inside an attention already"
     unmergeable = "its attention to the prompt depends on every query, and no weight does that"
 
     length: int = param(10, "virtual tokens of the prompt", min=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Prefix(Method):
     site = Attention
     stage = Stage.ATTENTION
     identity = False
+    peft_type = "PREFIX_TUNING"
+    indivisible = "its keys and values stand inside an attention, which has no output without them to set beside"
     unmergeable = "its keys and values depend on no token, and no weight makes such"
 
     length: int = param(20, "virtual tokens", min=1)
@@ -70,3 +73,24 @@ class Prefix(Method):
         inner = torch.tanh(linear(state["embedding"], state["hidden"], state["hidden_bias"]))
         keys = linear(inner, state["keys_weight"], state["keys_bias"])
         return keys, linear(inner, state["values_weight"], state["values_bias"])
+
+    def unexportable(self, site: Attention) -> str | None:
+        if site.cross or site.stack == "encoder":
+            return "it has prefixes for a decoder's own attention only"
+        return "it gives prefixes of one width, keys and values alike" if site.key_width != site.value_width else None
+
+    def to_peft(self, site: Attention, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        width = site.kv_heads * site.key_width
+        settings = {
+            "peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.length, "token_dim": width,
+            "num_attention_heads": site.kv_heads, "encoder_hidden_size": width, "prefix_projection": False,
+        }  # fmt: skip
+        return settings, dict(zip(("keys", "values"), self.extend(site, **state), strict=True))
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if config.get("peft_type") != "PREFIX_TUNING" or set(tensors) != {"keys", "values"}:
+            return None
+        return {"length": len(tensors["keys"]), "windowed": True}, tensors
