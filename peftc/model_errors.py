@@ -158,16 +158,24 @@ class Refused(Diagnostic):
 
 class NoPositions(Diagnostic):
     code = "no-positions"
-    method: str
     taken: int
     positions: int
 
     @property
     def title(self) -> str:
-        return (
-            f"the model has positions for {self.positions} tokens, and with this {self.method} the prompt takes "
-            f"{self.taken}: none is left for the input"
-        )
+        return f"prompts take {self.taken} of the model's {self.positions} positions, and leave none for the input"
+
+
+class TakesNoTarget(Diagnostic):
+    """A sequence method that is sent to a layer."""
+
+    code = "takes-no-target"
+    method: str
+    label = "leave this out"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's whole input, and attaches to no part of it"
 
 
 class CannotStart(Diagnostic):
