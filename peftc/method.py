@@ -76,6 +76,7 @@ class Method(Configured):
     data: Data | None = None
     scheduled: bool = False
     indivisible: str | None = None  # why a combinator cannot take the method's state apart
+    windowed: bool = False  # whether a sliding window may hide what `extend` puts in front
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[Mapping[str, str]] = {}
 
@@ -137,8 +138,22 @@ class Method(Configured):
         """
         raise NotImplementedError
 
-    def extends(self, site: Any) -> int:
+    def lengthens(self, site: Any) -> int:
         """How many positions the method adds to a sequence; its `rewrite` is (site, x, *state) -> [B, k + S, d]."""
+        return 0
+
+    def extend(self, *given: Any, **state: Any) -> tuple[Tensor, Tensor]:
+        """(site, *state): keys and values for an attention, [length, kv_heads * width] each.
+
+        They stand in front of the attention's own, under one softmax. A method that has a `rewrite`, too, is given
+        (site, attended, y, *state): what the attention's queries make of these keys and values apart, and its result.
+        State is asked for by name, and so are `key_weight`, `key_bias`, `value_weight` and `value_bias`, those of the
+        layers that project the attention's own.
+        """
+        raise NotImplementedError
+
+    def takes_positions(self, site: Any) -> int:
+        """How many of the sequence's first positions the method takes at `site`: the text counts on from there."""
         return 0
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:

@@ -108,6 +108,24 @@ class NoSuchStack(Diagnostic):
         return ("its blocks stand in one stack: leave the filter out",)
 
 
+class FewerLayersThanGroups(Diagnostic):
+    code = "fewer-layers-than-groups"
+    model: str
+    stack: str | None
+    layers: int
+    groups: int
+    defined: Span
+
+    @property
+    def title(self) -> str:
+        place = f"the {self.stack} of {self.model}" if self.stack else self.model
+        return f"{place} has {self.layers} layers, too few for {self.groups} groups"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.defined, "one of the groups"),)
+
+
 class WrongSite(Diagnostic):
     code = "wrong-site"
     method: str
@@ -163,7 +181,7 @@ class NoPositions(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"prompts take {self.taken} of the model's {self.positions} positions, and leave none for the input"
+        return f"{self.taken} of the model's {self.positions} positions are taken, and none is left for the input"
 
 
 class TakesNoTarget(Diagnostic):
@@ -346,11 +364,11 @@ class NoRoom(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"the input has {self.given} tokens, and the prompt leaves positions for {self.room}"
+        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ("cut the input, or compile a shorter prompt",)
+        return ("cut the input, or compile a shorter prompt or prefix",)
 
 
 class CannotGenerate(Diagnostic):

@@ -47,7 +47,7 @@ class CompiledModule(fx.GraphModule):
             plan=plan,
             history=dict(history),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan.bindings)),
+            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan)),
             _pruned={},
         )
         keep_unread(root, self)

@@ -25,12 +25,13 @@ from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.room import too_long
 from peftc.select import COMPARE, Selection
-from peftc.site import Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
+from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
 from peftc.text import Span
 from peftc.upstream import never_learning
 
 KINDS: dict[type[Site], str] = {
     Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
+    Attention: "attn",
 }  # fmt: skip
 
 
@@ -393,6 +394,7 @@ def _kind_of(site: Site) -> str:
     words = {
         "parameters": "an existing parameter",
         "module": "a sublayer",
+        "attention": "a sublayer",
         "block": "a block",
         "experts": "a stack of experts",
     }

@@ -53,8 +53,8 @@ class _Prompting:
         assert site.embeddings is not None
         self.module, self.graph, self.site, self.pass_name = module, module.graph, site, pass_name
         self.entry = site.embeddings
-        self.bindings = sorted(bindings, key=lambda binding: binding.method.extends(site) > 0)
-        self.count = sum(binding.method.extends(site) for binding in bindings)
+        self.bindings = sorted(bindings, key=lambda binding: binding.method.lengthens(site) > 0)
+        self.count = sum(binding.method.lengthens(site) for binding in bindings)
         self.inputs: dict[str, fx.Node] = {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
         self.mask = self.inputs.get(site.mask) if site.mask else None
         self.stamp = Provenance(pass_name, site.name, self.bindings[-1].span)

@@ -17,8 +17,8 @@ from peftc.blocks import Block
 from peftc.capture import Captured
 from peftc.imagesequences import image_sequence
 from peftc.ir import is_tensor, module_path, value
+from peftc.limits import position_limit
 from peftc.linears import parameter_of
-from peftc.positions import position_limit
 from peftc.site import Sequence
 
 aten = torch.ops.aten

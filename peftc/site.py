@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
+
+if TYPE_CHECKING:
+    from peftc.flow import AttentionPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,34 @@ class Sequence(Site):
         """`prompt` [k, d] and every row of `x` [B, S, d] as one sequence [B, k + S, d]."""
         rows = prompt.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.cat([rows, x] if self.in_front else [x, rows], 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Module):
+    """A sublayer whose attention is understood: softmax(q kᵀ) v with q of `heads` heads.
+
+    Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
+    heads of its own count; `groups` says which key head each of them is, where it is one. `key` and `value` are the
+    layers that project them. `positions` is how many tokens the model can count, where a table of learned positions
+    says so.
+    """
+
+    pattern: AttentionPattern | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    groups: tuple[int, ...] = ()
+    key: Linear | None = None
+    value: Linear | None = None
+    cross: bool = False
+    positions: int | None = None
+
+    kind = "attention"
+
+    def facts(self) -> dict[str, Any]:
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
+        return {**super().facts(), **heads}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

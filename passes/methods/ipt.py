@@ -47,7 +47,7 @@ class IPT(Method):
             return "several tasks learn a decoder together: add learn=decoder, or leave out tasks"
         return None
 
-    def extends(self, site: Sequence) -> int:
+    def lengthens(self, site: Sequence) -> int:
         return self.length
 
     def state(self, site: Sequence) -> dict[str, State]:

@@ -46,7 +46,7 @@ class Prompt(Method):
         """`init`, with its default."""
         return self.init if self.init is not None else "zeros" if self.mode == "add" else "random"
 
-    def extends(self, site: Sequence) -> int:
+    def lengthens(self, site: Sequence) -> int:
         return self.length if self.mode == "prepend" else 0
 
     def refuses(self, site: Sequence) -> str | None:

@@ -48,7 +48,7 @@ class PTuning(Method):
             return "dropout stands between layers, and there is one"
         return None
 
-    def extends(self, site: Sequence) -> int:
+    def lengthens(self, site: Sequence) -> int:
         return self.length
 
     def state(self, site: Sequence) -> dict[str, State]:
