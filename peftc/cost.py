@@ -17,6 +17,7 @@ from torch import fx
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.linears import GROUPED
 from peftc.optimizers import STATE_BYTES
+from peftc.room import extension
 from peftc.site import Block
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _sizes(plan: Plan, batch: int, seq: int) -> dict[Any, int]:
     """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens, prompts included."""
     known: dict[Any, int] = {}
     for fake in plan.input_values:
-        for size, given in zip(fake.shape, (batch, seq + plan.extension), strict=False):
+        for size, given in zip(fake.shape, (batch, seq + extension(plan.bindings)), strict=False):
             if isinstance(size, torch.SymInt):
                 known[size.node.expr] = given
     return known

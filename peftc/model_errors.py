@@ -176,16 +176,24 @@ class Refused(Diagnostic):
 
 class NoPositions(Diagnostic):
     code = "no-positions"
-    method: str
     taken: int
     positions: int
 
     @property
     def title(self) -> str:
-        return (
-            f"the model has positions for {self.positions} tokens, and with this {self.method} the prompt takes "
-            f"{self.taken}: none is left for the input"
-        )
+        return f"{self.taken} of the model's {self.positions} positions are taken, and none is left for the input"
+
+
+class TakesNoTarget(Diagnostic):
+    """A sequence method that is sent to a layer."""
+
+    code = "takes-no-target"
+    method: str
+    label = "leave this out"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's whole input, and attaches to no part of it"
 
 
 class CannotStart(Diagnostic):
@@ -356,11 +364,11 @@ class NoRoom(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"the input has {self.given} tokens, and the prompt leaves positions for {self.room}"
+        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ("cut the input, or compile a shorter prompt",)
+        return ("cut the input, or compile a shorter prompt or prefix",)
 
 
 class CannotGenerate(Diagnostic):

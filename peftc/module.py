@@ -19,6 +19,7 @@ from peftc.insert import prepare
 from peftc.ir import keep_unread
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
+from peftc.room import room
 
 if TYPE_CHECKING:
     from peftc.schedule import Follower, Schedule
@@ -46,7 +47,7 @@ class CompiledModule(fx.GraphModule):
             plan=plan,
             history=dict(history),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result, plan.room),
+            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan)),
             _pruned={},
         )
         keep_unread(root, self)

@@ -23,6 +23,7 @@ from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backwar
 from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
 from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
+from peftc.room import too_long
 from peftc.select import COMPARE, Selection
 from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
 from peftc.text import Span
@@ -31,7 +32,6 @@ from peftc.upstream import never_learning
 KINDS: dict[type[Site], str] = {
     Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
     Attention: "attn",
-    Sequence: "the model's whole input, with no 'to …'",
 }  # fmt: skip
 
 
@@ -132,19 +132,6 @@ class Plan:
         """The fake values of the graph's inputs."""
         return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
 
-    @property
-    def room(self) -> tuple[str, int] | None:
-        """The input that counts positions and how long it may be, where prompts take some of a table's positions."""
-        for binding in self.bindings:
-            if isinstance(binding.site, Sequence) and binding.site.positions is not None:
-                return binding.site.tokens, binding.site.positions - self.extension
-        return None
-
-    @property
-    def extension(self) -> int:
-        """The positions that all prompts together add to the sequence."""
-        return sum(b.method.lengthens(b.site) for b in self.bindings if isinstance(b.site, Sequence))
-
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
         return estimate(self, batch, seq, optimizer)
@@ -192,7 +179,7 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
-        self._too_long(bindings)
+        self.problems += too_long(bindings)
         self.problems += never_learning(self.captured.module.graph, bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
@@ -247,22 +234,11 @@ class _Planner:
             )
         return list(self.sites.sequences)
 
-    def _too_long(self, bindings: list[Binding]) -> None:
-        """Prompts, all together, leave positions for the text behind them."""
-        taken = 0
-        for binding in bindings:
-            if isinstance(binding.site, Sequence) and binding.method.lengthens(binding.site):
-                taken += binding.method.lengthens(binding.site)
-                if binding.site.positions is not None and taken >= binding.site.positions:
-                    self.problems.append(
-                        say.NoPositions(
-                            method=binding.method.name, taken=taken, positions=binding.site.positions,
-                            span=binding.span,
-                        )
-                    )  # fmt: skip
-
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
         """Of experts it says which methods take them: other models have linear layers where they stand."""
+        if application.method.site is Sequence:
+            self.problems.append(say.TakesNoTarget(method=application.method.name, span=application.where))
+            return
         only_experts = all(isinstance(site, Experts) for site in wrong)
         self.problems.append(
             say.WrongSite(

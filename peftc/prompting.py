@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from peftc.counting import expression
 from peftc.errors import PeftcError
 from peftc.imagesequences import SIZED, downstream, upstream
 from peftc.ir import (
@@ -166,8 +167,12 @@ class _Prompting:
         for node in behind:
             if is_tensor(node) and node in self.before:
                 pairs = zip(self.before[node], value(node).shape, strict=True)
-                if any(old != new and (old, new) != (length, length + self.count) for old, new in pairs):
+                if not all(self._follows(expression(old), expression(new), length) for old, new in pairs):
                     raise self._fixed(f"{node.name} would change from {self.before[node]} to {value(node).shape}")
+
+    def _follows(self, old: Any, new: Any, length: int) -> bool:
+        """Whether a size stayed, or counts positions: alone, with others beside them, or times another size."""
+        return bool(old == new or new - old == self.count or new * length == old * (length + self.count))
 
     def _fixed(self, reason: str) -> PeftcError:
         why = f"its length is fixed in a way that cannot be changed: {reason}"
@@ -185,7 +190,7 @@ class _Prompting:
             for dim, (old, new) in enumerate(zip(self.before[leaf], value(leaf).shape, strict=True)):
                 if str(old) == str(new):
                     continue
-                if str(new - old) != str(self.count):
+                if expression(new) - expression(old) != self.count:
                     raise self._fixed(f"its output has {new} places where there were {old}")
                 cut = self._behind(cut, aten.slice.Tensor, (cut, dim, start, end))
             if cut is not leaf:

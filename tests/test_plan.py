@@ -305,6 +305,7 @@ GPT3_COUNTS = [
     ("apply lora(r=2) to attn.*", 18_874_368),
     ("apply adapter(size=1) to attn, mlp", 7_078_080),  # table 4: 7.1M
     ("apply adapter(size=8) to attn, mlp", 40_109_568),  # 40.1M
+    ("apply prompt(length=264)", 3_244_032),  # 3.2M
 ]
 
 

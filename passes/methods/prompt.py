@@ -52,8 +52,6 @@ class Prompt(Method):
     def refuses(self, site: Sequence) -> str | None:
         if self.start != "random" and self.start != "zeros" and site.vocabulary is None:
             return f'init="{self.start}" takes embeddings of tokens, and it has no tokens: use init=random'
-        if self.mode == "add" and site.length is not None and self.length > site.length:
-            return f"it has {site.length} positions, fewer than length={self.length}"
         return None
 
     def state(self, site: Sequence) -> dict[str, State]:
