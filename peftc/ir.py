@@ -101,7 +101,9 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:
     """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order."""
     # Nodes that were copied from one template share their fake value, and tracing knows an argument by its identity.
-    apart = [fake.detach() if any(fake is other for other in fakes[:place]) else fake for place, fake in enumerate(fakes)]
+    apart = [
+        fake.detach() if any(fake is other for other in fakes[:place]) else fake for place, fake in enumerate(fakes)
+    ]
     module = make_fx(function, pre_dispatch=True)(*apart)
     module.graph.eliminate_dead_code()
     return module.graph
