@@ -124,13 +124,13 @@ def _second_moments(
     Labels are not needed, unless the model makes its decoder's inputs of them.
     """
     watched: dict[str, list[Binding]] = defaultdict(list)
-    tokens: dict[str, bool] = {}  # whether the mask is about these inputs; a decoder's have a length of their own
-    masks = module.graph.find_nodes(op="placeholder", target=MASK)
+    tokens: dict[str, bool] = {}  # whether the mask is about these inputs
+    main = next(iter(plan.input_values))
     for binding in bindings:
         assert isinstance(binding.site, Linear)
         for use in binding.site.uses:
             watched[use.x.name].append(binding)
-            tokens[use.x.name] = any(str(value(mask).shape) == str(value(use.x).shape[:2]) for mask in masks)
+            tokens[use.x.name] = MASK in plan.captured.inputs and _are_tokens(value(use.x), main)
     sums: dict[str, Tensor] = {}
 
     class Watch(fx.Interpreter):
@@ -139,7 +139,8 @@ def _second_moments(
         def run_node(self, n: fx.Node) -> Any:
             x = super().run_node(n)
             if n.name in watched:
-                kept = (x[self.mask] if tokens[n.name] else x.flatten(0, -2)).double()
+                rows = x.flatten(0, -2).double()
+                kept = rows[self.mask] if tokens[n.name] else rows
                 sums[n.name] = sums.get(n.name, 0) + kept.T @ kept
             return x
 
@@ -148,13 +149,23 @@ def _second_moments(
     with torch.no_grad():
         for given in _given(plan, batches, labels=unlabelled is None):
             if MASK in given:
-                watch.mask = given[MASK].bool()
+                watch.mask = given[MASK].bool().flatten()
             watch.run(*(tensor for name, tensor in given.items() if unlabelled is None or name not in LOSS_INPUTS))
     found: dict[Binding, Tensor] = {}
     for name, members in watched.items():
         for binding in members:
             found[binding] = found[binding] + sums[name] if binding in found else sums[name]
     return found
+
+
+def _are_tokens(x: Tensor, main: Tensor) -> bool:
+    """Whether rows of x [B, S, n] or [B S, n] are the tokens of the main input [B, S], which the mask is about.
+
+    By symbols: a decoder's length has one of its own, and may be the same number.
+    """
+    leading = x.shape[:-1]
+    flat = len(leading) == 1 and str(leading[0]) == str(main.shape[0] * main.shape[1])
+    return flat or str(leading) == str(main.shape[:2])
 
 
 def _squared_gradients(
@@ -212,9 +223,12 @@ def _given(plan: Plan, batches: Batches, *, labels: bool = True) -> Iterator[dic
     for batch in batches:
         empty = False
         args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        for name, item in (*zip(convention.inputs, args, strict=False), *kwargs.items()):
+            _is_tensor(name, item)
         try:
-            given = convention.bind(args, dict(batch) if isinstance(batch, Mapping) else {})
-        except (TypeError, RuntimeError) as error:
+            given = convention.bind(args, kwargs)
+        except TypeError as error:
             raise PeftcError(BadCalibration(reason=str(error))) from None
         missing = [name for name in convention.inputs if name not in given]
         if missing and (labels or set(missing) - set(LOSS_INPUTS)):
@@ -226,11 +240,14 @@ def _given(plan: Plan, batches: Batches, *, labels: bool = True) -> Iterator[dic
         raise PeftcError(BadCalibration(reason="there are no batches"))
 
 
-def _fits(name: str, given: Any, expected: Tensor) -> None:
-    """Refuses what is no tensor, or one of another kind than the model was captured with."""
+def _is_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         reason = f"{name} is a {type(given).__name__}, and the model takes a tensor"
         raise PeftcError(BadCalibration(reason=reason))
+
+
+def _fits(name: str, given: Tensor, expected: Tensor) -> None:
+    """Refuses a tensor of another kind than the model was captured with."""
     if given.dim() != expected.dim() or given.is_floating_point() != expected.is_floating_point():
         described = (
             f"{str(tensor.dtype).removeprefix('torch.')} of {tensor.dim()} dimensions" for tensor in (given, expected)
