@@ -46,7 +46,7 @@ class CompiledModule(fx.GraphModule):
             plan=plan,
             history=dict(history),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result),
+            convention=Convention(plan.captured.inputs, plan.captured.result, plan.room),
             _pruned={},
         )
         keep_unread(root, self)
@@ -162,14 +162,15 @@ class CompiledModule(fx.GraphModule):
 
         return penalty_of(self)
 
-    def follow(self, optimizer: Optimizer, step: int = 0) -> Follower:
+    def follow(self, optimizer: Optimizer, step: int = 0, total: int | None = None) -> Follower:
         """Lets the methods that have a schedule (AdaLoRA, ReLoRA, …) act after each `optimizer.step()`.
 
-        `step` is the number of steps already made. `.remove()` of what is returned ends it.
+        `step` is the number of steps already made, `total` that of all that will be, if known. `.remove()` of what is
+        returned ends it.
         """
         from peftc.schedule import Follower
 
-        return Follower(self, optimizer, step)
+        return Follower(self, optimizer, step, total)
 
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""

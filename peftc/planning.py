@@ -18,16 +18,21 @@ import torch
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.capture import Captured
+from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
-from peftc.errors import Diagnostic, PeftcError, in_file_order
-from peftc.method import Method, Stage, State
+from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
+from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Experts, Linear, Module, Site, Sites
-from peftc.spec_errors import NotYet
+from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
 from peftc.text import Span
+from peftc.upstream import never_learning
 
-KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS: dict[type[Site], str] = {
+    Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
+    Attention: "attn",
+    Sequence: "the model's whole input, with no 'to …'",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +132,19 @@ class Plan:
         """The fake values of the graph's inputs."""
         return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
 
+    @property
+    def room(self) -> tuple[str, int] | None:
+        """The input that counts positions and how long it may be, where prompts take some of a table's positions."""
+        for binding in self.bindings:
+            if isinstance(binding.site, Sequence) and binding.site.positions is not None:
+                return binding.site.tokens, binding.site.positions - self.extension
+        return None
+
+    @property
+    def extension(self) -> int:
+        """The positions that all prompts together add to the sequence."""
+        return sum(b.method.lengthens(b.site) for b in self.bindings if isinstance(b.site, Sequence))
+
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
         return estimate(self, batch, seq, optimizer)
@@ -174,6 +192,8 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
+        self._too_long(bindings)
+        self.problems += never_learning(self.captured.module.graph, bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -192,20 +212,20 @@ class _Planner:
 
     def _bind(self, index: int, application: Application) -> list[Binding]:
         method = application.method
-        found = self._select(application.target)
+        found = self._select(application.target) if application.target else self._sequences(application)
         wrong = [site for site in found if not isinstance(site, method.site)]
         if wrong:
             self._wrong_site(application, wrong)
-        fitting = [site for site in found if isinstance(site, method.site)]
+        fitting = linked([site for site in found if isinstance(site, method.site)])
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := _mixed(site) or method.refuses(site):
+            if reason := _mixed(site) or _obstacle(site) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
                 say.Refused(
                     method=method.name, site=refused[0].name, reason=reason, others=len(refused) - 1,
-                    span=application.target.span,
+                    span=application.where,
                 )
             )  # fmt: skip
         if wrong or reasons:
@@ -220,24 +240,39 @@ class _Planner:
         self.rows.append(Row(_one_line(application.span), len(bindings), count))
         return bindings
 
-    def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
-        if any(isinstance(site, Experts) for site in wrong):
+    def _sequences(self, application: Application) -> list[Site]:
+        if not self.sites.sequences:
             self.problems.append(
-                NotYet(
-                    what=f"{application.method.name} on stacked expert weights",
-                    instead="leave them out with 'except expert'",
-                    span=application.target.span,
-                )
+                say.NoSequence(method=application.method.name, model=self.sites.model, span=application.span)
             )
-            return
+        return list(self.sites.sequences)
+
+    def _too_long(self, bindings: list[Binding]) -> None:
+        """Prompts, all together, leave positions for the text behind them."""
+        taken = 0
+        for binding in bindings:
+            if isinstance(binding.site, Sequence) and binding.method.lengthens(binding.site):
+                taken += binding.method.lengthens(binding.site)
+                if binding.site.positions is not None and taken >= binding.site.positions:
+                    self.problems.append(
+                        say.NoPositions(
+                            method=binding.method.name, taken=taken, positions=binding.site.positions,
+                            span=binding.span,
+                        )
+                    )  # fmt: skip
+
+    def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
+        """Of experts it says which methods take them: other models have linear layers where they stand."""
+        only_experts = all(isinstance(site, Experts) for site in wrong)
         self.problems.append(
             say.WrongSite(
                 method=application.method.name,
-                wants=KINDS[application.method.site],
+                wants=choices([KINDS[kind] for kind in kinds(application.method)], "and"),
                 site=wrong[0].name,
                 site_kind=_kind_of(wrong[0]),
                 others=len(wrong) - 1,
-                span=application.target.span,
+                instead=tuple(name for name, cls in methods().items() if only_experts and Experts in kinds(cls)),
+                span=application.where,
             )
         )
 
@@ -256,12 +291,14 @@ class _Planner:
         first: dict[tuple[str, str], Binding] = {}
         clashes: dict[tuple[int, int], list[tuple[Binding, Binding]]] = defaultdict(list)
         whole = {
-            (b.method.name, b.site.weight): b for b in bindings if isinstance(b.site, Linear) and b.site.rows is None
+            (b.method.name, b.site.weight): b
+            for b in bindings
+            if isinstance(b.site, Projection) and b.site.rows is None
         }
         for binding in bindings:
             key = binding.method.name, binding.site.name
             earlier = first.setdefault(key, binding)
-            if isinstance(binding.site, Linear) and binding.site.rows is not None and earlier is binding:
+            if isinstance(binding.site, Projection) and _is_part(binding.site) and earlier is binding:
                 earlier = whole.get((binding.method.name, binding.site.weight), binding)
             if earlier is not binding:
                 pair = sorted((earlier, binding), key=lambda b: b.statement)
@@ -279,7 +316,7 @@ class _Planner:
         """A method that needs the weight to itself shares it neither with another nor with `train`."""
         by_weight: dict[str, list[Binding]] = defaultdict(list)
         for binding in bindings:
-            if isinstance(binding.site, Linear) and binding.method.stage is Stage.WEIGHT:
+            if isinstance(binding.site, Projection) and binding.method.stage is Stage.WEIGHT:
                 by_weight[binding.site.weight].append(binding)
         seen: set[tuple[Span, Span]] = set()
         for weight, sharing in by_weight.items():
@@ -317,7 +354,7 @@ class _Planner:
     def _refuse_slices(self, found: list[Site], training: Training, trained: dict[str, Span]) -> None:
         """A part of a weight cannot learn by itself, nor be frozen out of a weight that learns."""
         for site in found:
-            if isinstance(site, Linear) and _is_part(site) and (training.on or site.weight in trained):
+            if isinstance(site, Projection) and _is_part(site) and (training.on or site.weight in trained):
                 self.problems.append(say.TrainsASlice(site=site.name, weight=site.weight, span=training.target.span))
                 return
 
@@ -355,26 +392,37 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
 
 
 def _mixed(site: Site) -> str | None:
-    if isinstance(site, Linear) and site.mixed:
+    if isinstance(site, Projection) and site.mixed:
         return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
     return None
 
 
+def _obstacle(site: Site) -> str | None:
+    return site.obstacle if isinstance(site, Sequence) else None
+
+
 def _is_part(site: Site) -> bool:
-    return isinstance(site, Linear) and site.rows is not None
+    return isinstance(site, Projection) and site.rows is not None
 
 
 def _overlap(one: Binding, other: Binding) -> bool:
     """Whether two bindings stand on common rows of a weight."""
-    assert isinstance(one.site, Linear)
-    assert isinstance(other.site, Linear)
+    assert isinstance(one.site, Projection)
+    assert isinstance(other.site, Projection)
     if one.site.rows is None or other.site.rows is None:
         return True
     return not set(one.site.rows).isdisjoint(other.site.rows)
 
 
 def _kind_of(site: Site) -> str:
-    return {"parameters": "an existing parameter", "module": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+    words = {
+        "parameters": "an existing parameter",
+        "module": "a sublayer",
+        "attention": "a sublayer",
+        "block": "a block",
+        "experts": "a stack of experts",
+    }
+    return words.get(site.kind, f"a {site.kind} layer")
 
 
 def _one_line(span: Span) -> str:

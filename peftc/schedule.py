@@ -36,10 +36,11 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of the optimiser that has just been made. `number` counts from 1."""
+    """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
 
     number: int
     optimizer: Optimizer
+    total: int | None = None
 
     def forget(self, tensor: Tensor) -> None:
         """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
@@ -49,11 +50,12 @@ class Step:
 class Follower:
     """Drives those scheduled methods of a model whose tensors an optimiser trains, by its steps, until `remove()`."""
 
-    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0) -> None:
-        """`step`: how many steps have been made already, where training goes on."""
+    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
+        """`step`: how many steps have been made already, where training goes on; `total`: how many there will be."""
         self.compiled = compiled
         self.optimizer = optimizer
         self.step = step
+        self.total = total
         trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         scheduled = [
             binding
@@ -87,7 +89,7 @@ class Follower:
         self.step += 1
         for warmth, tensor, before in self.cold:  # as if the learning rate had been that multiple
             tensor.copy_(torch.lerp(before, tensor, warmth))
-        step = Step(self.step, self.optimizer)
+        step = Step(self.step, self.optimizer, self.total)
         for bindings in self.statements:
             places = [Place(binding.site, _tensors(self.compiled, binding)) for binding in bindings]
             changed = bindings[0].method.on_step(step, places)
@@ -110,7 +112,8 @@ class Schedule(TrainerCallback):
         """Trainer has made its optimiser, and knows at which step it goes on."""
         self.on_train_end(args, state, control)  # of a training that was cut short, maybe with this very optimiser
         optimizer = given["optimizer"]
-        self.follower = Follower(self.compiled, getattr(optimizer, "optimizer", optimizer), state.global_step)
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.follower = Follower(self.compiled, optimizer, state.global_step, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The optimiser may be used on for something else."""

@@ -306,7 +306,7 @@ def test_a_callback_that_was_cut_short_does_not_act_twice() -> None:
     callback, optimizer = model.callback(), adamw(model)
 
     class State:
-        global_step = 0
+        global_step, max_steps = 0, 10
 
     for _ in range(2):  # the second training begins though the first has not ended
         callback.on_train_begin(None, State(), None, optimizer=optimizer)

@@ -44,6 +44,11 @@ class Sparse(Combinator):
             return f"sparse takes a plain method: write {self.method.name}(sparse(…))"
         return super().conflict()
 
+    def refuses(self, site: Any) -> str | None:
+        if (reason := super().refuses(site)) is not None:
+            return reason
+        return None if self._pruned(site) else f"{self.method.name} learns no matrix that could be pruned"
+
     def probe(self) -> Method:
         return self.method
 
