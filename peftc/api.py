@@ -62,7 +62,7 @@ def compile(
 
 def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:
     if calibration is None and (wanting := [a for a in intentions.applications if a.method.data is not None]):
-        raise PeftcError(*(NeedsCalibration(method=repr(item.method), span=item.span) for item in wanting))
+        raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting))
 
 
 def plan(

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, fx
 
-from peftc.calling import Convention
+from peftc.calling import LOSS_INPUTS, Convention, without_loss
 from peftc.errors import PeftcError
 from peftc.insert import dense_weight
-from peftc.ir import get_attribute
+from peftc.ir import get_attribute, value
 from peftc.method import Data
 from peftc.model_errors import BadCalibration
 from peftc.module import CompiledModule
@@ -26,7 +29,32 @@ from peftc.planning import Binding, Plan
 from peftc.site import Linear
 
 Batches = Iterable[Any]
+AT_ONCE = 8  # examples of a file in a batch
+MASK = "attention_mask"
 PROBE_STD = 0.02  # of BERT's initialisation, which SparseAdapter's adapters start from
+
+
+def read_batches(path: Path) -> list[dict[str, Tensor]]:
+    """The batches of a `.safetensors` file, which holds one tensor [N, ...] for each of the model's inputs.
+
+    Raises:
+        PeftcError: `bad-calibration` if there is no such file, or it holds anything else.
+    """
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        reason = f"'{path}' cannot be read: {error.strerror or error}"
+        raise PeftcError(BadCalibration(reason=reason)) from None
+    except (SafetensorError, ValueError, KeyError):
+        raise PeftcError(BadCalibration(reason=f"'{path}' is no .safetensors file, or was cut short")) from None
+    counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if len(set(counts.values())) > 1:
+        described = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise PeftcError(
+            BadCalibration(reason=f"the tensors of '{path}' differ in how many examples they hold: {described}")
+        )
+    starts = range(0, next(iter(counts.values()), 0), AT_ONCE)
+    return [{name: tensor[start : start + AT_ONCE] for name, tensor in tensors.items()} for start in starts]
 
 
 def observed(plan: Plan, batches: Batches) -> dict[Binding, Any]:
@@ -91,36 +119,53 @@ def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, Tensor]
 def _second_moments(
     module: fx.GraphModule, plan: Plan, bindings: list[Binding], batches: Batches
 ) -> dict[Binding, Tensor]:
-    """xᵀx over all tokens that the attention mask keeps, in double precision."""
-    watched: dict[fx.Node, list[Binding]] = defaultdict(list)
+    """xᵀx over all tokens that the attention mask keeps, in double precision.
+
+    Labels are not needed, unless the model makes its decoder's inputs of them.
+    """
+    watched: dict[str, list[Binding]] = defaultdict(list)
+    tokens: dict[str, bool] = {}  # whether the mask is about these inputs
+    main = next(iter(plan.input_values))
     for binding in bindings:
         assert isinstance(binding.site, Linear)
         for use in binding.site.uses:
-            watched[use.x].append(binding)
-    sums: dict[fx.Node, Tensor] = {}
+            watched[use.x.name].append(binding)
+            tokens[use.x.name] = MASK in plan.captured.inputs and _are_tokens(value(use.x), main)
+    sums: dict[str, Tensor] = {}
 
     class Watch(fx.Interpreter):
-        mask: Tensor | None = None
+        mask: Tensor
 
         def run_node(self, n: fx.Node) -> Any:
             x = super().run_node(n)
-            if n in watched:
-                kept = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x.flatten(0, -2)
-                kept = kept.double()
-                sums[n] = sums.get(n, 0) + kept.T @ kept
+            if n.name in watched:
+                rows = x.flatten(0, -2).double()
+                kept = rows[self.mask] if tokens[n.name] else rows
+                sums[n.name] = sums.get(n.name, 0) + kept.T @ kept
             return x
 
-    watch = Watch(module)
+    unlabelled = without_loss(module.graph, Convention(plan.captured.inputs, plan.captured.result).keys)
+    watch = Watch(module, graph=unlabelled)
     with torch.no_grad():
-        for given in _given(plan, batches):
-            mask = given.get("attention_mask")
-            watch.mask = None if mask is None else mask.bool()
-            watch.run(*given.values())
+        for given in _given(plan, batches, labels=unlabelled is None):
+            if MASK in given:
+                watch.mask = given[MASK].bool().flatten()
+            watch.run(*(tensor for name, tensor in given.items() if unlabelled is None or name not in LOSS_INPUTS))
     found: dict[Binding, Tensor] = {}
-    for node, members in watched.items():
+    for name, members in watched.items():
         for binding in members:
-            found[binding] = found[binding] + sums[node] if binding in found else sums[node]
+            found[binding] = found[binding] + sums[name] if binding in found else sums[name]
     return found
+
+
+def _are_tokens(x: Tensor, main: Tensor) -> bool:
+    """Whether rows of x [B, S, n] or [B S, n] are the tokens of the main input [B, S], which the mask is about.
+
+    By symbols: a decoder's length has one of its own, and may be the same number.
+    """
+    leading = x.shape[:-1]
+    flat = len(leading) == 1 and str(leading[0]) == str(main.shape[0] * main.shape[1])
+    return flat or str(leading) == str(main.shape[:2])
 
 
 def _squared_gradients(
@@ -136,8 +181,7 @@ def _squared_gradients(
     try:
         for given in _given(plan, batches):
             for example in _examples(given):
-                loss = module(*example.values())[0]
-                for name, gradient in zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True):
+                for name, gradient in zip(weights, _gradients(module, example, [*weights.values()]), strict=True):
                     sums[name] += gradient.square()
     finally:
         for weight in weights.values():
@@ -147,6 +191,16 @@ def _squared_gradients(
         for binding in bindings
         if isinstance(binding.site, Linear)
     }
+
+
+def _gradients(module: fx.GraphModule, example: dict[str, Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """∂L/∂W of one example; zero for a weight that the loss does not depend on."""
+    with torch.enable_grad():
+        loss = module(*example.values())[0]
+        if not loss.isfinite():
+            reason = f"the loss of an example is {loss.item()}, as where every label is -100"
+            raise PeftcError(BadCalibration(reason=reason))
+        return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
 
 
 def _examples(given: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -160,21 +214,44 @@ def _has_loss(graph: fx.Graph, plan: Plan) -> None:
         raise PeftcError(BadCalibration(reason=f"{plan.sites.model} returns no loss to take gradients of"))
 
 
-def _given(plan: Plan, batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """Each batch as the graph's inputs, by name and in their order."""
+def _given(plan: Plan, batches: Batches, *, labels: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Each batch as the graph's inputs, by name and in their order. `labels`: whether they must be there."""
     convention = Convention(plan.captured.inputs, plan.captured.result)
     device = next(plan.captured.module.parameters()).device
+    expected = dict(zip(convention.inputs, plan.input_values, strict=True))
     empty = True
     for batch in batches:
         empty = False
-        args = () if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+        args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        for name, item in (*zip(convention.inputs, args, strict=False), *kwargs.items()):
+            _is_tensor(name, item)
         try:
-            given = convention.bind(args, dict(batch) if isinstance(batch, Mapping) else {})
+            given = convention.bind(args, kwargs)
         except TypeError as error:
             raise PeftcError(BadCalibration(reason=str(error))) from None
-        if len(given) < len(convention.inputs):
-            missing = ", ".join(name for name in convention.inputs if name not in given)
-            raise PeftcError(BadCalibration(reason=f"a batch has no {missing}"))
+        missing = [name for name in convention.inputs if name not in given]
+        if missing and (labels or set(missing) - set(LOSS_INPUTS)):
+            raise PeftcError(BadCalibration(reason=f"a batch has no {', '.join(missing)}"))
+        for name, tensor in given.items():
+            _fits(name, tensor, expected[name])
         yield {name: tensor.to(device) for name, tensor in given.items()}
     if empty:
         raise PeftcError(BadCalibration(reason="there are no batches"))
+
+
+def _is_tensor(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        reason = f"{name} is a {type(given).__name__}, and the model takes a tensor"
+        raise PeftcError(BadCalibration(reason=reason))
+
+
+def _fits(name: str, given: Tensor, expected: Tensor) -> None:
+    """Refuses a tensor of another kind than the model was captured with."""
+    if given.dim() != expected.dim() or given.is_floating_point() != expected.is_floating_point():
+        described = (
+            f"{str(tensor.dtype).removeprefix('torch.')} of {tensor.dim()} dimensions" for tensor in (given, expected)
+        )
+        raise PeftcError(BadCalibration(reason="{} is {}, and the model takes {}".format(name, *described)))
+    if not len(given):
+        raise PeftcError(BadCalibration(reason=f"{name} is empty"))

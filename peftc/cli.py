@@ -61,6 +61,7 @@ def _complain(error: PeftcError, *, as_json: bool) -> None:
 def _compile(given: argparse.Namespace) -> None:
     """Compiles, verifies, reports; with -o writes the artifact."""
     import peftc
+    from peftc.calibration import read_batches
     from peftc.report import plan_table, timings_table
 
     with _progress(given) as timings:
@@ -69,8 +70,9 @@ def _compile(given: argparse.Namespace) -> None:
             if problems:
                 raise PeftcError(*problems)
         with timings.stage("load"):
+            batches = read_batches(Path(given.calibration)) if given.calibration else None
             model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
-        compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
+        compiled = peftc.compile(model, Path(given.spec), example=example, calibration=batches, timings=timings)
         if given.output:
             with timings.stage("save"):
                 compiled.save(given.output)
@@ -237,6 +239,12 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("compile", _compile, model=True, spec=True)
     made.add_argument("-o", "--output", metavar="DIR", help="write the artifact here")
+    made.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="a .safetensors file with one tensor [N, ...] for each input of the model, labels included, for methods "
+        "that start from data; it is run in batches of 8",
+    )
     made.add_argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes")
     weights(made)
     dtype(made)

@@ -116,8 +116,8 @@ def prepare(module: nn.Module, plan: Plan) -> None:
         base = base.to(now.device, now.dtype)
         weight = dense_weight(base, site)
         prepared = binding.method.prepare(site, weight, state)
-        if prepared is weight:
-            continue
+        if prepared is weight and (now.data_ptr() == base.data_ptr() or torch.equal(now, base)):
+            continue  # else something was added before, and is to go again
         if site.weight not in stored:
             stored[site.weight] = nn.Parameter(base.clone(), requires_grad=False)
             set_tensor(module, site.weight, stored[site.weight])

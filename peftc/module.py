@@ -154,6 +154,15 @@ class CompiledModule(fx.GraphModule):
 
     # Schedules
 
+    def penalty(self) -> Tensor:
+        """What the methods ask to be added to the loss (DiffPruning, AdaLoRA), for a loss of the caller's own.
+
+        The loss that the model itself returns in training has it already.
+        """
+        from peftc.penalties import penalty_of
+
+        return penalty_of(self)
+
     def follow(self, optimizer: Optimizer, step: int = 0, total: int | None = None) -> Follower:
         """Lets the methods that have a schedule (AdaLoRA, ReLoRA, …) act after each `optimizer.step()`.
 

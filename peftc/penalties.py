@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from peftc.ir import Provenance, attribute_node, splice, trace, value
+from peftc.ir import Provenance, attribute_node, get_attribute, splice, trace, value
 from peftc.method import Method
 from peftc.normalise import training_tensor
 
 if TYPE_CHECKING:
+    from peftc.module import CompiledModule
     from peftc.planning import Binding, Plan
 
 
@@ -55,6 +56,15 @@ def loss_node(graph: fx.Graph, plan: Plan) -> fx.Node | None:
     return first if isinstance(first, fx.Node) else None
 
 
+def penalty_of(compiled: CompiledModule) -> Tensor:
+    """The sum of all penalties as the model is now."""
+    total = torch.zeros((), device=compiled.device)
+    for binding in penalised(compiled.plan):
+        state = {name: get_attribute(compiled, full) for name, full in binding.names.items()}
+        total = total + binding.method.penalty(binding.site, state)
+    return total
+
+
 def _penalty(module: fx.GraphModule, binding: Binding, pass_name: str, templates: dict[Hashable, fx.Graph]) -> fx.Node:
     """The nodes of one site's penalty, behind a reader of its state: in the block that the site is in."""
     method, site, names = binding.method, binding.site, tuple(binding.names)
@@ -64,7 +74,8 @@ def _penalty(module: fx.GraphModule, binding: Binding, pass_name: str, templates
         return method.penalty(site, dict(zip(names, given, strict=True)))
 
     fakes = [value(node) for node in nodes]
-    key = type(method), repr(method), names, tuple(f"{tuple(fake.shape)} {fake.dtype} {fake.device}" for fake in fakes)
+    shapes = tuple(f"{tuple(fake.shape)} {fake.dtype} {fake.device}" for fake in fakes)
+    key = type(method), repr(method), tuple(site.facts().items()), names, shapes
     if key not in templates:
         templates[key] = trace(function, *fakes)
     reader = next((user for node in nodes for user in node.users), nodes[-1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from peftc.insert import prepare
@@ -47,7 +48,7 @@ class Step:
 
 
 class Follower:
-    """Drives a model's scheduled methods by an optimiser's steps, until `remove()`."""
+    """Drives those scheduled methods of a model whose tensors an optimiser trains, by its steps, until `remove()`."""
 
     def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
         """`step`: how many steps have been made already, where training goes on; `total`: how many there will be."""
@@ -55,14 +56,18 @@ class Follower:
         self.optimizer = optimizer
         self.step = step
         self.total = total
-        scheduled = [binding for binding in compiled.plan.bindings if binding.method.scheduled]
+        trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        scheduled = [
+            binding
+            for binding in compiled.plan.bindings
+            if binding.method.scheduled and any(id(t) in trained for t in _tensors(compiled, binding).values())
+        ]
         self.statements = [list(members) for _, members in groupby(scheduled, key=lambda binding: binding.statement)]
         self.cold: list[tuple[float, Tensor, Tensor]] = []
-        hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
-        self.hooks = hooks if scheduled else ()
-        if not scheduled:
-            for hook in hooks:
-                hook.remove()
+        self.hooks: tuple[RemovableHandle, ...] = ()
+        if scheduled:
+            after = optimizer.register_step_post_hook(self._after)
+            self.hooks = (optimizer.register_step_pre_hook(self._before), after)
 
     def remove(self) -> None:
         """Stops following."""
@@ -105,6 +110,7 @@ class Schedule(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Trainer has made its optimiser, and knows at which step it goes on."""
+        self.on_train_end(args, state, control)  # of a training that was cut short, maybe with this very optimiser
         optimizer = given["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self.follower = Follower(self.compiled, optimizer, state.global_step, state.max_steps)
@@ -113,3 +119,4 @@ class Schedule(TrainerCallback):
         """The optimiser may be used on for something else."""
         if self.follower is not None:
             self.follower.remove()
+            self.follower = None
