@@ -21,6 +21,7 @@ class Combinator(Method):
 
     method: Method
     site = Site
+    outermost = False  # whether it goes around other combinators; the others take a plain method
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -30,6 +31,10 @@ class Combinator(Method):
 
     def conflict(self) -> str | None:
         inner = self.method
+        if isinstance(inner, Combinator) and not self.outermost:
+            return f"{inner.name} is made of another method: " + (
+                f"write {inner.name}({self.name}(…))" if inner.outermost else f"{self.name} takes a plain one"
+            )
         if inner.stage is Stage.SEQUENCE:
             return f"{inner.name} changes the whole sequence, and {self.name} needs an output at one place"
         if inner.indivisible:
@@ -54,6 +59,10 @@ class Combinator(Method):
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         own = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}
         self.method.initialise(site, weight, own)
+
+    @property
+    def consistency(self) -> float:
+        return self.method.consistency
 
     def adds_bias(self, site: Any) -> bool:
         return self.method.adds_bias(site)

@@ -45,7 +45,7 @@ class Data(enum.Enum):
 
     INPUTS = "x\u1d40x of the site's inputs, [n_in, n_in]"
     WEIGHT_GRADIENTS = "squares of each example's gradient of the weight, [n_out, n_in]"
-    STATE_GRADIENTS = "gradients of the state of `probe()`, by name"
+    STATE_GRADIENTS = "the state of `probe()` as it starts and its gradients, by name"
 
 
 @dataclass(frozen=True, slots=True)

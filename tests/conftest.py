@@ -10,3 +10,12 @@ settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected outputs anew")
+
+
+@pytest.fixture
+def one_capture_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling a model a second time starts from what was captured the first time."""
+    from captures import captured_once
+    from peftc import pipeline
+
+    monkeypatch.setattr(pipeline, "capture", captured_once)

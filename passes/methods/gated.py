@@ -28,6 +28,8 @@ class Gated(Combinator):
 
     method: Method = param(REQUIRED, "what is gated")
 
+    outermost = True
+
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.unmergeable = "its gate depends on what enters the layer"

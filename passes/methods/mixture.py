@@ -28,11 +28,6 @@ class Mixture(Combinator):
     n: int = param(4, "how many", min=2)
     consistency: float = param(1.0, "weight of the loss between the two passes; 0 makes it one pass", min=0)
 
-    def conflict(self) -> str | None:
-        if isinstance(self.method, Combinator):
-            return f"a mixture takes a plain method: write {self.method.name}(mixture(…))"
-        return super().conflict()
-
     def state(self, site: Any) -> dict[str, State]:
         return {
             name: State((self.n, *spec.shape), partial(_each, spec.init), spec.trainable, spec.dtype)
