@@ -1,7 +1,7 @@
 """Trains SmolLM2-135M with Hugging Face's Trainer on Python's own help texts, by a spec.
 
-    python examples/train.py --spec examples/lora.peft --steps 50 --output build/lora
-    python examples/train.py --spec examples/lora.peft --steps 100 --output build/lora --resume
+    python examples/train.py --spec examples/recipes/lora.peft --steps 50 --output build/lora
+    python examples/train.py --spec examples/recipes/lora.peft --steps 100 --output build/lora --resume
 
 Prints a completion of one prompt before and after. `--output` gets Trainer's checkpoints, which hold only what learns,
 and the artifact, which `peftc.load` and `peftc merge` read. Needs no network once the model is in the cache.
@@ -58,7 +58,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains SmolLM2-135M on Python's help texts, by a spec.")
-    parser.add_argument("--spec", type=Path, default=Path(__file__).with_name("lora.peft"))
+    parser.add_argument("--spec", type=Path, default=Path(__file__).parent / "recipes" / "lora.peft")
     parser.add_argument("--steps", type=int, default=50, help="in all, those before --resume included")
     parser.add_argument("--batch", type=int, default=4, help=f"blocks of {BLOCK} tokens in a step")
     parser.add_argument("--lr", type=float, default=5e-4)

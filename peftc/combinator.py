@@ -5,6 +5,7 @@ state under `method.`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Combinator(Method):
     """Base of a method made of another, its parameter `method`. Delegates whatever a combinator does not change."""
 
     method: Method
-    site = Site
+    site: type[Site] | UnionType = Site
     outermost = False  # whether it goes around other combinators; the others take a plain method
 
     def __init__(self, **given: Any) -> None:
@@ -83,7 +84,8 @@ class Combinator(Method):
 
     def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""
-        return self.method.rewrite(site, x, y, **chosen(known, self.method.asks(inside(known))))
+        changed: Tensor = self.method.rewrite(site, x, y, **chosen(known, self.method.asks(inside(known))))
+        return changed
 
     def inner_input(self, site: Any, x: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite of the input."""

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from peftc.ir import get_attribute, is_tensor, value
+from peftc.linears import GROUPED
 from peftc.optimizers import STATE_BYTES
+from peftc.site import Block
 
 if TYPE_CHECKING:
     from peftc.planning import Binding, Plan
@@ -127,7 +129,7 @@ def kept_for_backward(plan: Plan) -> tuple[Kept, ...]:
     kept: dict[int, Kept] = {}
     beside: list[Kept] = []
     for node in plan.captured.module.graph.nodes:
-        if node not in needs or node.op != "call_function":
+        if node.op != "call_function" or needs.isdisjoint(node.all_input_nodes):
             continue
         for tensor in _kept_by(node, needs):
             if tensor.op == "call_function" and is_tensor(tensor):
@@ -153,18 +155,36 @@ def _kept_beside(node: fx.Node) -> list[Kept]:
 
 def _kept_by_branch(binding: Binding, kept: dict[int, Kept]) -> list[Kept]:
     """What an inserted branch keeps: the site's input, which branches share, and each narrow product of it."""
-    site: Any = binding.site
-    uses = getattr(site, "uses", ()) or [use for use in [getattr(site, "entry", None)] if use]
+    site = binding.site
     shapes = [state.shape for state in binding.state.values() if state.trainable]
-    narrow = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] < shape[1])
-    for use in uses:
-        if use.x.op == "call_function":
-            kept.setdefault(_storage(use.x), _whole(use.x))
-    return [Kept((*value(use.x).shape[:-1], narrow), max(value(use.x).element_size(), 4)) for use in uses if narrow]
+    narrow = binding.method.keeps(site)
+    if narrow is None:
+        narrow = sum(shape[-2] for shape in shapes if len(shape) > 1 and shape[-2] < shape[-1])
+    read = _read_by_branch(site)
+    for node in read:
+        if node.op == "call_function":
+            # What a block's branch reads is the hidden state as it was, not the sum that goes on.
+            replaced = isinstance(site, Block) and node is site.h and binding.method.changes(site)
+            kept.setdefault(-_storage(node) if replaced else _storage(node), _whole(node))
+    # At a block all that is read goes into one product after the other; elsewhere each use is a branch of its own.
+    branches = read[:1] if isinstance(site, Block) else read
+    return [Kept((*value(x).shape[:-1], narrow), max(value(x).element_size(), 4)) for x in branches if narrow]
+
+
+def _read_by_branch(site: Any) -> list[fx.Node]:
+    """The values of the base model that a branch at the site reads."""
+    if isinstance(site, Block):
+        entering = [site.x] if site.before is None else []
+        attention = site.reading.out.args if site.reading and site.memory else ()
+        operands = [node for node in attention if isinstance(node, fx.Node) and is_tensor(node)]
+        return [node for node in (site.h, *entering, *operands) if node is not None]
+    uses = getattr(site, "uses", ()) or [use for use in [getattr(site, "entry", None)] if use]
+    return [use.x for use in uses]
 
 
 def _whole(node: fx.Node) -> Kept:
-    return Kept(tuple(value(node).shape), value(node).element_size())
+    """All the memory that a value lies in: of a slice autograd keeps the whole tensor."""
+    return Kept((value(node).untyped_storage().nbytes(),), 1)
 
 
 def _storage(node: fx.Node) -> int:
@@ -190,6 +210,8 @@ def _kept_by(node: fx.Node, needs: set[fx.Node]) -> Iterable[fx.Node]:
         return node.all_input_nodes[:1]
     if node.target in KEEPS_OUTPUT:
         return [node]
+    if str(node.target) in GROUPED:  # one autograd function, which keeps both whatever it needs
+        return [operand for operand in operands[:1] if operand]
     if node.target in PRODUCTS:
         left, right = (operands[index] for index in PRODUCTS[node.target])
         return [a for a, b in ((left, right), (right, left)) if a and b in needs and is_tensor(a)]
@@ -201,6 +223,8 @@ def _needing_gradients(plan: Plan) -> set[fx.Node]:
     starts: set[fx.Node] = set()
     for binding in plan.bindings:
         site: Any = binding.site
+        if not binding.method.changes(site):
+            continue
         starts |= {use.y for use in getattr(site, "uses", ())} | {h for h in [getattr(site, "h", None)] if h}
     needs: set[fx.Node] = set()
     for node in plan.captured.module.graph.nodes:

@@ -1,17 +1,17 @@
-"""Sites for parameters that are there already: norms, biases, embeddings, convolutions, whole blocks."""
+"""Sites for parameters that are there already: norms, biases, embeddings, convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from peftc.blocks import Block
 from peftc.ir import module_path, value
 from peftc.linears import CASTS, parameter_of
-from peftc.site import Parameters, Site
+from peftc.site import Block, Parameters, Site
 
 aten = torch.ops.aten
 
@@ -35,15 +35,11 @@ BIASED = {
 
 
 def existing_parameters(module: fx.GraphModule, blocks: list[Block], aliases: dict[str, list[str]]) -> list[Site]:
-    """One site a norm, bias, embedding, convolution and block, in the graph's order."""
+    """One site a norm, bias, embedding and convolution, in the graph's order, and then the blocks."""
     found: list[Site] = []
     for node in module.graph.nodes:
         found += _at(node, aliases)
-    used = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
-    for block in blocks:
-        names = tuple(name for name in used if name.startswith(f"{block.path}."))
-        found.append(Parameters(block.path, block.path, frozenset({"block"}), parameters=names))
-    return _merged(found)
+    return _merged([*found, *blocks])
 
 
 def own_name(tensor: str, module: str, aliases: dict[str, list[str]]) -> str:
@@ -118,5 +114,6 @@ def _merged(sites: list[Site]) -> list[Site]:
             by_name[site.name] = site
         elif not set(site.parameters) <= set(known.parameters) or not site.roles <= known.roles:
             names = dict.fromkeys((*known.parameters, *site.parameters))
-            by_name[site.name] = Parameters(known.name, known.path, known.roles | site.roles, parameters=tuple(names))
+            kept = site if isinstance(site, Block) else known
+            by_name[site.name] = replace(kept, roles=known.roles | site.roles, parameters=tuple(names))
     return list(by_name.values())

@@ -48,12 +48,22 @@ class AttentionPattern:
 
 
 def value_flow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
-    """Nodes in the graph's order, an edge from every value to each node that reads it."""
+    """Nodes in the graph's order, an edge from every feature value to each node that reads it.
+
+    Through sizes, masks and indices, such as a router's choices, no features flow.
+    """
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     for node in graph.nodes:
         flow.add_node(node)
-        flow.add_edges_from((argument, node) for argument in node.all_input_nodes)
+        flow.add_edges_from((argument, node) for argument in node.all_input_nodes if _has_features(argument))
     return flow
+
+
+def _has_features(node: fx.Node) -> bool:
+    found = node.meta.get("val")
+    if isinstance(found, torch.Tensor):
+        return found.is_floating_point() or found.is_complex()
+    return isinstance(found, tuple | list)
 
 
 def nearest(

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from peftc.chains import onto_block
+from peftc.grouped import product_like
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import Method, State
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
-from peftc.site import Linear, Module, Site, Use
+from peftc.site import Block, Module, Projection, Site, Use
 
 HALF = (torch.float16, torch.bfloat16)
-# Operands that are no state: the rows of a slice that is no range, and whether the model is training.
+# Operands that are no state: the rows of a slice that is no range, the ends of groups, whether the model is training.
 ROWS = "rows"
+OFFSETS = "offsets"
 TRAINING = "training"
 
 
-def dense_weight(stored: Tensor, site: Linear, index: Tensor | None = None) -> Tensor:
-    """The site's weight as [n_out, n_in], whatever way it is stored; a view where it can be one."""
-    return take(stored.t() if site.transposed else stored, site, 0, index)
+def dense_weight(stored: Tensor, site: Projection, index: Tensor | None = None) -> Tensor:
+    """The site's weight as [*batch, n_out, n_in], whatever way it is stored; a view where it can be one."""
+    return take(canonical(stored, site), site, -2, index)
 
 
-def take(whole: Tensor, site: Linear, dim: int, index: Tensor | None = None) -> Tensor:
+def canonical(stored: Tensor, site: Projection) -> Tensor:
+    """A view of the whole stored weight whose rows are output features."""
+    return stored.transpose(-2, -1) if site.transposed else stored
+
+
+def replace_rows(stored: Tensor, site: Projection, part: Tensor) -> None:
+    """Writes the site's rows of a stored weight, in place."""
+    rows = slice(None) if site.rows is None else list(site.rows)
+    canonical(stored, site)[..., rows, :] = part
+
+
+def take(whole: Tensor, site: Projection, dim: int, index: Tensor | None = None) -> Tensor:
     """The site's rows of a fused tensor along `dim`. `index` holds them where they are no range."""
     if site.rows is None:
         return whole
@@ -35,7 +50,7 @@ def take(whole: Tensor, site: Linear, dim: int, index: Tensor | None = None) -> 
     return whole.index_select(dim, torch.tensor(site.rows, device=whole.device) if index is None else index)
 
 
-def _put(whole: Tensor, part: Tensor, site: Linear, index: Tensor | None) -> Tensor:
+def _put(whole: Tensor, part: Tensor, site: Projection, index: Tensor | None) -> Tensor:
     """`whole` with the site's rows (its last dimension) replaced."""
     if site.rows is None:
         return part
@@ -87,7 +102,7 @@ def prepare(module: nn.Module, plan: Plan) -> None:
     stored: dict[str, nn.Parameter] = {}
     for binding in plan.bindings:
         site = binding.site
-        if not isinstance(site, Linear) or type(binding.method).prepare is Method.prepare:
+        if not isinstance(site, Projection) or type(binding.method).prepare is Method.prepare:
             continue
         state = {name: get_attribute(module, full).detach() for name, full in binding.names.items()}
         now = get_attribute(module, site.weight)
@@ -100,8 +115,7 @@ def prepare(module: nn.Module, plan: Plan) -> None:
         if site.weight not in stored:
             stored[site.weight] = nn.Parameter(base.clone(), requires_grad=False)
             set_tensor(module, site.weight, stored[site.weight])
-        whole = stored[site.weight].data.t() if site.transposed else stored[site.weight].data
-        whole[slice(None) if site.rows is None else list(site.rows)] = prepared
+        replace_rows(stored[site.weight].data, site, prepared)
 
 
 def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
@@ -112,7 +126,7 @@ def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
 
 
 def _weight(stored: Tensor, site: Site) -> Tensor:
-    return dense_weight(stored, site) if isinstance(site, Linear) else stored
+    return dense_weight(stored, site) if isinstance(site, Projection) else stored
 
 
 def _start(spec: State, reference: Tensor) -> Tensor:
@@ -133,27 +147,33 @@ class Inserter:
         self.current: dict[fx.Node, fx.Node] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self.templates: dict[Hashable, fx.Graph] = {}
+        self.carries: dict[tuple[int, str], fx.Node] = {}
 
     def insert(self, binding: Binding, pass_name: str) -> None:
         """The binding's nodes, at every use of its site."""
         stamp = Provenance(pass_name, binding.site.name, binding.span)
         match binding.site:
-            case Linear(uses=uses) if binding.method.rewrites_input(binding.site):
+            case Projection(uses=uses) if binding.method.rewrites_input(binding.site):
                 for use in uses:
                     self._into_input(binding, use, stamp)
-            case Linear(uses=uses):
+            case Projection(uses=uses):
                 for use in uses:
                     self._onto(binding, use.y, use.x, use, stamp)
             case Module(entry=Use() as entry, h=fx.Node() as h):
                 self._onto(binding, h, entry.x, entry, stamp)
+            case Block():
+                state = self._operands(binding, binding.method.asks(binding.names))
+                onto_block(self, binding, state, stamp)
 
     def _onto(self, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
         """Replaces the output `y` by the method's."""
         now = self.current.get(y, y)
         names = binding.method.asks(binding.names)
         extra = self._operands(binding, names)
-        function = self._output_function(binding, names, tuple(extra))
-        template = self._template(binding, function, [x, now, *extra.values()], tuple(extra))
+        if use.offsets is not None:
+            extra[OFFSETS] = use.offsets
+        function = self._output_function(binding, use, names, tuple(extra))
+        template = self._template(binding, use, function, [x, now, *extra.values()], tuple(extra))
         result, made = splice(self.graph, template, [x, now, *extra.values()], now, stamp)
         redirect(now, result, keep=made)
         self.current[y] = result
@@ -169,7 +189,7 @@ class Inserter:
         def function(x: Tensor, *given: Tensor) -> Tensor:
             return binding.method.rewrite_input(binding.site, x, **dict(zip(extra, given, strict=True)))
 
-        template = self._template(binding, function, [x, *extra.values()], tuple(extra))
+        template = self._template(binding, use, function, [x, *extra.values()], tuple(extra))
         result, _ = splice(self.graph, template, [x, *extra.values()], x, stamp, inside=use.op)
         for reader in (use.op, *self.readers[use.op]):
             reader.replace_input_with(x, result)
@@ -178,11 +198,11 @@ class Inserter:
         """The nodes of the state, weight and bias that a rewrite asks for; optional state may be absent."""
         site = binding.site
         paths = {name: binding.names[name] for name in names if name in binding.names}
-        if isinstance(site, Linear):
+        if isinstance(site, Projection):
             paths |= {"weight": site.weight} if "weight" in names else {}
             paths |= {"bias": site.bias} if "bias" in names and site.bias else {}
         ordered = {name: paths[name] for name in names if name in paths}
-        if isinstance(site, Linear) and site.rows is not None and site.slice is None:
+        if isinstance(site, Projection) and site.rows is not None and site.slice is None:
             ordered[ROWS] = f"{binding.path}.{ROWS}"
             set_tensor(
                 self.module,
@@ -193,7 +213,7 @@ class Inserter:
         return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
 
     def _output_function(
-        self, binding: Binding, names: tuple[str, ...], present: tuple[str, ...]
+        self, binding: Binding, use: Use, names: tuple[str, ...], present: tuple[str, ...]
     ) -> Callable[..., Tensor]:
         """The method's rewrite on plain tensors: fused weights are narrowed to the site's rows and put back."""
         method, site = binding.method, binding.site
@@ -201,28 +221,30 @@ class Inserter:
         def function(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
             values: dict[str, Any] = dict(zip(present, given, strict=True))
             index = values.get(ROWS)
-            if isinstance(site, Linear):
+            if isinstance(site, Projection):
                 if "weight" in values:
                     values["weight"] = dense_weight(values["weight"], site, index)
                 if "bias" in values:
-                    values["bias"] = take(values["bias"], site, 0, index)
+                    values["bias"] = take(values["bias"], site, -1, index)
                 part = take(y, site, -1, index)
-                result = method.rewrite(site, x, part, **{name: values.get(name) for name in names})
+                here = replace(site, product=product_like(use.op, values.get(OFFSETS)))
+                result = method.rewrite(here, x, part, **{name: values.get(name) for name in names})
                 return _put(y, result, site, index)
-            return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+            whole: Tensor = method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+            return whole
 
         return function
 
     def _template(
-        self, binding: Binding, function: Callable[..., Tensor], args: list[fx.Node], names: tuple[str, ...]
+        self, binding: Binding, use: Use, function: Callable[..., Tensor], args: list[fx.Node], names: tuple[str, ...]
     ) -> fx.Graph:
         """Traced once for each method, kind of site and shape: equal blocks share it."""
         fakes = [value(node) for node in args]
         site = binding.site
-        rows = site.rows if isinstance(site, Linear) else None
+        rows = site.rows if isinstance(site, Projection) else None
         key = (
             type(binding.method), repr(binding.method), tuple(site.facts().items()), rows, names,
-            getattr(site, "transposed", None), binding.method.rewrites_input(site),
+            getattr(site, "transposed", None), binding.method.rewrites_input(site), use.op.target,
             tuple((str(tuple(fake.shape)), fake.dtype, str(fake.device)) for fake in fakes),
         )  # fmt: skip
         if key not in self.templates:

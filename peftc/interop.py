@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -23,8 +24,8 @@ from peftc.inputs import example_inputs
 from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
-from peftc.planning import Binding
-from peftc.site import Linear
+from peftc.planning import Binding, Plan
+from peftc.site import Experts, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
@@ -32,8 +33,9 @@ from peftc.timings import Timings
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MARKS = (".lora_", ".ia3_")
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+ROOT = "base_model."  # of what all modules share
+MARKS = (".lora_", ".ia3_", ".hada_", ".lokr_", ".vera_")
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
 def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
@@ -53,13 +55,17 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
         settings, own = binding.method.to_peft(binding.site, state)
         _join(config, settings, binding.site.name)
         tensors |= {f"{PREFIX}{binding.site.name}.{name}": tensor for name, tensor in own.items()}
+        for theirs, ours in binding.method.peft_shared.items():
+            if not torch.equal(tensors.setdefault(ROOT + theirs, state[ours]), state[ours]):
+                raise PeftcError(CannotExport(reason=f"{theirs} is the same for all modules there", span=binding.span))
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
         "target_modules": sorted(binding.site.name for binding in bindings),
-        "fan_in_fan_out": any(isinstance(b.site, Linear) and b.site.transposed for b in bindings),
         "inference_mode": True,
         "task_type": None,
     }
+    if any(isinstance(binding.site, Projection) and binding.site.transposed for binding in bindings):
+        config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
     write_folder(folder, files)
@@ -73,6 +79,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     """
     folder = Path(folder)
     config, tensors = _read(folder)
+    common = {
+        key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
+    }
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         mark = _separator(key)
@@ -97,14 +106,30 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     spec = parse(Source(f"{folder.name}/{CONFIG}", text))
     plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
     state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
+    state |= _shared(plan, common)
     check_tensors(folder, plan, state)
     return pipeline.build(plan, Timings(), state)
+
+
+def _shared_names() -> set[str]:
+    return {theirs for cls in methods().values() for theirs in cls.peft_shared}
+
+
+def _shared(plan: Plan, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all modules share: from the folder, else as it starts, which the settings alone decide."""
+    found: dict[str, Tensor] = {}
+    for binding in plan.bindings:
+        for name, spec in binding.shared.items():
+            theirs = next((theirs for theirs, ours in binding.method.peft_shared.items() if ours == name), None)
+            known = given[theirs] if theirs in given else spec.init(torch.empty(spec.shape, dtype=spec.dtype))
+            found.setdefault(binding.names[name], known)
+    return found
 
 
 def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
     """The settings of one module: HF PEFT's patterns are regular expressions for the end of its name."""
     own = dict(config)
-    for pattern, name in PATTERNS.items():
+    for name, pattern in PATTERNS.items():
         for key, value in (config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", module):
                 own[name] = value
@@ -124,12 +149,16 @@ def _problems(compiled: CompiledModule) -> list[CannotExport]:
 
 
 def _reason(binding: Binding, first: type[Any]) -> str | None:
-    if binding.method.peft_type is None or getattr(binding.method, "mode", "multiply") != "multiply":
+    if binding.method.peft_type is None:
         return f"it has no {binding.method!r}"
+    if reason := binding.method.unexportable(binding.site):
+        return reason
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
-    if isinstance(binding.site, Linear) and binding.site.rows is not None:
+    if isinstance(binding.site, Projection) and binding.site.rows is not None:
         return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    if isinstance(binding.site, Experts):
+        return f"peftc does not write its form for stacked experts, such as {binding.site.name}"
     return None
 
 
@@ -138,11 +167,12 @@ def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None
     for name, value in settings.items():
         if isinstance(value, list):
             config.setdefault(name, []).extend(value)
+        elif isinstance(value, dict):
+            config.setdefault(name, {}).update(value)
         elif config.setdefault(name, value) != value:
-            pattern = next((pattern for pattern, own in PATTERNS.items() if own == name), None)
-            if pattern is None:
+            if name not in PATTERNS:
                 raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
-            config.setdefault(pattern, {})[module] = value
+            config.setdefault(PATTERNS[name], {})[module] = value
 
 
 def _separator(key: str) -> str:

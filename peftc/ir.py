@@ -99,8 +99,12 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
 
 
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:
-    """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order."""
-    module = make_fx(function, pre_dispatch=True)(*fakes)
+    """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order.
+
+    Nodes that were copied from one template have one fake value, which tracing would take for one argument.
+    """
+    distinct = [fake if id(fake) not in map(id, fakes[:place]) else fake.detach() for place, fake in enumerate(fakes)]
+    module = make_fx(function, pre_dispatch=True)(*distinct)
     module.graph.eliminate_dead_code()
     return module.graph
 

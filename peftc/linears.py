@@ -19,6 +19,9 @@ aten = torch.ops.aten
 TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.default, aten.alias.default}
 PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+# x [tokens, in] sorted by expert, weights [experts, in, out], ends of the experts' tokens [experts] -> [tokens, out].
+# By name: the second is registered when transformers' own code for it is imported.
+GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def _product(node: fx.Node) -> Product | None:
         if value(node.args[1]).dim() == 2:
             return _dense(node, 0, 1, None, flipped=True)
         return _grouped(node)
-    if "grouped_mm" in str(node.target):
+    if str(node.target) in GROUPED:
         return _grouped(node)
     return None
 
@@ -88,12 +91,19 @@ def _dense(node: fx.Node, x_index: int, w_index: int, bias: object, *, flipped: 
 
 
 def _grouped(node: fx.Node) -> Product | None:
-    """A product with a 3-d parameter: [experts, in, out] as the operation sees it."""
+    """A product with a 3-d parameter: [experts, in, out] as the operation sees it.
+
+    Of all experts with the same number of tokens, or of tokens sorted by expert, whose ends are the third operand.
+    """
     named = parameter_of(node.args[1])
     if named is None or not isinstance(node.args[1], fx.Node) or value(node.args[1]).dim() != 3:
         return None
+    offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    if node.target not in PRODUCTS and not isinstance(offsets, fx.Node):
+        return None
     experts, n_in, n_out = (int(size) for size in value(node.args[1]).shape)
-    return Product(Use(node, node, 0), named[0], None, not named[1], n_in, n_out, experts)
+    use = Use(node, node, 0, offsets if isinstance(offsets, fx.Node) else None)
+    return Product(use, named[0], None, not named[1], n_in, n_out, experts)
 
 
 def _bias(node: fx.Node, bias: object, n_out: int) -> tuple[str | None, fx.Node]:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from peftc.artifact_errors import BadOutput
 from peftc.errors import Diagnostic, PeftcError
-from peftc.insert import dense_weight, take
+from peftc.insert import dense_weight, replace_rows, take
 from peftc.ir import get_attribute
 from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
 from peftc.planning import Binding
-from peftc.site import Linear
+from peftc.site import Projection
 
 
 def merge(compiled: CompiledModule) -> nn.Module:
@@ -35,7 +35,7 @@ def merge(compiled: CompiledModule) -> nn.Module:
     model = copy.deepcopy(compiled.base)
     by_weight: dict[str, list[Binding]] = defaultdict(list)
     for binding in compiled.plan.bindings:
-        assert isinstance(binding.site, Linear)
+        assert isinstance(binding.site, Projection)
         by_weight[binding.site.weight].append(binding)
     with torch.no_grad():
         for name in compiled.plan.trained:
@@ -52,7 +52,7 @@ def _problems(compiled: CompiledModule) -> list[Diagnostic]:
         reason = binding.method.unmergeable
         if (
             reason is None
-            and isinstance(binding.site, Linear)
+            and isinstance(binding.site, Projection)
             and (binding.method.adds_bias(binding.site) and binding.site.bias is None)
         ):
             reason = f"{binding.site.name} has no bias to take the shift"
@@ -64,26 +64,24 @@ def _problems(compiled: CompiledModule) -> list[Diagnostic]:
 def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: list[Binding]) -> None:
     """Folds all that stands on one weight, in the order in which it acts."""
     first = bindings[0].site
-    assert isinstance(first, Linear)
+    assert isinstance(first, Projection)
     stored: Tensor = get_attribute(compiled, weight).detach().clone()
     bias = get_attribute(compiled, first.bias).detach().clone() if first.bias else None
     for binding in bindings:
         site = binding.site
-        assert isinstance(site, Linear)
+        assert isinstance(site, Projection)
         state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
-        part = None if bias is None else take(bias, site, 0)
+        part = None if bias is None else take(bias, site, -1)
         new_weight, new_bias = binding.method.fold(site, dense_weight(stored, site), part, state)
-        canonical = stored.t() if site.transposed else stored
-        rows = slice(None) if site.rows is None else list(site.rows)
-        canonical[rows] = new_weight
+        replace_rows(stored, site, new_weight)
         if bias is not None and new_bias is not None and new_bias is not part:
-            bias[rows] = new_bias
+            bias[slice(None) if site.rows is None else list(site.rows)] = new_bias
     _store(model, first, stored)
     if bias is not None and first.bias:
         get_attribute(model, first.bias).copy_(bias)
 
 
-def _store(model: nn.Module, site: Linear, weight: Tensor) -> None:
+def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
     """Writes a folded weight. A tied one becomes the layer's own, so that the other layer keeps what it had."""
     if not site.tied:
         get_attribute(model, site.owner).copy_(weight)

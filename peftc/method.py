@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import enum
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from peftc.schedule import Place, Step
 
 __all__ = [
-    "REQUIRED", "Data", "Method", "Param", "Stage", "State", "method", "methods", "param", "wanted",
+    "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "divisors_near", "kinds", "method", "methods",
+    "param", "wanted",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
@@ -66,7 +69,7 @@ class Method(Configured):
 
     formula: ClassVar[str]
     paper: ClassVar[str]
-    site: type[Site] = Linear
+    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
     stage: Stage = Stage.WEIGHT
     identity: bool = True
     unmergeable: str | None = None
@@ -74,6 +77,7 @@ class Method(Configured):
     scheduled: bool = False
     indivisible: str | None = None  # why a combinator cannot take the method's state apart
     peft_type: ClassVar[str | None] = None
+    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     noun = "method"
     such_as = "lora(r=8)"
@@ -85,6 +89,10 @@ class Method(Configured):
 
     def claims_weight(self) -> str | None:
         """Why nothing else may change the weight that this method stands on, or None."""
+        return None
+
+    def claims_upstream(self) -> str | None:
+        """Why nothing that the method's output depends on may learn (no gradient passes through it), or None."""
         return None
 
     def state(self, site: Any) -> dict[str, State]:
@@ -113,8 +121,12 @@ class Method(Configured):
         """(site, x, *state): x as everything at the site shall read it. State is asked for by name."""
         raise NotImplementedError
 
-    def rewrite(self, *given: Any, **state: Any) -> Tensor:
-        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says."""
+    def rewrite(self, *given: Any, **state: Any) -> Any:
+        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says.
+
+        At a block, `carry`, `memory` and `attend` too (see `peftc.chains`): who asks for `carry` returns the pair of
+        the output and what the next block of its chain gets.
+        """
         raise NotImplementedError
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
@@ -126,6 +138,10 @@ class Method(Configured):
     ) -> tuple[Tensor, Tensor | None]:
         """The weight [n_out, n_in] and bias [n_out] of a plain layer that does the same."""
         return weight + self.delta(site, **state).to(weight.dtype), bias
+
+    def unexportable(self, site: Any) -> str | None:
+        """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
+        return None
 
     def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
@@ -174,9 +190,22 @@ class Method(Configured):
         """The learning rate of one state tensor, as a multiple of the base rate."""
         return 1.0
 
+    def changes(self, site: Any) -> bool:
+        """Whether the site's output becomes another; a link of a chain may only read it."""
+        return True
+
+    def keeps(self, site: Any) -> int | None:
+        """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
+        return None
+
     def rewrites_input(self, site: Any) -> bool:
         """Whether the method acts on what goes into the site; else on what comes out."""
         return False
+
+
+def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
+    """The kinds of site that a method attaches to, the one that it is made for first."""
+    return get_args(method.site) or (cast(type[Site], method.site),)
 
 
 M = TypeVar("M", bound=type[Method])
@@ -196,6 +225,13 @@ def wanted(function: Callable[..., Any], given: int, known: Iterable[str] = ()) 
     """The names a rewrite asks for behind its first `given` parameters; `**state` asks for all that are `known`."""
     named, everything = _asked(function, given)
     return (*named, *(name for name in known if name not in named)) if everything else named
+
+
+def divisors_near(size: int, wanted: int) -> str:
+    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
+    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))
 
 
 @cache

@@ -115,11 +115,18 @@ class WrongSite(Diagnostic):
     site: str
     site_kind: str
     others: int
+    instead: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         rest = f" and {self.others} more are not" if self.others else " is not"
         return f"{self.method} attaches to {self.wants}, which {self.site} ({self.site_kind}){rest}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.instead:
+            return ()
+        return (f"{choices(self.instead)} can; or leave the experts out with 'except expert'",)
 
 
 class Refused(Diagnostic):
@@ -168,6 +175,27 @@ class WeightClaimed(Diagnostic):
     @property
     def secondary(self) -> tuple[Label, ...]:
         return (Label(self.other, "changes it too"),)
+
+
+class GradientClaimed(Diagnostic):
+    """Something that learns below a method through which no gradient passes."""
+
+    code = "gradient-claimed"
+    method: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} keeps the gradient from what it stands on: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "would never learn"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"leave one of them out, or keep to what stands behind {self.method}, such as the head",)
 
 
 class TrainsASlice(Diagnostic):

@@ -153,14 +153,15 @@ class CompiledModule(fx.GraphModule):
 
     # Schedules
 
-    def follow(self, optimizer: Optimizer, step: int = 0) -> Follower:
+    def follow(self, optimizer: Optimizer, step: int = 0, total: int | None = None) -> Follower:
         """Lets the methods that have a schedule (AdaLoRA, ReLoRA, …) act after each `optimizer.step()`.
 
-        `step` is the number of steps already made. `.remove()` of what is returned ends it.
+        `step` is the number of steps already made, `total` that of all that will be, if known. `.remove()` of what is
+        returned ends it.
         """
         from peftc.schedule import Follower
 
-        return Follower(self, optimizer, step)
+        return Follower(self, optimizer, step, total)
 
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""

@@ -18,16 +18,19 @@ import torch
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.capture import Captured
+from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
-from peftc.errors import Diagnostic, PeftcError, in_file_order
-from peftc.method import Method, Stage, State
+from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
+from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Experts, Linear, Module, Site, Sites
-from peftc.spec_errors import NotYet
+from peftc.site import Block, Experts, Linear, Module, Projection, Site, Sites
 from peftc.text import Span
+from peftc.upstream import never_learning
 
-KINDS = {Linear: "linear layers", Module: "attn and mlp", Experts: "stacked expert weights"}
+KINDS: dict[type[Site], str] = {
+    Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +177,7 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
+        self.problems += never_learning(self.captured.module.graph, bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -196,7 +200,7 @@ class _Planner:
         wrong = [site for site in found if not isinstance(site, method.site)]
         if wrong:
             self._wrong_site(application, wrong)
-        fitting = [site for site in found if isinstance(site, method.site)]
+        fitting = linked([site for site in found if isinstance(site, method.site)])
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
             if reason := _mixed(site) or method.refuses(site):
@@ -221,22 +225,16 @@ class _Planner:
         return bindings
 
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
-        if any(isinstance(site, Experts) for site in wrong):
-            self.problems.append(
-                NotYet(
-                    what=f"{application.method.name} on stacked expert weights",
-                    instead="leave them out with 'except expert'",
-                    span=application.target.span,
-                )
-            )
-            return
+        """Of experts it says which methods take them: other models have linear layers where they stand."""
+        only_experts = all(isinstance(site, Experts) for site in wrong)
         self.problems.append(
             say.WrongSite(
                 method=application.method.name,
-                wants=KINDS[application.method.site],
+                wants=choices([KINDS[kind] for kind in kinds(application.method)], "and"),
                 site=wrong[0].name,
                 site_kind=_kind_of(wrong[0]),
                 others=len(wrong) - 1,
+                instead=tuple(name for name, cls in methods().items() if only_experts and Experts in kinds(cls)),
                 span=application.target.span,
             )
         )
@@ -256,12 +254,14 @@ class _Planner:
         first: dict[tuple[str, str], Binding] = {}
         clashes: dict[tuple[int, int], list[tuple[Binding, Binding]]] = defaultdict(list)
         whole = {
-            (b.method.name, b.site.weight): b for b in bindings if isinstance(b.site, Linear) and b.site.rows is None
+            (b.method.name, b.site.weight): b
+            for b in bindings
+            if isinstance(b.site, Projection) and b.site.rows is None
         }
         for binding in bindings:
             key = binding.method.name, binding.site.name
             earlier = first.setdefault(key, binding)
-            if isinstance(binding.site, Linear) and binding.site.rows is not None and earlier is binding:
+            if isinstance(binding.site, Projection) and _is_part(binding.site) and earlier is binding:
                 earlier = whole.get((binding.method.name, binding.site.weight), binding)
             if earlier is not binding:
                 pair = sorted((earlier, binding), key=lambda b: b.statement)
@@ -279,7 +279,7 @@ class _Planner:
         """A method that needs the weight to itself shares it neither with another nor with `train`."""
         by_weight: dict[str, list[Binding]] = defaultdict(list)
         for binding in bindings:
-            if isinstance(binding.site, Linear) and binding.method.stage is Stage.WEIGHT:
+            if isinstance(binding.site, Projection) and binding.method.stage is Stage.WEIGHT:
                 by_weight[binding.site.weight].append(binding)
         seen: set[tuple[Span, Span]] = set()
         for weight, sharing in by_weight.items():
@@ -317,7 +317,7 @@ class _Planner:
     def _refuse_slices(self, found: list[Site], training: Training, trained: dict[str, Span]) -> None:
         """A part of a weight cannot learn by itself, nor be frozen out of a weight that learns."""
         for site in found:
-            if isinstance(site, Linear) and _is_part(site) and (training.on or site.weight in trained):
+            if isinstance(site, Projection) and _is_part(site) and (training.on or site.weight in trained):
                 self.problems.append(say.TrainsASlice(site=site.name, weight=site.weight, span=training.target.span))
                 return
 
@@ -355,26 +355,32 @@ def over(plan: Plan, budget: Budget) -> Diagnostic | None:
 
 
 def _mixed(site: Site) -> str | None:
-    if isinstance(site, Linear) and site.mixed:
+    if isinstance(site, Projection) and site.mixed:
         return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
     return None
 
 
 def _is_part(site: Site) -> bool:
-    return isinstance(site, Linear) and site.rows is not None
+    return isinstance(site, Projection) and site.rows is not None
 
 
 def _overlap(one: Binding, other: Binding) -> bool:
     """Whether two bindings stand on common rows of a weight."""
-    assert isinstance(one.site, Linear)
-    assert isinstance(other.site, Linear)
+    assert isinstance(one.site, Projection)
+    assert isinstance(other.site, Projection)
     if one.site.rows is None or other.site.rows is None:
         return True
     return not set(one.site.rows).isdisjoint(other.site.rows)
 
 
 def _kind_of(site: Site) -> str:
-    return {"parameters": "an existing parameter", "module": "a sublayer"}.get(site.kind, f"a {site.kind} layer")
+    words = {
+        "parameters": "an existing parameter",
+        "module": "a sublayer",
+        "block": "a block",
+        "experts": "a stack of experts",
+    }
+    return words.get(site.kind, f"a {site.kind} layer")
 
 
 def _one_line(span: Span) -> str:

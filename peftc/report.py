@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from peftc.cost import Memory, formatted_bytes
-from peftc.method import Method, methods
+from peftc.method import Method, kinds, methods
 from peftc.planning import Plan
 from peftc.site import Site, Sites
 
@@ -105,7 +105,8 @@ def described_methods() -> list[dict[str, Any]]:
             "summary": inspect.getdoc(cls),
             "formula": cls.formula,
             "paper": cls.paper,
-            "site": cls.site.kind,
+            "site": kinds(cls)[0].kind,
+            "sites": [kind.kind for kind in kinds(cls)],
             "merges": cls.unmergeable is None,
             "parameters": {
                 parameter.name: {

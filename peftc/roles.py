@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import networkx as nx
 import torch
@@ -23,6 +24,7 @@ from peftc.existing import existing_parameters, own_name
 from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, residual_value, value_flow
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
+from peftc.residual import Crossing, block_sites
 from peftc.rows import Known, feature_rows
 from peftc.site import Experts, Linear, Module, Site, Sites
 
@@ -56,6 +58,7 @@ class _Finder:
         self.known_rows: Known = {}
         self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
         self.modules: list[Module] = []
+        self.crossing: Crossing = {}
         self.model_name = type(captured.model).__name__
 
     def sites(self) -> Sites:
@@ -65,7 +68,8 @@ class _Finder:
         blocks = _name_stacks(self.blocks, decoders)
         linear = list(self._linear_sites())
         items: list[Site] = [*linear, *self.modules]
-        items += existing_parameters(self.module, self.blocks, self.aliases)
+        whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
+        items += existing_parameters(self.module, whole, self.aliases)
         placed = tuple(_place(site, blocks) for site in items)
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
@@ -99,6 +103,7 @@ class _Finder:
             kind = "self" if q.use.x is k.use.x else "cross"
             if kind == "cross" and (block := self._block_of(q.weight)):
                 decoders.add(block.stack)
+                self.crossing[block.path] = found, k.use.x
             for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
                 fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
                 rows = self._rows(product.use.y, operand) if fused else None
@@ -143,10 +148,8 @@ class _Finder:
             ):
                 return []
             activated |= node.target in ACTIVATIONS
-            for other in node.all_input_nodes:
-                if other not in seen and other.op != "get_attr" and isinstance(
-                    other.meta.get("val"), torch.Tensor | tuple | list
-                ):  # fmt: skip
+            for other in self.flow.predecessors(node):
+                if other not in seen and other.op != "get_attr":
                     seen.add(other)
                     queue.append(other)
         return sorted(sources, key=self.products.index) if activated and sources else []
@@ -240,13 +243,10 @@ class _Finder:
         whole = owner.removesuffix(".weight")
         name = f"{whole}[{label}]" if rows else whole
         n_out = len(rows) if rows else first.n_out
-        if first.experts:
-            return Experts(
-                name, path, roles | {"expert"}, parameters=(weight,),
-                n_in=first.n_in, n_out=n_out, experts=first.experts, weight=weight, rows=rows,
-            )  # fmt: skip
         bias = first.bias
-        return Linear(
+        kind = partial(Experts, experts=first.experts) if first.experts else Linear
+        roles |= {"expert"} if first.experts else set()
+        return kind(
             name, path, roles if rows else roles | {"linear"},
             parameters=(weight, bias) if bias else (weight,),
             n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,

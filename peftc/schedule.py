@@ -35,10 +35,11 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of the optimiser that has just been made. `number` counts from 1."""
+    """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
 
     number: int
     optimizer: Optimizer
+    total: int | None = None
 
     def forget(self, tensor: Tensor) -> None:
         """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
@@ -48,11 +49,12 @@ class Step:
 class Follower:
     """Drives a model's scheduled methods by an optimiser's steps, until `remove()`."""
 
-    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0) -> None:
-        """`step`: how many steps have been made already, where training goes on."""
+    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
+        """`step`: how many steps have been made already, where training goes on; `total`: how many there will be."""
         self.compiled = compiled
         self.optimizer = optimizer
         self.step = step
+        self.total = total
         scheduled = [binding for binding in compiled.plan.bindings if binding.method.scheduled]
         self.statements = [list(members) for _, members in groupby(scheduled, key=lambda binding: binding.statement)]
         self.cold: list[tuple[float, Tensor, Tensor]] = []
@@ -82,7 +84,7 @@ class Follower:
         self.step += 1
         for warmth, tensor, before in self.cold:  # as if the learning rate had been that multiple
             tensor.copy_(torch.lerp(before, tensor, warmth))
-        step = Step(self.step, self.optimizer)
+        step = Step(self.step, self.optimizer, self.total)
         for bindings in self.statements:
             places = [Place(binding.site, _tensors(self.compiled, binding)) for binding in bindings]
             changed = bindings[0].method.on_step(step, places)
@@ -104,7 +106,8 @@ class Schedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Trainer has made its optimiser, and knows at which step it goes on."""
         optimizer = given["optimizer"]
-        self.follower = Follower(self.compiled, getattr(optimizer, "optimizer", optimizer), state.global_step)
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.follower = Follower(self.compiled, optimizer, state.global_step, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The optimiser may be used on for something else."""

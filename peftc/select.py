@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.errors import Diagnostic
-from peftc.site import Experts, Linear, Parameters, Site, Sites
+from peftc.site import Parameters, Projection, Site, Sites
 
 COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -47,7 +47,7 @@ class Selection:
     def _meaning(self, selector: ast.Selector, may_be_empty: bool) -> list[Site]:
         match selector:
             case ast.Role():
-                return [site for site in self.sites if _has_role(site, selector.parts)]
+                return _without_parts(site for site in self.sites if _has_role(site, selector.parts))
             case ast.Glob() | ast.Regex():
                 return self._named(selector)
             case ast.Union(items):
@@ -143,11 +143,11 @@ def _has_role(site: Site, parts: tuple[str, ...]) -> bool:
 
 
 def _weight(site: Site) -> str | None:
-    return site.weight if isinstance(site, Linear | Experts) else None
+    return site.weight if isinstance(site, Projection) else None
 
 
 def _rows(site: Site) -> tuple[int, ...] | None:
-    return site.rows if isinstance(site, Linear | Experts) else None
+    return site.rows if isinstance(site, Projection) else None
 
 
 def _without_parts(found: Iterable[Site]) -> list[Site]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +17,14 @@ class Use:
     """One place in the graph where a linear weight is applied.
 
     `op` is the node that multiplies (its first tensor operand is x); `y` is the node that has the bias too.
-    They are the same node for `aten.linear` and `aten.addmm`.
+    They are the same node for `aten.linear` and `aten.addmm`. In a grouped product, `offsets` [experts] is where each
+    expert's tokens end among the sorted ones.
     """
 
     op: fx.Node
     y: fx.Node
     x_index: int
+    offsets: fx.Node | None = None
 
     @property
     def x(self) -> fx.Node:
@@ -52,13 +57,14 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Linear(Site):
-    """y = x Wᵀ + b, with W of shape [n_out, n_in] (`transposed`: stored as [n_in, n_out]).
+class Projection(Site):
+    """y = x Wᵀ + b, with W of shape [*batch, n_out, n_in] (`transposed`: stored as [*batch, n_in, n_out]).
 
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
-    its transpose, so that no one change of it is a change of this layer.
+    its transpose, so that no one change of it is a change of this layer. `product` is how the base multiplies here,
+    for the matrices of a branch: set in the site that a rewrite gets.
     """
 
     n_in: int = 0
@@ -71,11 +77,15 @@ class Linear(Site):
     tied: bool = False
     mixed: bool = False
     uses: tuple[Use, ...] = ()
-
-    kind = "linear"
+    product: Multiply = F.linear
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of the weight, and of every matrix of a method here."""
+        return ()
 
     @property
     def slice(self) -> tuple[int, int] | None:
@@ -86,19 +96,29 @@ class Linear(Site):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Experts(Site):
-    """Stacked expert weights [experts, ...], applied by a grouped product after routing."""
+class Linear(Projection):
+    """One matrix W [n_out, n_in], the same for every token."""
 
-    n_in: int = 0
-    n_out: int = 0
+    kind = "linear"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experts(Projection):
+    """A stack of matrices W [experts, n_out, n_in], one for each token that the router sends there.
+
+    x [tokens x choices, n_in] is sorted by expert, and one grouped product serves all of them.
+    """
+
     experts: int = 0
-    weight: str = ""
-    rows: tuple[int, ...] | None = None
 
     kind = "experts"
 
     def facts(self) -> dict[str, Any]:
-        return {"in_features": self.n_in, "out_features": self.n_out, "experts": self.experts}
+        return {**super().facts(), "experts": self.experts}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return (self.experts,)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,9 +136,55 @@ class Module(Site):
         return {"width": self.width}
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A cross attention, as what it does to values: `out` is their product with the weights, at operand `values`.
+
+    A rewrite may give the same weights, masks and all, values of its own.
+    """
+
+    out: fx.Node
+    values: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Block(Site):
+    """One of a model's repeated blocks: `x` is the hidden state that enters it, `h` the one that leaves it.
+
+    Both are [..., width], and None where no residual stream runs through the block. `top`: no block of its container
+    follows. `readers`: the containers of the blocks that depend on `h` further up, other than its own; `reading`: the
+    attention by which it reads the blocks in container `source`.
+
+    What one statement names in one container is a chain: `before` and `after` are the block's neighbours in it,
+    `memory` is the last block of the chain that its cross attention reads. `feeds`: another chain's blocks read this.
+    """
+
+    width: int = 0
+    x: fx.Node | None = None
+    h: fx.Node | None = None
+    top: bool = False
+    readers: tuple[str, ...] = ()
+    reading: Reading | None = None
+    source: str | None = None
+    before: Block | None = None
+    after: Block | None = None
+    memory: Block | None = None
+    feeds: bool = False
+
+    kind = "block"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    @property
+    def container(self) -> str:
+        """The path of the module that holds the blocks."""
+        return self.path.rpartition(".")[0]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Parameters(Site):
-    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions, blocks."""
+    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions."""
 
     kind = "parameters"
 

@@ -36,8 +36,10 @@ def saved_bytes(compiled: CompiledModule) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("spec", ['train "**"', "apply lora(r=4) to attn.*, mlp.*"], ids=["all", "lora"])
-@pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    "spec", ['train "**"', "apply lora(r=4) to attn.*, mlp.*", "apply ladder to block"], ids=["all", "lora", "ladder"]
+)
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2", "mixtral"])
 def test_activations_are_what_autograd_keeps(name: str, spec: str) -> None:
     """Within a tenth of the measured bytes: small operations round, and a copy here and there is a view.
 

@@ -1,102 +1,117 @@
-"""Every spec and script of `examples/`, as a user runs it."""
+"""Every recipe and script of `examples/`, as a user runs it."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 import peftc
-from peftc.capture import Captured, capture
-from peftc.inputs import example_inputs
-from peftc.planning import make_plan
-from peftc.roles import find_sites
-from peftc.site import Sites
 from peftc.syntax import parse, parse_file, unparse
 from peftc.text import Source
 from zoo import ZOO, inputs
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SPECS = sorted(EXAMPLES.glob("*.peft"))
-RECIPES = {
-    "lora", "lora_qv", "rslora", "pissa", "olora", "lora_plus", "dora", "ia3", "houlsby", "pfeiffer",
-    "parallel_adapter", "bitfit", "norm", "top_layers", "mixed",
-}  # fmt: skip
-WITHOUT_BIASES = ("llama", "t5")
-MODELS = ("llama", "gpt2", "bert", "t5", "vit")
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.stem)
-each_model = pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name == "llama" else [pytest.mark.slow])])
-        for name in MODELS
-    ],
-)
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.peft"))
+NAMES = {
+    "lora", "lora_qv", "rslora", "pissa", "olora", "lora_plus", "dora", "ia3", "houlsby", "pfeiffer",
+    "parallel_adapter", "bitfit", "norm", "top_layers", "mixed", "ladder",
+}  # fmt: skip
+FAMILIES = ("llama", "gpt2", "bert", "t5", "vit")
+
+each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+
+
+def header(recipe: Path) -> list[str]:
+    """The comment at the top: what it is, by whom, what to expect."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    return lines[: lines.index("")]
+
+
+def families(recipe: Path) -> tuple[str, ...]:
+    """The models of `zoo.py` that a recipe is for: those of its line `# families:`, and else all five."""
+    named = [line.removeprefix("# families:").split() for line in header(recipe) if line.startswith("# families:")]
+    return tuple(named[0]) if named else FAMILIES
+
+
+def on_its_families() -> list[Any]:
+    """Every recipe with each model it is for: the first in the quick run, the others marked slow."""
+    return [
+        pytest.param(
+            recipe, family, id=f"{recipe.stem}-{family}",
+            marks=[pytest.mark.xdist_group(f"examples-{family}"), *([pytest.mark.slow] if place else [])],
+        )
+        for recipe in RECIPES
+        for place, family in enumerate(families(recipe))
+    ]  # fmt: skip
 
 
 @cache
-def captured(name: str) -> tuple[Captured, Sites]:
-    """One capture serves every plan; only a compile would use it up."""
-    model = ZOO[name]()
-    found = capture(model, example_inputs(model))
-    return found, find_sites(found)
+def base_model(family: str) -> PreTrainedModel:
+    """One model for all the recipes, which share its capture; compiling leaves it as it is."""
+    model: PreTrainedModel = ZOO[family]().eval()
+    return model
 
 
 def test_every_recipe_is_there() -> None:
-    assert {spec.stem for spec in SPECS} >= RECIPES
+    assert {recipe.stem for recipe in RECIPES} >= NAMES
 
 
-@each_spec
-def test_spec_is_valid_and_reads_back(spec: Path) -> None:
-    assert peftc.check(spec) == []
-    parsed = parse_file(spec)
+@each_recipe
+def test_recipe_is_valid_and_reads_back(recipe: Path) -> None:
+    assert peftc.check(recipe) == []
+    parsed = parse_file(recipe)
     assert parse(Source("<spec>", unparse(parsed))) == parsed
 
 
-@each_spec
-def test_spec_says_what_it_is(spec: Path) -> None:
-    lines = spec.read_text(encoding="utf-8").splitlines()
-    header = lines[: lines.index("")]
-    assert all(line.startswith("#") and len(line) <= 120 for line in header)
-    assert "arXiv:" in " ".join(header)
-    assert "Expect" in " ".join(header)
+@each_recipe
+def test_recipe_says_what_it_is(recipe: Path) -> None:
+    """What it does, the paper (authors, year, arXiv number), what to expect, and models that there are."""
+    lines = header(recipe)
+    assert all(line.startswith("#") and len(line) <= 120 for line in lines)
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    assert re.search(r"\w+( et al\.| & \w+)? 20\d\d, arXiv:\d{4}\.\d{4,5}", text)
+    assert "Expect" in text
+    assert set(families(recipe)) <= set(ZOO)
 
 
-@each_model
-@each_spec
-def test_spec_fits_every_architecture(spec: Path, model: str) -> None:
-    found, sites = captured(model)
-    if spec.stem == "bitfit" and model in WITHOUT_BIASES:
-        with pytest.raises(peftc.PeftcError, match="bias"):
-            make_plan(found, sites, parse_file(spec))
-        return
-    plan = make_plan(found, sites, parse_file(spec))
-    assert 0 < plan.trainable < plan.total
-
-
-@pytest.mark.slow
-@each_spec
-def test_spec_compiles_and_learns(spec: Path) -> None:
+@pytest.mark.parametrize(("recipe", "family"), on_its_families())
+def test_recipe_compiles_and_learns(recipe: Path, family: str) -> None:
+    """It starts as the model where its methods claim to, and ten steps on one batch bring the loss down."""
     torch.manual_seed(0)
-    base = ZOO["gpt2" if spec.stem == "bitfit" else "llama"]()
+    base = base_model(family)
     batch = inputs(base)
-    model = peftc.compile(base, spec)
+    model = peftc.compile(base, recipe).eval()
+    assert 0 < model.plan.trainable < model.plan.total
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**batch).logits, base.eval()(**batch).logits, rtol=1e-5, atol=1e-5)
-    optimiser = torch.optim.AdamW(model.param_groups(1e-3))
-    losses = []
-    for _ in range(5):
-        loss = model(**batch).loss
-        losses.append(loss.item())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert losses[-1] < losses[0]
+        before = model(**batch)
+        if all(binding.method.identity for binding in model.plan.bindings):
+            torch.testing.assert_close(before.logits, base(**batch).logits, rtol=1e-5, atol=1e-5)
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3))
+    model.follow(optimizer)
+    model.train()
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert model.eval()(**batch).loss < before.loss
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_no_biases_to_train_is_an_error(family: str) -> None:
+    with pytest.raises(peftc.PeftcError, match="bias"):
+        peftc.plan(base_model(family), EXAMPLES / "recipes" / "bitfit.peft")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_t
 SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {**SIZES, "intermediate_size": 48}
 GROUPED = {**WIDE, "intermediate_size": 80, "num_key_value_heads": 2, "head_dim": 12}
+ROUTED = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2}
 ENCODER = {**WIDE, "max_position_embeddings": 64}
 DEBERTA = {
     **ENCODER,
@@ -112,6 +113,25 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
         num_kv_heads=2,
     ),
     "mixtral": _seeded(hf.MixtralForCausalLM, hf.MixtralConfig, **GROUPED, num_local_experts=4),
+    # a dense expert beside the stacked ones, with a gate of its own
+    "qwen2_moe": _seeded(
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig,
+        **{**WIDE, "num_key_value_heads": 2},
+        **ROUTED,
+        shared_expert_intermediate_size=48,
+    ),
+    "qwen3_moe": _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, **GROUPED, **ROUTED),
+    # stored transposed, with biases, gate and up interleaved
+    "gpt_oss": _seeded(hf.GptOssForCausalLM, hf.GptOssConfig, **GROUPED, num_local_experts=4, sliding_window=4),
+    # every expert computes every token, and the router's weights make most of it zero
+    "llama4": _seeded(
+        hf.Llama4ForCausalLM,
+        hf.Llama4TextConfig,
+        **GROUPED,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+    ),
     "bert": _seeded(hf.BertForSequenceClassification, hf.BertConfig, **ENCODER),
     "roberta": _seeded(hf.RobertaForMaskedLM, hf.RobertaConfig, **ENCODER),
     "distilbert": _seeded(
@@ -208,6 +228,15 @@ def _llama(block: str = "model.layers.0") -> Roles:
     )
 
 
+def _moe(mlp: str = "mlp", shared: str | None = None) -> Roles:
+    block = "model.layers.0"
+    return _union(
+        _attention(f"{block}.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+        _mlp(f"{block}.{mlp}.experts", "gate_up_proj[up]", "down_proj", "gate_up_proj[gate]"),
+        _mlp(f"{block}.{mlp}.{shared}", "up_proj", "down_proj", "gate_proj") if shared else {},
+    )
+
+
 def _fused(block: str, qkv: str, o: str) -> Roles:
     """An attention whose query, key and value are slices of one weight."""
     return _attention(block, f"{qkv}[q]", f"{qkv}[k]", f"{qkv}[v]", o)
@@ -271,10 +300,11 @@ EXPECTED: dict[str, Roles] = {
     "bloom": _neox("transformer.h.0", "self_attention"),
     "falcon": _neox("transformer.h.0", "self_attention"),
     "falcon_new": _neox("transformer.h.0", "self_attention"),
-    "mixtral": _union(
-        _attention("model.layers.0.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
-        _mlp("model.layers.0.mlp.experts", "gate_up_proj[up]", "down_proj", "gate_up_proj[gate]"),
-    ),
+    "mixtral": _moe(),
+    "qwen2_moe": _moe(shared="shared_expert"),
+    "qwen3_moe": _moe(),
+    "gpt_oss": _moe(),
+    "llama4": _moe("feed_forward", shared="shared_expert"),
     "bert": _bert("bert.encoder.layer.0"),
     "roberta": _bert("roberta.encoder.layer.0"),
     "distilbert": _union(
@@ -326,6 +356,10 @@ FUSED_ROWS: dict[str, dict[str, list[int]]] = {
     "falcon": _interleaved("transformer.h.0.self_attention.query_key_value", heads=1, width=8, queries=4),
     "falcon_new": _interleaved("transformer.h.0.self_attention.query_key_value", heads=2, width=8, queries=2),
     "mixtral": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(80), up=range(80, 160)),
+    "qwen2_moe": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(24), up=range(24, 48)),
+    "qwen3_moe": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(24), up=range(24, 48)),
+    "gpt_oss": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(0, 160, 2), up=range(1, 160, 2)),
+    "llama4": _slices("model.layers.0.feed_forward.experts.gate_up_proj", gate=range(80), up=range(80, 160)),
     "modernbert": {
         **_slices("model.layers.0.attn.Wqkv", q=range(32), k=range(32, 64), v=range(64, 96)),
         **_slices("model.layers.0.mlp.Wi", gate=range(80), up=range(80, 160)),

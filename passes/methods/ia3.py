@@ -53,6 +53,9 @@ class IA3(Method):
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         return self._apply(y, l)
 
+    def unexportable(self, site: Linear) -> str | None:
+        return f"it has no {self!r}" if self.mode == "add" else None
+
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         entering = self._at_input(site)
         settings = {"peft_type": "IA3", "feedforward_modules": [site.name] if entering else []}

@@ -8,18 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
-from peftc.method import Data, Method, State, method, param
-from peftc.site import Linear
+from peftc.method import Data, Init, Method, State, method, param
+from peftc.site import Experts, Linear, Projection
+
+
+def _each_row_uniform(tensor: Tensor) -> Tensor:
+    """As `nn.Linear` starts: uniform within 1/sqrt(n_in), whatever number of matrices is stacked."""
+    torch.nn.init.kaiming_uniform_(tensor.flatten(0, -2), a=math.sqrt(5))
+    return tensor
 
 
 @method
 class LoRA(Method):
-    """A frozen weight and a trained product of two thin matrices beside it."""
+    """A frozen weight and a trained product of two thin matrices beside it.
+
+    Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
+    never formed.
+    """
 
     name = "lora"
     formula = "y = W x + (alpha/r) B A x"
+    site = Linear | Experts
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
 
@@ -49,7 +60,9 @@ class LoRA(Method):
         """Whether the start is a part of W, which is then taken out of W."""
         return self.init in ("pissa", "olora")
 
-    def refuses(self, site: Linear) -> str | None:
+    def refuses(self, site: Projection) -> str | None:
+        if self.init == "eva" and isinstance(site, Experts):
+            return "init=eva needs each expert's own inputs, which calibration does not tell apart"
         if self.init == "eva" and self.r > site.n_in:
             return f"init=eva needs r <= {site.n_in}, the number of inputs"
         if self.takes_from_weight and self.r > min(site.n_in, site.n_out):
@@ -61,48 +74,48 @@ class LoRA(Method):
     def claims_weight(self) -> str | None:
         return f"init={self.init} takes a part out of the weight" if self.takes_from_weight else None
 
-    def state(self, site: Linear) -> dict[str, State]:
-        start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+    def state(self, site: Projection) -> dict[str, State]:
+        start: Init = _each_row_uniform
         if self.init == "gaussian":
             start = partial(torch.nn.init.normal_, std=1 / self.r)
-        shapes = {"A": (self.r, site.n_in), "B": (site.n_out, self.r)}
+        shapes = {"A": (*site.batch, self.r, site.n_in), "B": (*site.batch, site.n_out, self.r)}
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
         return state
 
-    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
         if not self.takes_from_weight:
             return
         if self.init == "pissa":
             left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
-            root = (singular[: self.r] / self.scale).sqrt()
-            b, a = left[:, : self.r] * root, root[:, None] * right[: self.r]
+            root = (singular[..., : self.r] / self.scale).sqrt()
+            b, a = left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
         else:
             q, triangle = torch.linalg.qr(weight.float())
-            b, a = q[:, : self.r], triangle[: self.r]
+            b, a = q[..., : self.r], triangle[..., : self.r, :]
         for name, tensor in {"A": a, "B": b, "A0": a, "B0": b}.items():
             state[name].copy_(tensor)
 
-    def calibrate(self, site: Linear, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
+    def calibrate(self, site: Projection, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""
         ascending = torch.linalg.eigh(data).eigenvectors
         state["A"].copy_(ascending.flip(1)[:, : self.r].t())
 
-    def prepare(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def prepare(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
         if not self.takes_from_weight:
             return weight
         return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
 
-    def rewrite(self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        branch: Tensor = self.scale * linear(linear(x, A), B)
+        branch = self.scale * site.product(site.product(x, A), B)
         return y + branch.to(y.dtype)
 
-    def delta(self, site: Linear, **state: Tensor) -> Tensor:
+    def delta(self, site: Projection, **state: Tensor) -> Tensor:
         return self.scale * (state["B"] @ state["A"])
 
-    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(self, site: Projection, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         a, b, r = state["A"], state["B"], self.r
         if self.takes_from_weight:  # beside the whole weight again: W + s (B A - B0 A0), of twice the rank
             a, b, r = torch.cat([a, state["A0"]]), torch.cat([b, -state["B0"]], 1), 2 * r

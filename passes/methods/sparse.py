@@ -41,9 +41,9 @@ class Sparse(Combinator):
         self.data = Data.STATE_GRADIENTS if self.by == "snip" else None
 
     def refuses(self, site: Any) -> str | None:
-        if reason := super().refuses(site):
+        if (reason := super().refuses(site)) is not None:
             return reason
-        return None if self._pruned(site) else f"{self.method.name} has no matrices, and only those are pruned"
+        return None if self._pruned(site) else f"{self.method.name} learns no matrix that could be pruned"
 
     def probe(self) -> Method:
         return self.method

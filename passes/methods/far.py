@@ -1,0 +1,64 @@
+"""Freeze and reconfigure: some output rows of a weight learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from peftc.method import Method, State, method, param
+from peftc.site import Linear
+
+
+@method
+class FAR(Method):
+    """A linear layer split in two: the selected outputs have weights that learn, the other weights are frozen.
+
+    The paper selects by how far a few epochs of full fine-tuning move each output's weights. Without data, `norm`
+    takes the outputs whose weights are largest, `random` any.
+    """
+
+    name = "far"
+    formula = "y[i] = W'[i] x + b[i] + c[i] for the selected outputs i, W x + b elsewhere"
+    paper = "Vucetic et al. 2022, arXiv:2205.01541"
+
+    keep: float = param(0.25, "share of the outputs that learn", above=0, max=1)
+    select: str = param("norm", "which outputs learn", choices=("norm", "random"))
+
+    def claims_weight(self) -> str | None:
+        return "it trains a copy of some of the weight's rows"
+
+    def _kept(self, site: Linear) -> int:
+        return max(1, round(self.keep * site.n_out))
+
+    def state(self, site: Linear) -> dict[str, State]:
+        kept = self._kept(site)
+        state = {
+            "index": State((kept,), trainable=False, dtype=torch.int64),
+            "selected": State((kept, site.n_in)),
+        }
+        return state | ({"shift": State((kept,))} if site.bias else {})
+
+    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+        score = weight.float().norm(dim=1) if self.select == "norm" else torch.rand(site.n_out, device=weight.device)
+        index = score.topk(self._kept(site)).indices.sort().values
+        state["index"].copy_(index)
+        state["selected"].copy_(weight[index])
+
+    def rewrite(
+        self, site: Linear, x: Tensor, y: Tensor, bias: Tensor | None,
+        index: Tensor, selected: Tensor, shift: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        # The base computes all rows: less work than to gather the frozen ones in every step. What reaches it in the
+        # backward pass is zero at the selected rows.
+        part = linear(x.to(selected.dtype), selected)
+        if bias is not None and shift is not None:
+            part = part + (bias.index_select(0, index).to(selected.dtype) + shift)
+        return y.index_copy(-1, index, part.to(y.dtype))
+
+    def fold(
+        self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        index = state["index"]
+        folded = weight.index_copy(0, index, state["selected"].to(weight.dtype))
+        return folded, None if bias is None else bias.index_add(0, index, state["shift"].to(bias.dtype))

@@ -1,0 +1,133 @@
+"""Low-rank adaptation with a Kronecker product."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from peftc.method import Method, State, method, param
+from peftc.site import Linear
+
+
+@method
+class LoKr(Method):
+    """A Kronecker product W1 (x) W2 beside a frozen weight; W2, and W1 if asked, as a product of rank r.
+
+    W1 is [out1, in1] and W2 [out2, in2], out1 out2 = n_out, in1 in2 = n_in. With x read as a matrix X [in1, in2] in
+    row-major order, (W1 (x) W2) x is W1 X W2^T: no matrix of the weight's size is made.
+    """
+
+    name = "lokr"
+    formula = "y = W x + (alpha/r) (W1 (x) W2) x, W2 = w2_a w2_b"
+    paper = "Yeh et al. 2023 (LyCORIS), arXiv:2309.14859"
+    peft_type = "LOKR"
+
+    r: int = param(8, "rank of W2; a side not above 2 r has it dense", min=1, alias="rank")
+    alpha: float = param(8.0, "the branch is scaled by alpha/r", above=0)
+    factor: int | None = param(
+        None, "sides of W1, or the largest divisors below it; the nearest to a square if not given", min=1,
+        alias="decompose_factor",
+    )  # fmt: skip
+    decompose_both: bool = param(False, "W1 as a product of rank r, too")
+    init: str = param(
+        "w1", "which of W1 and W2 is zero at first: w1 as in HF PEFT, w2 as in LyCORIS", choices=("w1", "w2")
+    )
+    rank_dropout: float = param(0.0, "share of the branch's outputs left out of a step, in training", min=0, max=0.99)
+    rank_dropout_scale: bool = param(False, "whether the outputs that stay are scaled up")
+    module_dropout: float = param(0.0, "how often a step leaves out the whole branch, in training", min=0, max=0.99)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the Kronecker product."""
+        return self.alpha / self.r
+
+    def state(self, site: Linear) -> dict[str, State]:
+        (out1, out2), (in1, in2) = (factors(size, self.factor) for size in (site.n_out, site.n_in))
+        thin1 = self.decompose_both and self.r < max(out1, in1) / 2
+        thin2 = self.r < max(out2, in2) / 2
+        start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+        start1, start2 = (torch.nn.init.zeros_ if self.init == one else start for one in ("w1", "w2"))
+        state = {"w1_a": State((out1, self.r), start1), "w1_b": State((self.r, in1), start)} if thin1 else {}
+        state |= {} if thin1 else {"w1": State((out1, in1), start1)}
+        state |= {"w2_a": State((out2, self.r), start), "w2_b": State((self.r, in2), start2)} if thin2 else {}
+        return state | ({} if thin2 else {"w2": State((out2, in2), start2)})
+
+    def rewrite(
+        self, site: Linear, x: Tensor, y: Tensor,
+        w1: Tensor | None, w1_a: Tensor | None, w1_b: Tensor | None,
+        w2: Tensor | None, w2_a: Tensor | None, w2_b: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        left = self.scale * _product(w1, w1_a, w1_b)  # W1 is small: sides near the square roots of the weight's
+        right = [part for part in (w2, w2_b, w2_a) if part is not None]  # in the order in which X meets them
+        value = x.to(left.dtype).unflatten(-1, (left.shape[1], right[0].shape[1]))
+        widths = [right[0].shape[1], *(part.shape[0] for part in right)]
+        narrowest = widths.index(min(widths))  # W1 comes in where the other side has the fewest columns
+        for part in right[:narrowest]:
+            value = linear(value, part)
+        value = linear(value.mT, left).mT
+        for part in right[narrowest:]:
+            value = linear(value, part)
+        return y + self._thinned(value.flatten(-2)).to(y.dtype)
+
+    def _thinned(self, branch: Tensor) -> Tensor:
+        """Rows of the change left out; or all of it."""
+        if self.rank_dropout:
+            kept = (dropout(branch.new_ones(branch.shape[-1]), self.rank_dropout) > 0).to(branch.dtype)
+            branch = branch * (kept / kept.mean().clamp_min(1e-6) if self.rank_dropout_scale else kept)
+        if self.module_dropout:
+            branch = branch * (dropout(branch.new_ones(1), self.module_dropout) > 0)
+        return branch
+
+    def delta(self, site: Linear, **state: Tensor) -> Tensor:
+        left, right = (_product(*(state.get(name + end) for end in ("", "_a", "_b"))) for name in ("w1", "w2"))
+        return self.scale * torch.kron(left, right.contiguous())
+
+    def unexportable(self, site: Linear) -> str | None:
+        return "it has LoKr on no transposed weight" if site.transposed else None
+
+    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        settings = {
+            "peft_type": "LOKR", "r": self.r, "alpha": self.alpha, "decompose_both": self.decompose_both,
+            "decompose_factor": self.factor or -1, "init_weights": True if self.init == "w1" else "lycoris",
+            "rank_dropout": self.rank_dropout, "rank_dropout_scale": self.rank_dropout_scale,
+            "module_dropout": self.module_dropout,
+        }  # fmt: skip
+        return settings, {f"lokr_{name}": tensor for name, tensor in state.items()}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if config.get("peft_type") != "LOKR" or any(name.startswith("lokr_t") for name in tensors):
+            return None
+        same = ("r", "alpha", "decompose_both", "rank_dropout", "rank_dropout_scale", "module_dropout")
+        values: dict[str, Any] = {name: config[name] for name in same if name in config}
+        if config.get("decompose_factor", -1) > 0:
+            values["factor"] = config["decompose_factor"]
+        if config.get("init_weights") == "lycoris":
+            values["init"] = "w2"
+        return values, {name.removeprefix("lokr_"): tensor for name, tensor in tensors.items()}
+
+
+def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """One side of the Kronecker product, kept whole or as two thin matrices."""
+    if whole is not None:
+        return whole
+    assert a is not None
+    assert b is not None
+    return a @ b
+
+
+def factors(size: int, wanted: int | None) -> tuple[int, int]:
+    """`size` as a product of two, the smaller first: `wanted` and the rest where that divides, else the most nearly
+    equal ones whose smaller is not above `wanted`. As in LyCORIS, so that the shapes are those of its checkpoints."""
+    if wanted is not None and size % wanted == 0:
+        return wanted, size // wanted
+    most = math.isqrt(size) if wanted is None else min(wanted, math.isqrt(size))
+    small = max(n for n in range(1, most + 1) if size % n == 0)
+    return small, size // small
