@@ -82,3 +82,15 @@ class WrongBase(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("pass the model it was made on: peftc.load(folder, model)",)
+
+
+class BadStateFile(Diagnostic):
+    """A file of tensors that a spec names."""
+
+    code = "bad-state-file"
+    path: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.path}' cannot be started from: {self.reason}"

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from peftc.errors import PeftcError
+from peftc.model_errors import NoRoom
+
 # What a caller may pass although the graph has no input for it: the compiled model already behaves so.
 HARMLESS = {
     "return_dict": True, "use_cache": False, "output_attentions": False, "output_hidden_states": False,
@@ -25,19 +28,23 @@ class Convention:
 
     inputs: tuple[str, ...]
     result: pytree.TreeSpec
+    room: tuple[str, int] | None = None  # an input, and how long it may be
 
     @property
     def signature(self) -> inspect.Signature:
         """What `inspect.signature(model.forward)` says, which Trainer chooses a data set's columns by."""
         optional = {*FILLED_IN, *LOSS_INPUTS}
+        needed = [place for place, name in enumerate(self.inputs) if name not in optional]
+        first = next((place for place, name in enumerate(self.inputs) if name in optional), len(self.inputs))
+        late = next((place for place in needed if place > first), len(self.inputs))  # Python wants these by name
         return inspect.Signature(
             [
                 inspect.Parameter(
                     name,
-                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD if place < late else inspect.Parameter.KEYWORD_ONLY,
                     default=None if name in optional else inspect.Parameter.empty,
                 )
-                for name in self.inputs
+                for place, name in enumerate(self.inputs)
             ]
         )
 
@@ -46,6 +53,7 @@ class Convention:
 
         Raises:
             TypeError: on a missing input, or one that the graph does not have.
+            PeftcError: `no-room` where the model has no positions for both the prompt and the input.
         """
         given = dict(zip(self.inputs, args, strict=False))
         if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
@@ -63,6 +71,8 @@ class Convention:
         missing = [name for name in self.inputs if name not in given and name not in LOSS_INPUTS]
         if missing:
             raise TypeError(f"the compiled model needs {', '.join(missing)}")
+        if self.room and given[self.room[0]].shape[1] > self.room[1]:
+            raise PeftcError(NoRoom(given=given[self.room[0]].shape[1], room=self.room[1]))
         return {name: given[name] for name in self.inputs if name in given}
 
     def unflatten(self, leaves: tuple[Any, ...], *, with_loss: bool) -> Any:

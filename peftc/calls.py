@@ -12,10 +12,6 @@ from peftc.params import Configured, Param, registered
 from peftc.text import Span
 
 K = TypeVar("K", bound=Configured)
-LATER_METHODS = (
-    "vera", "loha", "lokr", "krona", "adalora", "relora", "qalora", "said", "diff_pruning", "fish", "far", "prefix",
-    "prompt", "ptuning", "ipt", "llama_adapter", "ladder", "gated", "mixture", "sparse",
-)  # fmt: skip
 
 
 class Calls:
@@ -31,9 +27,6 @@ class Calls:
         name = call.name.text
         if kind is Method and (let := self.lets.get(name)) is not None:
             return self._named(call, let, kind)
-        if kind is Method and name in LATER_METHODS and name not in registered(kind):
-            self.problems.append(say.NotYet(what=f"'{name}'", span=call.name.span))
-            return None
         if name not in registered(kind):
             known = (*registered(kind), *(self.lets if kind is Method else ()))
             self.problems.append(say.UnknownMethod(name=name, noun=kind.noun, known=known, span=call.name.span))

@@ -193,10 +193,10 @@ def _storage(node: fx.Node) -> int:
 
 
 def _sizes(plan: Plan, batch: int, seq: int) -> dict[Any, int]:
-    """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens."""
+    """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens, prompts included."""
     known: dict[Any, int] = {}
     for fake in plan.input_values:
-        for size, given in zip(fake.shape, (batch, seq), strict=False):
+        for size, given in zip(fake.shape, (batch, seq + plan.extension), strict=False):
             if isinstance(size, torch.SymInt):
                 known[size.node.expr] = given
     return known
@@ -225,7 +225,8 @@ def _needing_gradients(plan: Plan) -> set[fx.Node]:
         site: Any = binding.site
         if not binding.method.changes(site):
             continue
-        starts |= {use.y for use in getattr(site, "uses", ())} | {h for h in [getattr(site, "h", None)] if h}
+        starts |= {use.y for use in getattr(site, "uses", ())}
+        starts |= {node for name in ("h", "embeddings") if (node := getattr(site, name, None)) is not None}
     needs: set[fx.Node] = set()
     for node in plan.captured.module.graph.nodes:
         trained = node.op == "get_attr" and str(node.target) in plan.trained

@@ -39,12 +39,18 @@ PASSIVE = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """The operands of one attention, wherever it is spelt out, and the node with its result."""
+    """The operands of one attention, wherever it is spelt out, and the node with its result.
+
+    `scores` is the node that multiplies q with k and `softmax` the one behind it; both are None where one fused
+    operation does everything.
+    """
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     out: fx.Node
+    scores: fx.Node | None = None
+    softmax: fx.Node | None = None
 
 
 def value_flow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
@@ -109,12 +115,12 @@ def _spelt_out(
     if out is None or not isinstance(v := out.args[1], fx.Node):
         return None
 
-    pairs = [_factors(node) for node in nearest(softmax, flow.predecessors, lambda node: _factors(node) is not None)]
-    found = [pair for pair in pairs if pair is not None]
-    for q, k in found:
+    products = nearest(softmax, flow.predecessors, lambda node: _factors(node) is not None)
+    found = [(pair, node) for node in products if (pair := _factors(node))]
+    for (q, k), scores in found:
         if reads_same(k, v):
-            return AttentionPattern(q, k, v, out)
-    return AttentionPattern(*found[0], v, out) if found else None
+            return AttentionPattern(q, k, v, out, scores, softmax)
+    return AttentionPattern(*found[0][0], v, out, found[0][1], softmax) if found else None
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

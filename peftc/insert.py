@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftc.chains import onto_block
+from peftc.errors import PeftcError
 from peftc.grouped import product_like
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import Method, State
+from peftc.model_errors import CannotStart
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
 from peftc.site import Block, Module, Projection, Site, Use
+from peftc.statefiles import load_start
 
 HALF = (torch.float16, torch.bfloat16)
 # Operands that are no state: the rows of a slice that is no range, the ends of groups, whether the model is training.
@@ -86,7 +89,10 @@ def materialise(
                     made[full].copy_(state[full])
             else:
                 weight = _weight(reference, binding.site)
+                if reason := binding.method.missing(binding.site):
+                    raise PeftcError(CannotStart(method=binding.method.name, reason=reason, span=binding.span))
                 binding.method.initialise(binding.site, weight, own)
+                load_start(binding, own)
                 if data is not None and binding in data:
                     binding.method.calibrate(binding.site, weight, data[binding], own)
             for full, spec in fresh.items():

@@ -25,6 +25,7 @@ from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
 from peftc.planning import Binding, Plan
+from peftc.promptfolders import has_prompt, load_prompt, prompt_folder
 from peftc.site import Experts, Projection
 from peftc.syntax import parse
 from peftc.text import Source
@@ -35,6 +36,7 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROOT = "base_model."  # of what all modules share
 MARKS = (".lora_", ".ia3_", ".hada_", ".lokr_", ".vera_")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
@@ -48,6 +50,14 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     problems = _problems(compiled)
     if problems:
         raise PeftcError(*problems)
+    config, tensors = prompt_folder(compiled) if has_prompt(compiled) else _modules(bindings, compiled)
+    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
+    write_folder(folder, files)
+
+
+def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors of a method that adapts modules one by one."""
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for binding in bindings:
@@ -66,9 +76,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     }
     if any(isinstance(binding.site, Projection) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
-    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
-    write_folder(folder, files)
+    return config, tensors
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
@@ -79,6 +87,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     """
     folder = Path(folder)
     config, tensors = _read(folder)
+    if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
+        return load_prompt(model, folder, config, tensors)
     common = {
         key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
     }

@@ -7,11 +7,13 @@ The graph is a flat ATen `torch.fx.Graph` straight from `torch.export`. Every no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -38,6 +40,17 @@ def value(node: fx.Node) -> torch.Tensor:
 def is_tensor(node: fx.Node) -> bool:
     """Whether `node` computes exactly one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Runs operations on fake values without fixing their symbolic sizes.
+
+    Some operations have shapes that only Python computes symbolically; without its dispatcher they would set a symbol
+    to the size that the capture's example had, for every pass to come.
+    """
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
@@ -96,6 +109,19 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
         made = graph.create_node("get_attr", path)
     made.meta["val"] = fake_mode(graph).from_tensor(get_attribute(root, path), static_shapes=True)
     return made
+
+
+def computed(node: fx.Node) -> Any:
+    """The fake value of `node` from those of its inputs, whatever its own says; sizes stay symbols.
+
+    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+    mode = fake_mode(node.graph)
+    assert callable(node.target)
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+        return node.target(*args, **kwargs)
 
 
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:

@@ -76,6 +76,7 @@ class Method(Configured):
     data: Data | None = None
     scheduled: bool = False
     indivisible: str | None = None  # why a combinator cannot take the method's state apart
+    windowed: bool = False  # whether a sliding window may hide what `extend` puts in front
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[Mapping[str, str]] = {}
 
@@ -110,6 +111,14 @@ class Method(Configured):
         """The method whose state's gradients `Data.STATE_GRADIENTS` asks for."""
         raise NotImplementedError
 
+    def missing(self, site: Any) -> str | None:
+        """What `initialise` needs and cannot get at, such as a tokenizer, or None."""
+        return None
+
+    def reads(self) -> tuple[str, str] | None:
+        """A safetensors file that state starts from, and how the names of that state begin; None for no file."""
+        return None
+
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Fills state from the frozen weight [n_out, n_in], where the method starts from it."""
 
@@ -128,6 +137,24 @@ class Method(Configured):
         the output and what the next block of its chain gets.
         """
         raise NotImplementedError
+
+    def lengthens(self, site: Any) -> int:
+        """How many positions the method adds to a sequence; its `rewrite` is (site, x, *state) -> [B, k + S, d]."""
+        return 0
+
+    def extend(self, *given: Any, **state: Any) -> tuple[Tensor, Tensor]:
+        """(site, *state): keys and values for an attention, [length, kv_heads * width] each.
+
+        They stand in front of the attention's own, under one softmax. A method that has a `rewrite`, too, is given
+        (site, attended, y, *state): what the attention's queries make of these keys and values apart, and its result.
+        State is asked for by name, and so are `key_weight`, `key_bias`, `value_weight` and `value_bias`, those of the
+        layers that project the attention's own.
+        """
+        raise NotImplementedError
+
+    def takes_positions(self, site: Any) -> int:
+        """How many of the sequence's first positions the method takes at `site`: the text counts on from there."""
+        return 0
 
     def delta(self, site: Any, **state: Tensor) -> Tensor:
         """The definition as a change of the weight, [n_out, n_in]."""

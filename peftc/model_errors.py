@@ -108,6 +108,24 @@ class NoSuchStack(Diagnostic):
         return ("its blocks stand in one stack: leave the filter out",)
 
 
+class FewerLayersThanGroups(Diagnostic):
+    code = "fewer-layers-than-groups"
+    model: str
+    stack: str | None
+    layers: int
+    groups: int
+    defined: Span
+
+    @property
+    def title(self) -> str:
+        place = f"the {self.stack} of {self.model}" if self.stack else self.model
+        return f"{place} has {self.layers} layers, too few for {self.groups} groups"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.defined, "one of the groups"),)
+
+
 class WrongSite(Diagnostic):
     code = "wrong-site"
     method: str
@@ -129,6 +147,20 @@ class WrongSite(Diagnostic):
         return (f"{choices(self.instead)} can; or leave the experts out with 'except expert'",)
 
 
+class NoSequence(Diagnostic):
+    code = "no-sequence"
+    method: str
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's input sequence, and {self.model} has none that could be found"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a sequence is made of tokens looked up in a table, or enters the first of several equal blocks",)
+
+
 class Refused(Diagnostic):
     code = "refused"
     method: str
@@ -140,6 +172,32 @@ class Refused(Diagnostic):
     def title(self) -> str:
         more = f" and {self.others} more" if self.others else ""
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
+
+
+class NoPositions(Diagnostic):
+    code = "no-positions"
+    method: str
+    taken: int
+    positions: int
+
+    @property
+    def title(self) -> str:
+        return (
+            f"the model has positions for {self.positions} tokens, and with this {self.method} the prompt takes "
+            f"{self.taken}: none is left for the input"
+        )
+
+
+class CannotStart(Diagnostic):
+    """A method whose start is made of something that is not there; a saved one needs no start."""
+
+    code = "cannot-start"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} has nothing to start from: {self.reason}"
 
 
 class SameMethodTwice(Diagnostic):
@@ -289,6 +347,20 @@ class NeedsLabels(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("pass labels=, or compile with example={'input_ids': …, 'decoder_input_ids': …}",)
+
+
+class NoRoom(Diagnostic):
+    code = "no-room"
+    given: int
+    room: int
+
+    @property
+    def title(self) -> str:
+        return f"the input has {self.given} tokens, and the prompt leaves positions for {self.room}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("cut the input, or compile a shorter prompt",)
 
 
 class CannotGenerate(Diagnostic):

@@ -46,7 +46,7 @@ class CompiledModule(fx.GraphModule):
             plan=plan,
             history=dict(history),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result),
+            convention=Convention(plan.captured.inputs, plan.captured.result, plan.room),
             _pruned={},
         )
         keep_unread(root, self)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from peftc import calibration, debug
+from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
 from peftc.inputs import Example
@@ -23,6 +24,8 @@ from peftc.module import CompiledModule, Stages
 from peftc.normalise import tidy
 from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
+from peftc.positions import Rooms, make_room
+from peftc.prompting import insert_prompts
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -38,6 +41,7 @@ class Work:
     state: dict[str, Tensor] | None
     data: Mapping[Binding, Any] | None
     inserter: Inserter
+    rooms: Rooms | None = None
 
 
 Pass = Callable[[Work], bool]  # returns whether it changed the graph
@@ -59,9 +63,33 @@ def _insert(name: str, stage: Stage) -> Pass:
     return insert
 
 
+def _positions(work: Work) -> bool:
+    """The text counts its tokens from behind what stands in front of it."""
+    before = len(work.module.graph.nodes)
+    work.rooms = make_room(work.module.graph, work.plan, "positions")
+    return len(work.module.graph.nodes) > before
+
+
+def _attention(work: Work) -> bool:
+    """Learned keys and values."""
+    mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.ATTENTION]
+    for binding in mine:
+        assert work.rooms is not None
+        attend(work.module, binding, work.rooms, "attention methods")
+    return bool(mine)
+
+
 def _penalties(work: Work) -> bool:
     """What methods add to the loss in training."""
     return add_penalties(work.module, work.plan, "penalties")
+
+
+def _prompts(work: Work) -> bool:
+    """All at once: each sequence is lengthened by as much as its methods ask for together."""
+    mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.SEQUENCE]
+    if mine:
+        insert_prompts(work.module, mine, "sequence methods")
+    return bool(mine)
 
 
 def _tidy(work: Work) -> bool:
@@ -74,6 +102,9 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
     ("output methods", _insert("output methods", Stage.OUTPUT)),
     ("module methods", _insert("module methods", Stage.MODULE)),
+    ("positions", _positions),
+    ("attention methods", _attention),
+    ("sequence methods", _prompts),
     ("penalties", _penalties),
     ("tidy", _tidy),
 )

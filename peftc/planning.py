@@ -24,12 +24,14 @@ from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
 from peftc.method import Method, Stage, State, kinds, methods
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.select import COMPARE, Selection
-from peftc.site import Block, Experts, Linear, Module, Projection, Site, Sites
+from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
 from peftc.text import Span
 from peftc.upstream import never_learning
 
 KINDS: dict[type[Site], str] = {
     Linear: "linear layers", Experts: "stacked expert weights", Module: "attn and mlp", Block: "block",
+    Attention: "attn",
+    Sequence: "the model's whole input, with no 'to …'",
 }  # fmt: skip
 
 
@@ -130,6 +132,19 @@ class Plan:
         """The fake values of the graph's inputs."""
         return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
 
+    @property
+    def room(self) -> tuple[str, int] | None:
+        """The input that counts positions and how long it may be, where prompts take some of a table's positions."""
+        for binding in self.bindings:
+            if isinstance(binding.site, Sequence) and binding.site.positions is not None:
+                return binding.site.tokens, binding.site.positions - self.extension
+        return None
+
+    @property
+    def extension(self) -> int:
+        """The positions that all prompts together add to the sequence."""
+        return sum(b.method.lengthens(b.site) for b in self.bindings if isinstance(b.site, Sequence))
+
     def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
         """Bytes of one training step by kind: weights, gradients, optimiser state, activations."""
         return estimate(self, batch, seq, optimizer)
@@ -177,6 +192,7 @@ class _Planner:
         self._twice(bindings)
         trained = self._trained()
         self._claims(bindings, trained)
+        self._too_long(bindings)
         self.problems += never_learning(self.captured.module.graph, bindings, trained)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
@@ -196,20 +212,20 @@ class _Planner:
 
     def _bind(self, index: int, application: Application) -> list[Binding]:
         method = application.method
-        found = self._select(application.target)
+        found = self._select(application.target) if application.target else self._sequences(application)
         wrong = [site for site in found if not isinstance(site, method.site)]
         if wrong:
             self._wrong_site(application, wrong)
         fitting = linked([site for site in found if isinstance(site, method.site)])
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := _mixed(site) or method.refuses(site):
+            if reason := _mixed(site) or _obstacle(site) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
                 say.Refused(
                     method=method.name, site=refused[0].name, reason=reason, others=len(refused) - 1,
-                    span=application.target.span,
+                    span=application.where,
                 )
             )  # fmt: skip
         if wrong or reasons:
@@ -224,6 +240,27 @@ class _Planner:
         self.rows.append(Row(_one_line(application.span), len(bindings), count))
         return bindings
 
+    def _sequences(self, application: Application) -> list[Site]:
+        if not self.sites.sequences:
+            self.problems.append(
+                say.NoSequence(method=application.method.name, model=self.sites.model, span=application.span)
+            )
+        return list(self.sites.sequences)
+
+    def _too_long(self, bindings: list[Binding]) -> None:
+        """Prompts, all together, leave positions for the text behind them."""
+        taken = 0
+        for binding in bindings:
+            if isinstance(binding.site, Sequence) and binding.method.lengthens(binding.site):
+                taken += binding.method.lengthens(binding.site)
+                if binding.site.positions is not None and taken >= binding.site.positions:
+                    self.problems.append(
+                        say.NoPositions(
+                            method=binding.method.name, taken=taken, positions=binding.site.positions,
+                            span=binding.span,
+                        )
+                    )  # fmt: skip
+
     def _wrong_site(self, application: Application, wrong: list[Site]) -> None:
         """Of experts it says which methods take them: other models have linear layers where they stand."""
         only_experts = all(isinstance(site, Experts) for site in wrong)
@@ -235,7 +272,7 @@ class _Planner:
                 site_kind=_kind_of(wrong[0]),
                 others=len(wrong) - 1,
                 instead=tuple(name for name, cls in methods().items() if only_experts and Experts in kinds(cls)),
-                span=application.target.span,
+                span=application.where,
             )
         )
 
@@ -360,6 +397,10 @@ def _mixed(site: Site) -> str | None:
     return None
 
 
+def _obstacle(site: Site) -> str | None:
+    return site.obstacle if isinstance(site, Sequence) else None
+
+
 def _is_part(site: Site) -> bool:
     return isinstance(site, Projection) and site.rows is not None
 
@@ -377,6 +418,7 @@ def _kind_of(site: Site) -> str:
     words = {
         "parameters": "an existing parameter",
         "module": "a sublayer",
+        "attention": "a sublayer",
         "block": "a block",
         "experts": "a stack of experts",
     }

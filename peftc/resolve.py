@@ -5,13 +5,14 @@ Everything `peftc check` can say is said here, all of it at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from peftc import spec_errors as say
 from peftc import syntax as ast
 from peftc.calls import Calls
 from peftc.errors import Diagnostic, PeftcError, in_file_order
+from peftc.groups import GROUPINGS, Group, InGroup
 from peftc.language import mistakes
 from peftc.method import Method, Stage, methods
 from peftc.text import Span
@@ -23,16 +24,22 @@ ROLES = (
 KINDS_OF_ATTENTION = ("self", "cross")
 FIELDS = ("in_features", "out_features", "width", "experts")
 STACKS = ("encoder", "decoder")
+LAYERS = "layers"
 QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 
 
 @dataclass(frozen=True)
 class Application:
-    """`apply METHOD to SELECTOR`, with the method built."""
+    """`apply METHOD to SELECTOR`, with the method built. A sequence method may have no target."""
 
     method: Method
-    target: ast.Selector
+    target: ast.Selector | None
     span: Span
+
+    @property
+    def where(self) -> Span:
+        """What an error about the sites points at."""
+        return self.target.span if self.target else self.span
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class _Resolver:
         self.found = Intentions()
         self.problems: list[Diagnostic] = []
         self.lets: dict[str, ast.Let] = {}
+        self.groups: dict[str, Group] = {}
         self.calls = Calls(self.problems, self.lets)
 
     def statements(self, statements: tuple[ast.Statement, ...]) -> None:
@@ -104,22 +112,17 @@ class _Resolver:
                 case ast.Quantize():
                     self.selector(statement.target)
                     self._later("quantize", statement.span)
-                case ast.Task() | ast.Group():
-                    self._later(type(statement).__name__.lower(), statement.span)
+                case ast.Group():
+                    self._group(statement)
+                case ast.Task():
+                    self._later("task", statement.span)
 
     def _later(self, what: str, span: Span, instead: str = "") -> None:
         self.problems.append(say.NotYet(what=f"'{what}'", span=span, instead=instead))
 
     def _let(self, statement: ast.Let) -> None:
         name = statement.name.text
-        if name in ROLES:
-            self.problems.append(say.NameTaken(name=name, what="a role", span=statement.name.span))
-        elif name in methods():
-            self.problems.append(say.NameTaken(name=name, what="a method", span=statement.name.span))
-        elif name in self.lets:
-            first = self.lets[name].name.span
-            self.problems.append(say.NameTaken(name=name, what="defined", first=first, span=statement.name.span))
-        else:
+        if not self._taken(statement.name, {"a role": ROLES, "a method": methods()}):
             value = statement.value
             if isinstance(value, ast.Role) and value.text in methods():
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
@@ -129,17 +132,36 @@ class _Resolver:
                 self.calls.broken.add(name)
             self.lets[name] = ast.Let(statement.name, value, span=statement.span)
 
+    def _taken(self, name: ast.Name, reserved: dict[str, Container[str]]) -> bool:
+        """Whether `name` cannot be defined, with the reason noted: it is reserved, or defined already."""
+        what = next((what for what, names in reserved.items() if name.text in names), None)
+        first = next((known[name.text].name.span for known in (self.lets, self.groups) if name.text in known), None)
+        if what or first:
+            self.problems.append(say.NameTaken(name=name.text, what=what or "defined", first=first, span=name.span))
+        return bool(what or first)
+
+    def _group(self, statement: ast.Group) -> None:
+        """Its names are known from here on, even if something is wrong with them: one complaint is enough."""
+        call = statement.call
+        grouping = call.name.text
+        if grouping not in GROUPINGS:
+            self.problems.append(say.UnknownGrouping(name=grouping, known=tuple(GROUPINGS), span=call.name.span))
+        elif not _is_of_layers(call):
+            self.problems.append(say.GroupsLayers(name=grouping, span=call.span))
+        for index, name in enumerate(statement.names):
+            self._taken(name, {"a role": ROLES, "a method": methods(), "a part of a model": (*STACKS, LAYERS)})
+            self.groups.setdefault(name.text, Group(name, grouping, index, len(statement.names)))
+
     def _apply(self, statement: ast.Apply) -> None:
         built = self.calls.build(statement.method, Method)
         target = self.selector(statement.target) if statement.target else None
         if built is None:
             return
-        if target is None:
-            if built.stage is not Stage.SEQUENCE:
-                example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
-                self.problems.append(
-                    say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
-                )
+        if target is None and built.stage is not Stage.SEQUENCE:
+            example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
+            self.problems.append(
+                say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
+            )
             return
         self.found.applications.append(Application(built, target, statement.span))
 
@@ -157,8 +179,11 @@ class _Resolver:
             case ast.InLayers(base, start, stop, step):
                 return ast.InLayers(self.selector(base), start, stop, step, span=selector.span)
             case ast.InStack(base, name):
+                if name.text in self.groups:
+                    return InGroup(self.selector(base), self.groups[name.text], span=selector.span)
                 if name.text not in STACKS:
-                    self.problems.append(say.UnknownStack(name=name.text, known=STACKS, span=name.span))
+                    known = (*STACKS, *self.groups)
+                    self.problems.append(say.UnknownStack(name=name.text, known=known, span=name.span))
                 return ast.InStack(self.selector(base), name, span=selector.span)
             case ast.Where(base, name, op, value):
                 self._where(name, value)
@@ -224,6 +249,11 @@ class _Resolver:
                 )  # fmt: skip
             else:
                 yield argument.name.text, argument.value.scaled
+
+
+def _is_of_layers(call: ast.Call) -> bool:
+    """Whether a grouping's one argument is the word `layers`."""
+    return [(argument.name, argument.value) for argument in call.args] == [(None, ast.Name(LAYERS, span=call.span))]
 
 
 def _is_role(parts: tuple[str, ...]) -> bool:

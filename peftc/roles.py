@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import networkx as nx
 import torch
@@ -20,13 +21,16 @@ from torch import fx
 
 from peftc.blocks import Block, find_blocks
 from peftc.capture import Captured
+from peftc.counting import with_limits
 from peftc.existing import existing_parameters, own_name
 from peftc.flow import ACTIVATIONS, AttentionPattern, attentions, nearest, residual_value, value_flow
+from peftc.heads import attention_facts
 from peftc.ir import get_attribute, module_path, value
 from peftc.linears import Product, products
 from peftc.residual import Crossing, block_sites
 from peftc.rows import Known, feature_rows
-from peftc.site import Experts, Linear, Module, Site, Sites
+from peftc.sequences import find_sequences
+from peftc.site import Attention, Experts, Linear, Module, Site, Sites
 
 aten = torch.ops.aten
 
@@ -46,6 +50,7 @@ class _Finder:
     """One walk over one captured model. Roles collect per (weight, rows) before sites are made."""
 
     def __init__(self, captured: Captured) -> None:
+        self.captured = captured
         self.module = captured.module
         self.flow: nx.DiGraph[fx.Node] = value_flow(self.module.graph)
         self.products = products(self.module.graph)
@@ -67,7 +72,7 @@ class _Finder:
         self._head()
         blocks = _name_stacks(self.blocks, decoders)
         linear = list(self._linear_sites())
-        items: list[Site] = [*linear, *self.modules]
+        items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
         placed = tuple(_place(site, blocks) for site in items)
@@ -76,7 +81,8 @@ class _Finder:
             for node in self.module.graph.find_nodes(op="get_attr")
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
-        return Sites(self.model_name, placed, sizes, tuple(block.path for block in blocks))
+        paths = tuple(block.path for block in blocks)
+        return Sites(self.model_name, placed, sizes, paths, find_sequences(self.captured, blocks))
 
     def _is_product(self, node: fx.Node) -> bool:
         return node in self.by_node
@@ -104,20 +110,25 @@ class _Finder:
             if kind == "cross" and (block := self._block_of(q.weight)):
                 decoders.add(block.stack)
                 self.crossing[block.path] = found, k.use.x
+            parts: list[Rows] = []
             for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
                 fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
-                rows = self._rows(product.use.y, operand) if fused else None
-                self.roles[product.weight, rows] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
-            self._attention_module(found, q, k, v, kind)
+                parts.append(self._rows(product.use.y, operand) if fused else None)
+                self.roles[product.weight, parts[-1]] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
+            facts = attention_facts(self.module, found, k, v, parts, self.known_rows)
+            self._attention_module(found, q, k, v, kind, facts)
         return decoders
 
-    def _attention_module(self, found: AttentionPattern, q: Product, k: Product, v: Product, kind: str) -> None:
+    def _attention_module(
+        self, found: AttentionPattern, q: Product, k: Product, v: Product, kind: str, facts: dict[str, Any] | None
+    ) -> None:
         hit = next(nearest(found.out, self.flow.successors, self._is_product), None)
         if hit is None:
             return
         o = self.by_node[hit]
         self.roles[o.weight, None] |= {"attn.o", f"{kind}.attn.o"}
-        self._add_module("attn", frozenset({"attn", f"{kind}.attn"}), q, o, [q, k, v, o])
+        make = partial(Attention, **facts, cross=kind == "cross") if facts else Module
+        self._add_module("attn", frozenset({"attn", f"{kind}.attn"}), q, o, [q, k, v, o], make)
 
     def _feed_forwards(self) -> None:
         """Gives up, gate and down their roles."""
@@ -192,8 +203,9 @@ class _Finder:
         return tuple(sorted(rows)) if 0 < len(rows) < source.n_out else None
 
     def _add_module(
-        self, kind: str, roles: frozenset[str], entry: Product, last: Product, members: list[Product]
-    ) -> None:
+        self, kind: str, roles: frozenset[str], entry: Product, last: Product, members: list[Product],
+        make: Callable[..., Module] = Module,
+    ) -> None:  # fmt: skip
         path = os.path.commonpath([member.weight.replace(".", "/") for member in members]).replace("/", ".")
         block = self._block_of(last.weight)
         if block is not None and path == block.path:
@@ -204,7 +216,7 @@ class _Finder:
         biases = dict.fromkeys(member.bias for member in members if member.bias)
         h = residual_value(last.use.y)
         self.modules.append(
-            Module(
+            make(
                 path, path, roles, parameters=(*names, *biases),
                 width=int(value(h).shape[-1]), entry_width=entry.n_in, entry=entry.use, h=h,
             )

@@ -7,6 +7,7 @@ not zero answers for all of them, with no knowledge of any.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import fx
 
 from peftc.ir import get_attribute, tensor_inputs
 
-Known = dict[str, tuple[int, ...]]
+Known = dict[str, tuple[tuple[int, ...], ...]]
+Parts = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
 def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node, known: Known) -> tuple[int, ...]:
@@ -23,14 +25,31 @@ def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node, known
     The nodes in between run on the CPU at the sizes of the capture's example. `known` remembers the answers by the
     path's shape: equal blocks ask once.
     """
-    path = _path(source, target)
-    key = _shape_of_path(module, source, path)
+    return rows_of_parts(module, source, target, known, lambda result: [result])[0]
+
+
+def rows_of_parts(
+    module: fx.GraphModule, source: fx.Node, target: fx.Node, known: Known, parts: Parts
+) -> tuple[tuple[int, ...], ...]:
+    """`feature_rows` of each tensor that `parts` makes of the target's value, such as one for each head."""
+    path = path_between(source, target)
+    key = f"{parts.__qualname__}\n{_shape_of_path(module, source, path)}"
     if key not in known:
-        known[key] = _touched(module, source, target, path)
+        start, result, weights = _run(module, source, target, path)
+        known[key] = tuple(_touched(start, part, own) for part, own in zip(parts(result), parts(weights), strict=True))
     return known[key]
 
 
-def _touched(module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node]) -> tuple[int, ...]:
+def _touched(start: torch.Tensor, result: torch.Tensor, weights: torch.Tensor) -> tuple[int, ...]:
+    (gradient,) = torch.autograd.grad((result * weights).sum(), start, retain_graph=True)
+    touched = gradient.reshape(-1, gradient.shape[-1]).abs().sum(0) != 0
+    return tuple(touched.nonzero().flatten().tolist())
+
+
+def _run(
+    module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random numbers for the source, what the target makes of them, and random weights for its sum."""
     generator = torch.Generator().manual_seed(0)
     env: dict[fx.Node, Any] = {}
     with torch.enable_grad():
@@ -42,12 +61,10 @@ def _touched(module: fx.GraphModule, source: fx.Node, target: fx.Node, path: lis
                     env[argument] = _operand(module, argument, generator)
             assert callable(node.target)
             args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
-            env[node] = node.target(*_on_cpu(args), **_on_cpu(kwargs))
+            env[node] = node.target(*on_cpu(args), **on_cpu(kwargs))
         result = env[target]
         weights = torch.rand(result.shape, generator=generator, dtype=result.dtype) + 0.5
-        (gradient,) = torch.autograd.grad((result * weights).sum(), start)
-    touched = gradient.reshape(-1, gradient.shape[-1]).abs().sum(0) != 0
-    return tuple(touched.nonzero().flatten().tolist())
+    return start, result, weights
 
 
 def _shape_of_path(module: fx.GraphModule, source: fx.Node, path: list[fx.Node]) -> str:
@@ -59,7 +76,7 @@ def _shape_of_path(module: fx.GraphModule, source: fx.Node, path: list[fx.Node])
             return places[node]
         fake = node.meta["val"]
         if not isinstance(fake, torch.Tensor):
-            return str(_hint(fake))
+            return str(hint(fake))
         if fake.is_floating_point():
             return f"{tuple(fake.shape)} {fake.dtype}"
         return str(_operand(module, node, torch.Generator()).tolist())  # an index: what it says matters
@@ -68,7 +85,7 @@ def _shape_of_path(module: fx.GraphModule, source: fx.Node, path: list[fx.Node])
     return "\n".join([str(tuple(source.meta["val"].shape)), *lines])
 
 
-def _path(source: fx.Node, target: fx.Node) -> list[fx.Node]:
+def path_between(source: fx.Node, target: fx.Node) -> list[fx.Node]:
     """The nodes on some way from `source` to `target`, in the graph's order, without `source`."""
     reached, segment = {source}, []
     node = source
@@ -93,7 +110,7 @@ def _operand(module: fx.GraphModule, node: fx.Node, generator: torch.Generator) 
             return stored
     if node.op == "call_function" and not list(tensor_inputs(node)) and not node.all_input_nodes:
         assert callable(node.target)
-        return node.target(*_on_cpu(node.args), **_on_cpu(node.kwargs))
+        return node.target(*on_cpu(node.args), **on_cpu(node.kwargs))
     if node.op == "call_function" and "lift_fresh" in str(node.target):
         return _operand(module, node.all_input_nodes[0], generator)
     return _number(node, generator)
@@ -103,18 +120,19 @@ def _number(node: fx.Node, generator: torch.Generator) -> Any:
     """Random numbers of the node's fake shape and dtype; its hint for a symbolic size."""
     fake = node.meta["val"]
     if not isinstance(fake, torch.Tensor):
-        return _hint(fake)
-    shape = [_hint(size) for size in fake.shape]
+        return hint(fake)
+    shape = [hint(size) for size in fake.shape]
     if fake.is_floating_point():
         return torch.rand(shape, generator=generator, dtype=torch.float32).to(fake.dtype) + 0.5
     return torch.ones(shape, dtype=fake.dtype)
 
 
-def _hint(size: Any) -> Any:
+def hint(size: Any) -> Any:
+    """A size as it was in the capture's example."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
-def _on_cpu(arguments: Any) -> Any:
+def on_cpu(arguments: Any) -> Any:
     """The same arguments with every device replaced: a graph captured on the meta device names that one."""
     return torch.utils._pytree.tree_map(
         lambda item: torch.device("cpu") if isinstance(item, torch.device) else item, arguments

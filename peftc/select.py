@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from peftc import model_errors as say
 from peftc import syntax as ast
 from peftc.errors import Diagnostic
+from peftc.groups import Group, InGroup
 from peftc.site import Parameters, Projection, Site, Sites
 
 COMPARE = {
@@ -63,6 +64,10 @@ class Selection:
             case ast.InLayers(base):
                 chosen = self._layers(selector)
                 return [site for site in self._evaluate(base, may_be_empty) if site.block in chosen]
+            case InGroup(base, group):
+                found = self._evaluate(base, may_be_empty)
+                chosen = self._group(found, group, selector)
+                return [site for site in found if site.block in chosen]
             case ast.InStack(base, name):
                 return self._in_stack(self._evaluate(base, may_be_empty), name)
             case ast.Where(base, field, op, value):
@@ -82,16 +87,38 @@ class Selection:
             found += [Parameters(name, name.rpartition(".")[0], frozenset(), parameters=(name,)) for name in single]
         return _without_parts(found)
 
-    def _layers(self, selector: ast.InLayers) -> set[str]:
-        """The blocks of every layer in the slice, each stack counted for itself."""
+    def _stacks(self) -> list[tuple[str | None, list[str]]]:
+        """The name of each stack of layers, and its blocks in order."""
         stacks: dict[str, dict[int, str]] = defaultdict(dict)
+        names: dict[str, str | None] = {}
         for site in self.sites:
             if site.block is not None and site.layer is not None:
-                stacks[site.block.rpartition(".")[0]][site.layer] = site.block
+                path = site.block.rpartition(".")[0]
+                stacks[path][site.layer] = site.block
+                names[path] = site.stack
+        return [(names[path], [block for _, block in sorted(blocks.items())]) for path, blocks in stacks.items()]
+
+    def _layers(self, selector: ast.InLayers) -> set[str]:
+        """The blocks of every layer in the slice, each stack counted for itself."""
+        bounds = slice(selector.start, selector.stop, selector.step)
+        return {block for _, blocks in self._stacks() for block in blocks[bounds]}
+
+    def _group(self, found: list[Site], group: Group, selector: InGroup) -> set[str]:
+        """The blocks of one group of layers, each stack in which something was found grouped for itself."""
         chosen: set[str] = set()
-        for blocks in stacks.values():
-            layers = sorted(blocks)[selector.start : selector.stop : selector.step]
-            chosen |= {blocks[layer] for layer in layers}
+        concerned = {site.block for site in found}
+        for stack, blocks in self._stacks():
+            if concerned.isdisjoint(blocks):
+                continue
+            if len(blocks) < group.count:
+                self.problems.append(
+                    say.FewerLayersThanGroups(
+                        model=self.sites.model, stack=stack, layers=len(blocks), groups=group.count,
+                        defined=group.name.span, span=selector.span,
+                    )
+                )  # fmt: skip
+            else:
+                chosen.update(group.of(blocks))
         return chosen
 
     def _in_stack(self, found: list[Site], name: ast.Name) -> list[Site]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
+
+if TYPE_CHECKING:
+    from peftc.flow import AttentionPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,69 @@ class Block(Site):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Sequence(Site):
+    """The embedded input [batch, length, width], at the node where embeddings given by hand would enter.
+
+    `tokens` is the input that counts its positions. `filled`: each input with an entry a position, and what stands
+    there at a prompt's positions; `position_ids` goes on counting instead. `positions`: the longest sequence that the
+    model has positions for (None: any). `length`: the number of positions where the graph has it as a constant, as
+    for an image. `in_front`: whether a prompt stands before the input or, where the model reads its own tokens by
+    their place and no position matters any more, behind it. `obstacle`: why no prompt fits in, if none does.
+    """
+
+    width: int = 0
+    vocabulary: int | None = None
+    positions: int | None = None
+    tokens: str = ""
+    filled: tuple[tuple[str, int], ...] = ()
+    position_ids: str | None = None
+    mask: str | None = None
+    length: int | None = None
+    in_front: bool = True
+    obstacle: str | None = None
+    embeddings: fx.Node | None = None
+    tokenize: Callable[[str], list[int] | None] = lambda _text: None
+
+    kind = "sequence"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    def join(self, prompt: Tensor, x: Tensor) -> Tensor:
+        """`prompt` [k, d] and every row of `x` [B, S, d] as one sequence [B, k + S, d]."""
+        rows = prompt.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.cat([rows, x] if self.in_front else [x, rows], 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Module):
+    """A sublayer whose attention is understood: softmax(q kᵀ) v with q of `heads` heads.
+
+    Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
+    heads of its own count; `groups` says which key head each of them is, where it is one. `key` and `value` are the
+    layers that project them. `positions` is how many tokens the model can count, where a table of learned positions
+    says so.
+    """
+
+    pattern: AttentionPattern | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    groups: tuple[int, ...] = ()
+    key: Linear | None = None
+    value: Linear | None = None
+    cross: bool = False
+    positions: int | None = None
+
+    kind = "attention"
+
+    def facts(self) -> dict[str, Any]:
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
+        return {**super().facts(), **heads}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Parameters(Site):
     """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions."""
 
@@ -191,12 +258,13 @@ class Parameters(Site):
 
 @dataclass(frozen=True)
 class Sites:
-    """Everything a model offers to selectors, in the order of the forward pass."""
+    """Everything a model offers to selectors, in the order of the forward pass; and beside it its sequences."""
 
     model: str
     items: tuple[Site, ...]
     parameters: dict[str, int] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
+    sequences: tuple[Sequence, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.items)

@@ -201,6 +201,39 @@ class UnknownStack(Diagnostic):
         return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
 
 
+class UnknownGrouping(Diagnostic):
+    code = "unknown-grouping"
+    name: str
+    known: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"layers cannot be grouped by '{self.name}'"
+
+    @property
+    def label(self) -> str:
+        return suggest(self.name, self.known) or ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"groupings: {', '.join(self.known)}",)
+
+
+class GroupsLayers(Diagnostic):
+    """A grouping of anything but `layers`."""
+
+    code = "groups-layers"
+    name: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} groups the layers, all of them, and takes nothing else"
+
+    @property
+    def label(self) -> str:
+        return f"write {self.name}(layers)"
+
+
 class NoTarget(Diagnostic):
     code = "no-target"
     method: str

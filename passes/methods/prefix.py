@@ -1,0 +1,72 @@
+"""Prefix tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from peftc.method import Method, Stage, State, method, param
+from peftc.site import Attention
+
+
+@method
+class Prefix(Method):
+    """Learned keys and values in front of an attention's own, as if of tokens before the text.
+
+    They take the sequence's first `length` positions: the text counts on from there. Given `reparam`, they are made
+    by a network over the whole statement, of one embedding a virtual token: keys and values of every layer are linear
+    in tanh(W E + b), with W, b and E shared.
+    """
+
+    name = "prefix"
+    formula = "y = softmax([q P^T, q k^T]) [Q; v]; with reparam: [P, Q] = V tanh(W E + b) + c"
+    paper = "Li and Liang 2021, arXiv:2101.00190"
+    site = Attention
+    stage = Stage.ATTENTION
+    identity = False
+    unmergeable = "its keys and values depend on no token, and no weight makes such"
+
+    length: int = param(20, "virtual tokens", min=1)
+    reparam: int | None = param(None, "hidden width of a network that makes the prefix; none: no such", min=1)
+    windowed: bool = param(False, "whether a sliding window of attention may pass the prefix by, as in HF PEFT")
+
+    def refuses(self, site: Attention) -> str | None:
+        if site.positions is not None and self.length >= site.positions:
+            return (
+                f"the model counts {site.positions} positions, and a prefix of {self.length} leaves none for the text"
+            )
+        return None
+
+    def takes_positions(self, site: Attention) -> int:
+        return self.length
+
+    def shared(self, sites: Sequence[Attention]) -> dict[str, State]:
+        if self.reparam is None:
+            return {}
+        width = max(site.entry_width for site in sites)
+        uniform = partial(torch.nn.init.uniform_, a=-(width**-0.5), b=width**-0.5)
+        return {
+            "embedding": State((self.length, width), torch.nn.init.normal_),
+            "hidden": State((self.reparam, width), uniform),
+            "hidden_bias": State((self.reparam,), uniform),
+        }
+
+    def state(self, site: Attention) -> dict[str, State]:
+        widths = {"keys": site.kv_heads * site.key_width, "values": site.kv_heads * site.value_width}
+        if self.reparam is None:
+            start = partial(torch.nn.init.normal_, std=0.02)
+            return {name: State((self.length, width), start) for name, width in widths.items()}
+        uniform = partial(torch.nn.init.uniform_, a=-(self.reparam**-0.5), b=self.reparam**-0.5)
+        weights = {f"{name}_weight": State((width, self.reparam), uniform) for name, width in widths.items()}
+        return weights | {f"{name}_bias": State((width,), uniform) for name, width in widths.items()}
+
+    def extend(self, site: Attention, **state: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reparam is None:
+            return state["keys"], state["values"]
+        inner = torch.tanh(linear(state["embedding"], state["hidden"], state["hidden_bias"]))
+        keys = linear(inner, state["keys_weight"], state["keys_bias"])
+        return keys, linear(inner, state["values_weight"], state["values_bias"])
