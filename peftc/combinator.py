@@ -14,7 +14,9 @@ from peftc.method import Method, Stage, State
 from peftc.site import Site
 
 INNER = "method."
-OPERANDS = ("weight", "bias", "training")  # what a rewrite may ask for that is no state
+# What a method may ask for that is no state: of a rewrite, and of `extend`.
+OPERANDS = ("weight", "bias", "training")
+PROJECTIONS = ("key_weight", "key_bias", "value_weight", "value_bias", "training")
 
 
 class Combinator(Method):
@@ -28,7 +30,7 @@ class Combinator(Method):
         super().__init__(**given)
         inner = self.method
         self.site, self.stage, self.identity = inner.site, inner.stage, inner.identity
-        self.unmergeable = inner.unmergeable
+        self.unmergeable, self.windowed = inner.unmergeable, inner.windowed
 
     def conflict(self) -> str | None:
         inner = self.method
@@ -42,11 +44,14 @@ class Combinator(Method):
             return f"{inner.name} cannot be part of it: {inner.indivisible}"
         if inner.scheduled:
             return f"the schedule of {inner.name} needs its state to itself"
-        if inner.data is not None:
+        if inner.data is not None and not self.outermost:
             return f"{inner.name} starts from data of its own"
-        if inner.claims_weight():
-            return f"{inner!r} changes the frozen weight, which is there once"
+        if (reason := inner.claims_weight()) and type(inner).prepare is not Method.prepare:
+            return f"{inner.name} cannot be part of it: {reason}"
         return None
+
+    def claims_weight(self) -> str | None:
+        return self.method.claims_weight()
 
     def refuses(self, site: Any) -> str | None:
         return self.method.refuses(site)
@@ -81,6 +86,20 @@ class Combinator(Method):
     def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
         asked = self.method.asks_input(())
         return (*state, *(name for name in OPERANDS if name in asked))
+
+    @property
+    def attends_apart(self) -> bool:
+        return self.method.attends_apart
+
+    def takes_positions(self, site: Any) -> int:
+        return self.method.takes_positions(site)
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        asked = self.method.asks_extend(())
+        return (*state, *(name for name in PROJECTIONS if name in asked))
+
+    def extend(self, site: Any, **known: Any) -> tuple[Tensor, Tensor]:
+        return self.method.extend(site, **chosen(known, self.method.asks_extend(inside(known))))
 
     def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""

@@ -152,6 +152,22 @@ class Method(Configured):
         """
         raise NotImplementedError
 
+    @property
+    def attends_apart(self) -> bool:
+        """Whether what `extend` makes is attended to under a softmax of its own, for `rewrite` to take in."""
+        return type(self).rewrite is not Method.rewrite
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `extend` wants by name."""
+        return wanted(type(self).extend, 2, state)
+
+    def gate(self, *given: Any, **state: Any) -> Tensor:
+        """(site, x, y, changed, *state): what passes of an attention's result without and with the method's keys.
+
+        x enters the sublayer. Only a method that gates others defines it.
+        """
+        raise NotImplementedError
+
     def takes_positions(self, site: Any) -> int:
         """How many of the sequence's first positions the method takes at `site`: the text counts on from there."""
         return 0

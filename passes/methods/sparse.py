@@ -96,6 +96,9 @@ class Sparse(Combinator):
     def rewrite_input(self, site: Any, x: Tensor, **known: Tensor) -> Tensor:
         return self.inner_input(site, x, self._whole(site, known))
 
+    def extend(self, site: Any, **known: Any) -> tuple[Tensor, Tensor]:
+        return super().extend(site, **self._whole(site, known))
+
     def _whole(self, site: Any, known: Mapping[str, Any]) -> dict[str, Any]:
         """The matrices with zeros where nothing was kept."""
         whole = dict(known)
