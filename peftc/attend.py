@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftc.insert import dense_weight, take
+from peftc.insert import TRAINING, dense_weight, take
 from peftc.ir import Provenance, attribute_node, get_attribute, set_tensor, splice, trace, users_except, value
 from peftc.method import Method, wanted
+from peftc.normalise import training_tensor
 from peftc.planning import Binding
-from peftc.positions import Rooms
+from peftc.positions import Rooms, made
+from peftc.rows import path_between
 from peftc.site import Attention, Linear
 from peftc.spelt_out import SpeltOut
 
@@ -63,17 +65,49 @@ class Attender:
         self.pattern = binding.site.pattern
         self.rooms = rooms
         self.stamp = stamp
-        self.asked = wanted(type(self.method).extend, 2, binding.names)
+        self.asked = self.method.asks_extend(tuple(binding.names))
         self.operands = self._operands(self.asked)
 
     def attend(self) -> None:
-        apart = type(self.method).rewrite is not Method.rewrite
+        apart = self.method.attends_apart
+        gated = type(self.method).gate is not Method.gate
+        plain = self._plain() if gated else None
+        changed = self.pattern.out
         if self.pattern.scores is None:
             self._fused_apart() if apart else self._fused_in_front()
         else:
             keys, values = self._keys_and_values(self.pattern.scores)
             spelt = SpeltOut(self.pattern, self.site, keys, values, self.rooms, self.method.windowed, self.stamp)
-            self._rewritten(spelt.apart()) if apart else spelt.in_front()
+            if apart:
+                self._rewritten(spelt.apart())
+            else:
+                changed = spelt.in_front()
+        if plain is not None:
+            self._gated(plain, changed)
+
+    def _plain(self) -> fx.Node:
+        """The attention's result once more, for what is about to be done to it not to change."""
+        start, out = self.pattern.softmax, self.pattern.out
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in [out] if start is None else [start, *path_between(start, out)]:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: copies.get(given, given))
+            copies[node] = made(self.graph, node.target, args, node, node, self.stamp, kwargs)
+        return copies[out]
+
+    def _gated(self, plain: fx.Node, changed: fx.Node) -> None:
+        """Replaces the changed result by what the method lets through of the change."""
+        assert self.site.entry is not None
+        names = wanted(type(self.method).gate, 5)
+        extra = self._operands(names)
+
+        def function(x: Tensor, y: Tensor, changed: Tensor, *given: Tensor) -> Tensor:
+            return self.method.gate(self.site, x, y, changed, **dict(zip(extra, given, strict=True)))
+
+        readers = users_except(changed, [])
+        args = [self.site.entry.x, plain, changed, *extra.values()]
+        result = self._spliced(function, args, max(plain, changed), changed, "gated")
+        for reader in readers:
+            reader.replace_input_with(changed, result)
 
     # The fused operation
 
@@ -160,7 +194,8 @@ class Attender:
                 paths |= {f"{kind}_weight": layer.weight} | self._rows(f"{kind}_rows", layer)
             if f"{kind}_bias" in names and layer.bias:
                 paths[f"{kind}_bias"] = layer.bias
-        return {name: attribute_node(self.graph, self.module, path) for name, path in paths.items()}
+        nodes = {name: attribute_node(self.graph, self.module, path) for name, path in paths.items()}
+        return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
 
     def _rows(self, name: str, layer: Linear) -> dict[str, str]:
         """The rows of a fused weight as a buffer, where they are no range."""

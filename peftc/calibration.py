@@ -89,11 +89,15 @@ def wants_state_gradients(plan: Plan) -> bool:
 def probing(plan: Plan) -> Plan:
     """`plan` with each method that wants gradients of its state replaced by its probe, and no other method."""
     kept = [binding for binding in plan.bindings if binding.method.data is Data.STATE_GRADIENTS]
-    return replace(plan, bindings=tuple(replace(b, method=b.method.probe(), shared={}) for b in kept), trained={})
+    standing = {one.statement: [b.site for b in kept if b.statement == one.statement] for one in kept}
+    probes = {one.statement: one.method.probe() for one in kept}
+    shared = {number: probes[number].shared(sites) for number, sites in standing.items()}
+    bindings = tuple(replace(b, method=probes[b.statement], shared=shared[b.statement]) for b in kept)
+    return replace(plan, bindings=bindings, trained={})
 
 
-def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, Tensor]]:
-    """w · ∂L/∂w summed over `batches`, by state name, for each binding of a `probing` plan that was built.
+def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """w and ∂L/∂w summed over `batches`, by state name, for each binding of a `probing` plan that was built.
 
     What starts at zero is given small random numbers first: a zero has no gradient to pass on.
     """
@@ -108,12 +112,18 @@ def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, Tensor]
         compiled(**given).loss.backward()
     return [
         {
-            name: (parameter := get_attribute(compiled, full)).detach() * parameter.grad
+            name: _with_gradient(get_attribute(compiled, full))
             for name, full in binding.names.items()
             if binding.tensors[full].trainable
         }
         for binding in plan.bindings
     ]
+
+
+def _with_gradient(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient: zeros where the loss does not depend on it."""
+    gradient = parameter.grad
+    return parameter.detach(), torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def _second_moments(

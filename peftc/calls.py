@@ -29,7 +29,12 @@ class Calls:
             return self._named(call, let, kind)
         if name not in registered(kind):
             known = (*registered(kind), *(self.lets if kind is Method else ()))
-            self.problems.append(say.UnknownMethod(name=name, noun=kind.noun, known=known, span=call.name.span))
+            nouns = [other.noun for other in Configured.__subclasses__() if name in registered(other)]
+            self.problems.append(
+                say.UnknownMethod(
+                    name=name, noun=kind.noun, known=known, is_a=nouns[0] if nouns else "", span=call.name.span
+                )
+            )  # fmt: skip
             return None
         cls = registered(kind)[name]
         before = len(self.problems)
@@ -85,7 +90,7 @@ class Calls:
         first = next(iter(cls.parameters.values()), None)
         if place == 0 and first is not None and first.nested:
             return first.name
-        name = first.name if first else None
+        name = [*cls.parameters][place] if place < len(cls.parameters) else None
         self.problems.append(say.PositionalArgument(method=cls.name, first=name, span=argument.value.span))
         return None
 

@@ -14,7 +14,9 @@ from peftc.method import Method, Stage, State
 from peftc.site import Site
 
 INNER = "method."
-OPERANDS = ("weight", "bias", "training")  # what a rewrite may ask for that is no state
+# What a method may ask for that is no state: of a rewrite, and of `extend`.
+OPERANDS = ("weight", "bias", "training")
+PROJECTIONS = ("key_weight", "key_bias", "value_weight", "value_bias", "training")
 
 
 class Combinator(Method):
@@ -22,28 +24,34 @@ class Combinator(Method):
 
     method: Method
     site: type[Site] | UnionType = Site
+    outermost = False  # whether it goes around other combinators; the others take a plain method
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         inner = self.method
         self.site, self.stage, self.identity = inner.site, inner.stage, inner.identity
-        self.unmergeable = inner.unmergeable
+        self.unmergeable, self.windowed = inner.unmergeable, inner.windowed
 
     def conflict(self) -> str | None:
         inner = self.method
-        if inner.stage is Stage.ATTENTION and type(self).mix is Combinator.mix:
-            return f"{inner.name} makes keys and values, and {self.name} needs a method with an output of its own"
+        if isinstance(inner, Combinator) and not self.outermost:
+            return f"{inner.name} is made of another method: " + (
+                f"write {inner.name}({self.name}(…))" if inner.outermost else f"{self.name} takes a plain one"
+            )
         if inner.stage is Stage.SEQUENCE:
             return f"{inner.name} changes the whole sequence, and {self.name} needs an output at one place"
         if inner.indivisible:
             return f"{inner.name} cannot be part of it: {inner.indivisible}"
         if inner.scheduled:
             return f"the schedule of {inner.name} needs its state to itself"
-        if inner.data is not None:
+        if inner.data is not None and not self.outermost:
             return f"{inner.name} starts from data of its own"
-        if inner.claims_weight():
-            return f"{inner!r} changes the frozen weight, which is there once"
+        if (reason := inner.claims_weight()) and type(inner).prepare is not Method.prepare:
+            return f"{inner.name} cannot be part of it: {reason}"
         return None
+
+    def claims_weight(self) -> str | None:
+        return self.method.claims_weight()
 
     def refuses(self, site: Any) -> str | None:
         return self.method.refuses(site)
@@ -57,6 +65,10 @@ class Combinator(Method):
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
         own = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}
         self.method.initialise(site, weight, own)
+
+    @property
+    def consistency(self) -> float:
+        return self.method.consistency
 
     def adds_bias(self, site: Any) -> bool:
         return self.method.adds_bias(site)
@@ -75,9 +87,19 @@ class Combinator(Method):
         asked = self.method.asks_input(())
         return (*state, *(name for name in OPERANDS if name in asked))
 
-    def mix(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, **state: Tensor) -> Tensor:
-        """At an attention, where a combinator takes methods that act there: the result, out of what it was and is."""
-        raise NotImplementedError
+    @property
+    def attends_apart(self) -> bool:
+        return self.method.attends_apart
+
+    def takes_positions(self, site: Any) -> int:
+        return self.method.takes_positions(site)
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        asked = self.method.asks_extend(())
+        return (*state, *(name for name in PROJECTIONS if name in asked))
+
+    def extend(self, site: Any, **known: Any) -> tuple[Tensor, Tensor]:
+        return self.method.extend(site, **chosen(known, self.method.asks_extend(inside(known))))
 
     def inner_output(self, site: Any, x: Tensor, y: Tensor, known: Mapping[str, Any]) -> Tensor:
         """The inner method's rewrite, out of what is known to the combinator: its own state and other operands."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -22,6 +23,7 @@ def two_passes(run: Callable[[], Sequence[Any]], weight: float, logits: int) -> 
 
 def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
     """The mean of both Kullback-Leibler divergences between two tensors of logits [..., classes], a scalar."""
-    p, q = (log_softmax(given.flatten(0, -2).float(), -1) for given in (p, q))
+    at_least = torch.promote_types(p.dtype, torch.float32)
+    p, q = (log_softmax(given.flatten(0, -2).to(at_least), -1) for given in (p, q))
     divergence: Tensor = kl_div(p, q, reduction="batchmean", log_target=True)
     return (divergence + kl_div(q, p, reduction="batchmean", log_target=True)) / 2

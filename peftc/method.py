@@ -48,7 +48,7 @@ class Data(enum.Enum):
 
     INPUTS = "x\u1d40x of the site's inputs, [n_in, n_in]"
     WEIGHT_GRADIENTS = "squares of each example's gradient of the weight, [n_out, n_in]"
-    STATE_GRADIENTS = "gradients of the state of `probe()`, by name"
+    STATE_GRADIENTS = "the state of `probe()` as it starts and its gradients, by name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,22 @@ class Method(Configured):
         (site, attended, y, *state): what the attention's queries make of these keys and values apart, and its result.
         State is asked for by name, and so are `key_weight`, `key_bias`, `value_weight` and `value_bias`, those of the
         layers that project the attention's own.
+        """
+        raise NotImplementedError
+
+    @property
+    def attends_apart(self) -> bool:
+        """Whether what `extend` makes is attended to under a softmax of its own, for `rewrite` to take in."""
+        return type(self).rewrite is not Method.rewrite
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `extend` wants by name."""
+        return wanted(type(self).extend, 2, state)
+
+    def gate(self, *given: Any, **state: Any) -> Tensor:
+        """(site, x, y, changed, *state): what passes of an attention's result without and with the method's keys.
+
+        x enters the sublayer. Only a method that gates others defines it.
         """
         raise NotImplementedError
 

@@ -16,12 +16,10 @@ from torch import Tensor, fx, nn
 from peftc import calibration, debug
 from peftc.attend import attend
 from peftc.capture import capture
-from peftc.combinator import Combinator
 from peftc.fold import fold_blocks
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
 from peftc.method import Data, Stage
-from peftc.mixing import attend_mixed
 from peftc.module import CompiledModule, Stages
 from peftc.normalise import tidy
 from peftc.penalties import add_penalties
@@ -77,8 +75,7 @@ def _attention(work: Work) -> bool:
     mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.ATTENTION]
     for binding in mine:
         assert work.rooms is not None
-        put = attend_mixed if isinstance(binding.method, Combinator) else attend
-        put(work.module, binding, work.rooms, "attention methods")
+        attend(work.module, binding, work.rooms, "attention methods")
     return bool(mine)
 
 

@@ -29,6 +29,7 @@ class UnknownMethod(Diagnostic):
     name: str
     known: tuple[str, ...]
     noun: str = "method"
+    is_a: str = ""
 
     @property
     def title(self) -> str:
@@ -36,7 +37,7 @@ class UnknownMethod(Diagnostic):
 
     @property
     def label(self) -> str:
-        return suggest(self.name, self.known) or ""
+        return f"this is a {self.is_a}" if self.is_a else suggest(self.name, self.known) or ""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -42,8 +42,8 @@ class SpeltOut:
         self.rooms, self.site, self.windowed, self.stamp = rooms, site, windowed, stamp
         self.last = self.softmax.prev
 
-    def in_front(self) -> None:
-        """One softmax over both: [scores of the added keys, the attention's own scores]."""
+    def in_front(self) -> fx.Node:
+        """One softmax over both: [scores of the added keys, the attention's own scores]. Returns the new result."""
         own, behind = self._own(), path_between(self.softmax, self.out)
         added = self._scores(own, in_front=True)
         readers = list(self.softmax.users)
@@ -60,6 +60,7 @@ class SpeltOut:
         result = self._made(aten.add.Tensor, (self.out, product), self.out)
         for reader in readers:
             reader.replace_input_with(self.out, result)
+        return result
 
     def apart(self) -> fx.Node:
         """A softmax of their own over the added keys, and its product with their values; nothing is dropped out."""

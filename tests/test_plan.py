@@ -30,6 +30,7 @@ from zoo import ZOO
 torch.set_num_threads(1)
 
 BAD = Path(__file__).parent / "spec" / "plan"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @cache
@@ -315,7 +316,7 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def planner(path: Path) -> Callable[[str], Plan]:
+def planner(path: Path) -> Callable[[str | Path], Plan]:
     """`peftc.plan` of one config and many specs, with one capture."""
     model, _ = load_model(parse_reference(str(path)), meta=True)
     found = capture(model, example_inputs(model))
@@ -349,6 +350,37 @@ def test_counts_of_t5_xxl(tmp_path: Path) -> None:
     assert counts("apply ia3 to cross.attn.k, cross.attn.v").trainable == 24 * 2 * 4096
     assert counts("apply ia3 to mlp.down in decoder").trainable == 24 * 10240
     assert 11.0e9 < counts("train norm").total < 11.2e9
+
+
+COMPACTER = "apply adapter(size=24, weight=phm(n=4, rank=1, shared=true)) to {}\ntrain norm"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("plan-t5-base")
+def test_counts_of_t5_base() -> None:
+    """Karimi Mahabadi et al. 2021, table 1: Compacter trains 0.073 % of 222.9M, Compacter++ 0.047 %.
+
+    An adapter has s and t of D and of U, 2 (24 + 768), and biases, 24 + 768: 2 376. All share four matrices of 4x4,
+    and 62 norms of 768 learn, too.
+    """
+    counts = planner(EXAMPLES / "configs" / "t5-base.json")
+    whole, feed_forward = counts(COMPACTER.format("self.attn, mlp")), counts(COMPACTER.format("mlp"))
+    assert whole.trainable == 48 * 2376 + 4 * 4 * 4 + 62 * 768 == 161_728
+    assert feed_forward.trainable == 24 * 2376 + 4 * 4 * 4 + 62 * 768 == 104_704
+    base = sum(whole.sites.parameters.values())
+    assert f"{base / 1e6:.1f}M" == "222.9M"
+    assert f"{whole.trainable / base:.3%}" == "0.073%"
+    assert f"{feed_forward.trainable / base:.3%}" == "0.047%"
+    recipes = EXAMPLES / "recipes"
+    assert counts(recipes / "compacter.peft").trainable == 161_728
+    assert counts(recipes / "compacter_pp.peft").trainable == 104_704
+
+
+def test_counts_of_one_layer_of_t5_base(tmp_path: Path) -> None:
+    """Of one layer a stack: two self-attentions, two feed-forwards, seven norms, and the matrices that all share."""
+    config = json.loads((EXAMPLES / "configs" / "t5-base.json").read_text())
+    path = written(tmp_path, {**config, "num_layers": 1, "num_decoder_layers": 1})
+    assert peftc.plan(path, COMPACTER.format("self.attn, mlp")).trainable == 4 * 2376 + 64 + 7 * 768
 
 
 def test_counts_of_one_projection() -> None:

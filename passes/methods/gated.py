@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.combinator import Combinator
-from peftc.method import REQUIRED, Method, State, method, param
+from peftc.combinator import INNER, Combinator
+from peftc.method import REQUIRED, Method, Stage, State, method, param
+from peftc.site import Attention
 
 
 @method
@@ -19,7 +20,8 @@ class Gated(Combinator):
     """How much of a method's change is let through, decided at every position by what enters there.
 
     UniPELT's authors average the gate over the positions of a sequence. In a causal model that would show each token
-    the ones behind it, so here every position has its own, as the paper's formula has it.
+    the ones behind it, so here every position has its own, as the paper's formula has it. They scale a prefix itself;
+    here the gate stands at its effect, between the attention without it and with it.
     """
 
     name = "gated"
@@ -30,9 +32,17 @@ class Gated(Combinator):
 
     method: Method = param(REQUIRED, "what is gated")
 
+    outermost = True
+
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.unmergeable = type(self).unmergeable
+        self.data = self.method.data
+
+    def conflict(self) -> str | None:
+        if self.method.stage is Stage.ATTENTION and self.method.attends_apart:
+            return f"{self.method.name} has a gate of its own"
+        return super().conflict()
 
     def refuses(self, site: Any) -> str | None:
         if self.method.rewrites_input(site):
@@ -44,18 +54,30 @@ class Gated(Combinator):
         entering = getattr(site, "n_in", None) or site.entry_width
         return super().state(site) | {"w": State((1, entering), start), "b": State((1,))}
 
+    def calibrate(self, site: Any, weight: Tensor, data: Any, state: dict[str, Tensor]) -> None:
+        inner = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}
+        self.method.calibrate(site, weight, data, inner)
+
+    def probe(self) -> Method:
+        return self.method.probe()
+
+    def takes_positions(self, site: Any) -> int:
+        """None: where the gate is closed, the model counts its tokens as the base does."""
+        return 0
+
     def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
-        gate = _gate(x, known["w"], known["b"]).reshape(*y.shape[:-1], 1)
-        changed = self.inner_output(site, x, y, known)
-        return y + (gate * (changed - y)).to(y.dtype)
+        return self.gate(site, x, y, self.inner_output(site, x, y, known), known["w"], known["b"])
 
-    def mix(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        """y: [batch, heads, tokens, width], or with the heads in the batch; one gate a token for all its heads."""
-        gate = _gate(x, w, b).reshape(-1, 1, y.shape[-2], 1)
-        if y.dim() == 3:
-            gate = gate.expand(-1, site.heads, -1, -1).flatten(0, 1)
-        return y + (gate * (changed - y)).to(y.dtype)
+    def gate(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        gate = torch.sigmoid(linear(x.to(w.dtype), w, b))
+        return y + (_beside(gate, y, site) * (changed - y)).to(y.dtype)
 
 
-def _gate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return torch.sigmoid(linear(x.to(w.dtype), w, b))
+def _beside(gate: Tensor, y: Tensor, site: Any) -> Tensor:
+    """A number a token, [..., 1], beside y: [..., width], or an attention's [batch, heads, tokens, width]."""
+    if not isinstance(site, Attention):
+        return gate.reshape(*y.shape[:-1], 1)
+    tokens = gate.reshape(-1, 1, y.shape[-2], 1)
+    if y.dim() == 4:
+        return tokens
+    return tokens.expand(-1, len(site.groups), -1, -1).flatten(0, 1)  # heads in the batch

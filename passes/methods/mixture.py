@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftc.combinator import INNER, Combinator
-from peftc.method import REQUIRED, Init, Method, State, method, param
+from peftc.method import REQUIRED, Init, Method, Stage, State, method, param
 
 
 @method
@@ -29,9 +29,18 @@ class Mixture(Combinator):
     consistency: float = param(1.0, "weight of the loss between the two passes; 0 makes it one pass", min=0)
 
     def conflict(self) -> str | None:
-        if isinstance(self.method, Combinator):
-            return f"a mixture takes a plain method: write {self.method.name}(mixture(…))"
+        inner = self.method
+        if inner.stage is Stage.ATTENTION and inner.attends_apart:
+            return f"{inner.name} acts twice in a pass, and each time another copy would be picked"
         return super().conflict()
+
+    def refuses(self, site: Any) -> str | None:
+        if reason := super().refuses(site):
+            return reason
+        whole = [
+            name for name, spec in self.method.state(site).items() if spec.dtype and not spec.dtype.is_floating_point
+        ]
+        return f"{self.method.name} keeps places in '{whole[0]}', and places have no average" if whole else None
 
     def state(self, site: Any) -> dict[str, State]:
         return {
@@ -50,6 +59,12 @@ class Mixture(Combinator):
 
     def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*super().asks_input(state), "training")))
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*super().asks_extend(state), "training")))
+
+    def extend(self, site: Any, **known: Any) -> tuple[Tensor, Tensor]:
+        return super().extend(site, **self._picked(site, known))
 
     def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
         return self.inner_output(site, x, y, self._picked(site, known))

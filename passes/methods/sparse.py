@@ -12,6 +12,7 @@ from torch import Tensor
 from peftc.combinator import INNER, Combinator
 from peftc.method import REQUIRED, Data, Method, State, method, param
 
+Probed = Mapping[str, tuple[Tensor, Tensor]]  # state name -> its values and their gradients, in the probe
 PROBE = partial(torch.nn.init.normal_, std=0.02)  # what a matrix that starts at zero is judged by
 
 
@@ -39,11 +40,6 @@ class Sparse(Combinator):
         super().__init__(**given)
         self.data = Data.STATE_GRADIENTS if self.by == "snip" else None
 
-    def conflict(self) -> str | None:
-        if isinstance(self.method, Combinator):
-            return f"sparse takes a plain method: write {self.method.name}(sparse(…))"
-        return super().conflict()
-
     def refuses(self, site: Any) -> str | None:
         if (reason := super().refuses(site)) is not None:
             return reason
@@ -67,28 +63,41 @@ class Sparse(Combinator):
         return state
 
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
-        self._start(site, weight, {}, state)
+        self._start(site, weight, state, {})
 
-    def calibrate(self, site: Any, weight: Tensor, data: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        self._start(site, weight, data, state)
+    def calibrate(self, site: Any, weight: Tensor, data: Probed, state: dict[str, Tensor]) -> None:
+        self._start(site, weight, state, data)
 
-    def _start(self, site: Any, weight: Tensor, scores: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Fills places by the scores, and values by the inner method's own start."""
+    def _start(self, site: Any, weight: Tensor, state: dict[str, Tensor], probed: Probed) -> None:
+        """Fills places by the scores, and values by the inner method's own start: the one that was probed, if any."""
         pruned = self._pruned(site)
         dense = {name: spec.init(_like(state[f"{INNER}{name}.values"], spec.shape)) for name, spec in pruned.items()}
         rest = {name.removeprefix(INNER): t for name, t in state.items() if name.removeprefix(INNER) not in pruned}
         self.method.initialise(site, weight, rest | dense)
+        for name, (start, _) in probed.items():
+            own = dense[name] if name in dense else rest[name]
+            if own.any():  # the probe's random numbers in place of zeros are for judging only
+                own.copy_(start)
         for name, start in dense.items():
-            score = scores.get(name, torch.rand_like(start) if self.by == "random" else _magnitude(start))
+            score = _score(*probed[name]) if name in probed else self._judged(start)
             places = state[f"{INNER}{name}.places"]
             places.copy_(score.flatten().abs().topk(len(places)).indices.sort().values)
             state[f"{INNER}{name}.values"].copy_(start.flatten()[places])
+
+    def _judged(self, start: Tensor) -> Tensor:
+        """The score of each entry without data."""
+        if self.by == "random":
+            return torch.rand_like(start)
+        return start if start.any() else PROBE(torch.empty_like(start))
 
     def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
         return self.inner_output(site, x, y, self._whole(site, known))
 
     def rewrite_input(self, site: Any, x: Tensor, **known: Tensor) -> Tensor:
         return self.inner_input(site, x, self._whole(site, known))
+
+    def extend(self, site: Any, **known: Any) -> tuple[Tensor, Tensor]:
+        return super().extend(site, **self._whole(site, known))
 
     def _whole(self, site: Any, known: Mapping[str, Any]) -> dict[str, Any]:
         """The matrices with zeros where nothing was kept."""
@@ -110,5 +119,6 @@ def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _magnitude(start: Tensor) -> Tensor:
-    return start if start.any() else PROBE(torch.empty_like(start))
+def _score(start: Tensor, gradient: Tensor) -> Tensor:
+    """SNIP: how much the loss would change, to first order, if the entry were gone."""
+    return start * gradient
