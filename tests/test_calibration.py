@@ -220,7 +220,7 @@ def test_eva_is_hf_pefts_but_for_its_centring(monkeypatch: pytest.MonkeyPatch) -
         for binding, moments in observed("llama", EVA, [given]).items()
     }
     for module in modules:
-        a = theirs.get_submodule(f"base_model.model.{module}.lora_A.default").weight
+        a = theirs.get_parameter(f"base_model.model.{module}.lora_A.default.weight")
         ours = torch.linalg.eigh(seen[module]).eigenvectors.flip(1)[:, :4].t()
         up_to_sign(a.detach(), ours, 1e-4)  # theirs in fp32
 
