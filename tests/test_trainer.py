@@ -235,6 +235,38 @@ def test_one_spec_trains_on_every_model(factory: Callable[[], nn.Module], loss: 
     assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in frozen.items())
 
 
+RECIPES = Path(models.__file__).parent / "recipes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "factory", "loss"),
+    [
+        pytest.param(recipe, factory, loss, id=f"{recipe}-{factory.__name__}")
+        for factory, loss, s4 in (
+            (models.smollm2, own_loss(token_batch), "s4_norms"),  # SmolLM2 has no biases to train
+            (models.minilm, pair_loss, "s4"),
+        )
+        for recipe in ("mam", "unipelt", s4)
+    ],
+)
+def test_mixed_recipes_train_on_real_models(
+    recipe: str, factory: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = peftc.compile(factory(), RECIPES / f"{recipe}.peft")
+    model.eval()
+    optimiser = torch.optim.AdamW(model.param_groups(1e-3), weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        value = loss(model)
+        losses.append(value.item())
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
 # ---- Beside HF PEFT -------------------------------------------------------------------------------------------------
 
 # Where each method stands, as the ends of module names. HF PEFT's OLoRA is left out on GPT-2: it swaps A and B there.
