@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("claims", "subjects")
+
 # Other processes may take the machine meanwhile: how long an example took says nothing.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")

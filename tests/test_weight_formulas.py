@@ -97,7 +97,9 @@ TRANSCRIPTIONS: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("name", "values", "slow"), TRANSCRIPTIONS, ids=lambda given: str(given))
+@pytest.mark.parametrize(
+    ("name", "values", "slow"), TRANSCRIPTIONS, ids=lambda given: given.__name__ if callable(given) else str(given)
+)
 def test_as_the_paper_says(name: str, values: dict[str, Any], slow: Callable[..., Tensor], has_bias: bool) -> None:
     """Outputs and gradients, in x too, of n_in = 12 and n_out = 8."""
     method = methods()[name](**values)

@@ -1,0 +1,219 @@
+"""What happens to an artifact that something happened to, and to one that is being written when something does."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftc
+from subjects import compiled, subject
+from variants import statement
+from zoo import ZOO
+
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+
+# ---- Claim 5 on its own: what happens to an artifact that something happened to -----------------------------------
+
+SPEC = "apply lora(r=2) to attn.q, mlp.down\ntrain norm"
+TENSORS, MANIFEST = "adapter.safetensors", "peftc.json"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    case = compiled("plain", SPEC)
+    case.randomise()
+    folder = tmp_path / "adapter"
+    case.module.save(folder)
+    return folder
+
+
+def refused(folder: Path, code: str, base: nn.Module | None = None) -> None:
+    """Loading fails with a diagnostic, and the base model is as it was."""
+    with pytest.raises(peftc.PeftcError) as raised:
+        peftc.load(folder, base or subject("plain").base)
+    assert [diagnostic.code for diagnostic in raised.value.diagnostics] == [code]
+    assert subject("plain").is_untouched()
+
+
+@pytest.mark.parametrize("file", [TENSORS, MANIFEST])
+@pytest.mark.xdist_group("conformance-plain")
+class TestDamage:
+    def test_a_missing_file(self, artifact: Path, file: str) -> None:
+        (artifact / file).unlink()
+        refused(artifact, "bad-artifact")
+
+    @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+    def test_a_truncated_file(self, artifact: Path, file: str, share: float) -> None:
+        whole = (artifact / file).read_bytes()
+        (artifact / file).write_bytes(whole[: int(share * len(whole))])
+        refused(artifact, "bad-artifact")
+
+    def test_a_flipped_bit(self, artifact: Path, file: str) -> None:
+        """Two hundred bits, spread over the file."""
+        whole = (artifact / file).read_bytes()
+        for bit in range(0, 8 * len(whole), max(1, len(whole) // 25)):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (artifact / file).write_bytes(damaged)
+            refused(artifact, "bad-artifact")
+
+    @pytest.mark.parametrize("content", [b"{}", b"null", b'"peftc"', b"\xff\xfe", b"\x80\x04K\x01."])
+    def test_another_file(self, artifact: Path, file: str, content: bytes) -> None:
+        (artifact / file).write_bytes(content)
+        refused(artifact, "bad-artifact")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"7", b"[" * 20_000], ids=["a list", "a number", "deep"])
+@pytest.mark.xdist_group("conformance-plain")
+def test_a_manifest_of_another_kind(artifact: Path, content: bytes) -> None:
+    (artifact / MANIFEST).write_bytes(content)
+    refused(artifact, "bad-artifact")
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Edits the manifest and makes its checksum fit again; None removes a field."""
+    body = json.loads((folder / MANIFEST).read_text()) | changes
+    body = {key: value for key, value in body.items() if key != "checksum" and value is not None}
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(body | {"checksum": seal}))
+
+
+def with_input(shape: list[Any], dtype: str = "float64", name: str = "x") -> dict[str, Any]:
+    """A change of the manifest: another recorded input."""
+    return {"example": {"args": [], "kwargs": {name: [shape, dtype]}}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 99},
+        {"tensors": "0" * 64},
+        {"spec": "apply lora(r=2) to attn.k\ntrain norm"},
+        {"spec": "apply dora(r=2) to attn.q, mlp.down\ntrain norm"},
+        {"spec": "apply lora(r=4) to attn.q, mlp.down\ntrain norm"},
+        *({field: None} for field in ("format", "spec", "model", "base", "tensors", "example")),
+        *({field: 7} for field in ("spec", "model", "reference", "base", "tensors", "example")),
+        *({"example": example} for example in ({}, {"args": 7, "kwargs": {}}, {"args": [], "kwargs": [1]})),
+        with_input([3, 6, 24], "no_such_type"),
+        with_input([-1, 6, 24]),
+        with_input(["3", 6, 24]),
+        with_input([10**9, 10**9, 24]),
+    ],
+    ids=str,
+)
+@pytest.mark.xdist_group("conformance-plain")
+def test_an_edited_manifest_is_refused(artifact: Path, changes: dict[str, Any]) -> None:
+    reseal(artifact, **changes)
+    refused(artifact, "bad-artifact")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"spec": "apply loraa to attn.q"}, "unknown-method"),
+        ({"spec": "apply lora(r=2) to"}, "missing-selector"),
+        (with_input([3, 6, 24], "int64"), "cannot-capture"),
+        (with_input([3, 6, 7]), "cannot-capture"),
+        (with_input([3, 6, 24], name="y"), "cannot-capture"),
+    ],
+    ids=str,
+)
+@pytest.mark.xdist_group("conformance-plain")
+def test_a_manifest_in_order_that_makes_no_sense(artifact: Path, changes: dict[str, Any], code: str) -> None:
+    """A spec or inputs that can be read, and fail as they would have when the artifact was made."""
+    reseal(artifact, **changes)
+    refused(artifact, code)
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_a_wrong_base_is_refused(artifact: Path) -> None:
+    other = copy.deepcopy(subject("plain").base)
+    with torch.no_grad():
+        other.get_parameter("head.bias")[0] += 1e-9
+    refused(artifact, "wrong-base", other)
+    refused(artifact, "wrong-base", subject("llama").base)
+
+
+@pytest.mark.xdist_group("conformance-llama")
+def test_a_base_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    """The same weights under another configuration, or with another buffer, give other outputs."""
+    compiled("llama", statement("ia3")).module.save(tmp_path / "adapter")
+    other = ZOO["llama"]()
+    changed = type(other)(type(other.config).from_dict({**other.config.to_dict(), "hidden_act": "gelu"}))
+    changed.load_state_dict(other.state_dict())
+    refused(tmp_path / "adapter", "wrong-base", changed)
+    other.get_buffer("model.rotary_emb.inv_freq")[0] += 1e-3
+    refused(tmp_path / "adapter", "wrong-base", other)
+
+
+@pytest.mark.xdist_group("conformance-llama")
+def test_a_base_that_is_called_otherwise_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model came from and what its labels are called changes no output."""
+    case = compiled("llama", statement("ia3"))
+    case.module.save(tmp_path / "adapter")
+    config: Any = case.subject.base.config
+    monkeypatch.setattr(config, "_name_or_path", "elsewhere")
+    monkeypatch.setattr(config, "id2label", {0: "good", 1: "bad"})
+    peftc.load(tmp_path / "adapter", case.subject.base)
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_save_leaves_alone_what_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(peftc.PeftcError, match="something else"):
+        compiled("plain", SPEC).module.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def fail(error: type[BaseException], at: int) -> Callable[..., Any]:
+    """A function that passes its calls on, but for one."""
+    calls = 0
+    rename = Path.rename
+
+    def rename_or_fail(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return rename(self, target)
+
+    return rename_or_fail
+
+
+def disk_full(_descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+RENAME = "pathlib.Path.rename"
+INTERRUPTIONS = [
+    pytest.param("os.fsync", lambda: disk_full, id="the disk is full"),
+    pytest.param(RENAME, lambda: fail(OSError, at=1), id="the old one cannot be moved"),
+    pytest.param(RENAME, lambda: fail(OSError, at=2), id="the new one cannot be moved"),
+    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=1), id="Ctrl-C before the old one moves"),
+    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=2), id="Ctrl-C before the new one moves"),
+]
+
+
+@pytest.mark.parametrize(("function", "replacement"), INTERRUPTIONS)
+@pytest.mark.xdist_group("conformance-plain")
+def test_an_interrupted_save_leaves_the_old_artifact_whole(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, function: str, replacement: Callable[[], Any]
+) -> None:
+    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    newer = compiled("plain", SPEC)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, replacement())
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            newer.module.save(artifact)
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
+    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name], "something was left lying about"
+    newer.module.save(artifact)
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} != before
