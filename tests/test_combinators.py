@@ -511,7 +511,7 @@ def test_a_gated_prefix_written_out() -> None:
     handles = []
 
     def heads(flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (4, 8)).transpose(1, 2)
+        return torch.as_tensor(flat.unflatten(-1, (4, 8)).transpose(1, 2))
 
     for layer, state in zip(base("bert").get_submodule("bert.encoder.layer").children(), states, strict=True):
 
@@ -600,7 +600,7 @@ def test_a_gated_weight_that_claims_its_layer() -> None:
         weight = next(w for w in weights if len(w) == y.shape[-1] and torch.allclose(x @ w.t(), y))
         changed = weight + 16 / 3 * state["method.B"] @ state["method.A"]
         length = state["method.m"] / changed.detach().norm(dim=1)
-        return y + gate(x, state) * (length * (x @ changed.t()) - y)
+        return torch.as_tensor(y + gate(x, state) * (length * (x @ changed.t()) - y))
 
     agree("llama", model, dora)
     with pytest.raises(peftc.PeftcError) as raised:

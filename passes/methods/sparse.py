@@ -40,6 +40,12 @@ class Sparse(Combinator):
         super().__init__(**given)
         self.data = Data.STATE_GRADIENTS if self.by == "snip" else None
 
+    def conflict(self) -> str | None:
+        inner = self.method
+        if reason := inner.claims_weight():  # its start may be the weight itself, of which nothing must go missing
+            return f"{inner.name} cannot be part of it: {reason}"
+        return super().conflict()
+
     def refuses(self, site: Any) -> str | None:
         if (reason := super().refuses(site)) is not None:
             return reason
