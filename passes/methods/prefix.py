@@ -30,7 +30,6 @@ class Prefix(Method):
     stage = Stage.ATTENTION
     identity = False
     peft_type = "PREFIX_TUNING"
-    indivisible = "its keys and values stand inside an attention, which has no output without them to set beside"
     unmergeable = "its keys and values depend on no token, and no weight makes such"
 
     length: int = param(20, "virtual tokens", min=1)
