@@ -58,9 +58,10 @@ class IPT(Method):
         for place, (n_in, n_out) in {
             0: (self.dim, self.hidden), 2: (self.hidden, self.length * site.width),
         }.items():  # fmt: skip
-            start = partial(torch.nn.init.uniform_, a=-1 / math.sqrt(n_in), b=1 / math.sqrt(n_in))
+            # A random decoder must tell nearby z apart, and its prompts start as large as those of `prompt`.
+            start = partial(torch.nn.init.normal_, std=1.0 if place == 0 else 1 / math.sqrt(n_in))
             state[f"decoder.{place}.weight"] = State((n_out, n_in), start, trainable=learns)
-            state[f"decoder.{place}.bias"] = State((n_out,), start, trainable=learns)
+            state[f"decoder.{place}.bias"] = State((n_out,), trainable=learns)
         return state
 
     def reads(self) -> tuple[str, str] | None:
