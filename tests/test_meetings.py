@@ -59,7 +59,7 @@ def contradiction(spec: str) -> str | None:
 
 def meeting(name: str, spec: str, *marks: pytest.MarkDecorator) -> Any:
     return pytest.param(name, spec, id=f"{name}: {' / '.join(spec.splitlines())}",
-                        marks=[pytest.mark.xdist_group(f"conformance-{name}"), *marks])  # fmt: skip
+                        marks=[pytest.mark.xdist_group(f"meetings-{name}"), *marks])  # fmt: skip
 
 
 def subject_of(spec: str) -> str:

@@ -58,19 +58,29 @@ def other_values(parameter: Param) -> list[Any]:
     return [value for value in numbers if value != parameter.default and parameter.problem(value) is None]
 
 
+def changes_how(parameter: Param) -> bool:
+    """Whether a number does more than say how much: one that is left out by default, or a probability."""
+    return parameter.optional or "dropout" in parameter.name
+
+
 def spelt(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def variants(cls: type[Method]) -> Iterator[str]:
-    """The method as it is by default, and once for each value that differs from that and goes with the sizes here."""
+    """The method by default, and once for each value that makes it work otherwise and goes with the sizes here.
+
+    Numbers that only say how much are left to the test on any shape.
+    """
     required = [parameter for parameter in cls.parameters.values() if parameter.required]
     starts = [f"{p.name}={value}" for p in required for value in other_values(p)] or [""]
     starts = [start for start in starts if fitting(cls.name, start)]
     for start in starts:
         yield str(fitting(cls.name, start))
     for parameter in cls.parameters.values():
-        values = [] if parameter.required else [f"{parameter.name}={spelt(value)}" for value in other_values(parameter)]
+        if parameter.required or (parameter.kind in (int, float) and not changes_how(parameter)):
+            continue
+        values = [f"{parameter.name}={spelt(value)}" for value in other_values(parameter)]
         found = [call for value in values if (call := fitting(cls.name, ", ".join(filter(None, (starts[0], value)))))]
         yield from found if parameter.choices or parameter.nested else found[:1]
 

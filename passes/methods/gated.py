@@ -70,14 +70,12 @@ class Gated(Combinator):
 
     def gate(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, w: Tensor, b: Tensor) -> Tensor:
         gate = torch.sigmoid(linear(x.to(w.dtype), w, b))
-        return y + (_beside(gate, y, site) * (changed - y)).to(y.dtype)
+        inside = self.method.stage is Stage.ATTENTION  # and not on the output of the sublayer around one
+        beside = _beside_heads(gate, y, site) if inside else gate.reshape(*y.shape[:-1], 1)
+        return y + (beside * (changed - y)).to(y.dtype)
 
 
-def _beside(gate: Tensor, y: Tensor, site: Any) -> Tensor:
-    """A number a token, [..., 1], beside y: [..., width], or an attention's [batch, heads, tokens, width]."""
-    if not isinstance(site, Attention):
-        return gate.reshape(*y.shape[:-1], 1)
+def _beside_heads(gate: Tensor, y: Tensor, site: Attention) -> Tensor:
+    """A number a token, [..., 1], beside an attention's result, [batch, heads, tokens, width] or heads in the batch."""
     tokens = gate.reshape(-1, 1, y.shape[-2], 1)
-    if y.dim() == 4:
-        return tokens
-    return tokens.expand(-1, len(site.groups), -1, -1).flatten(0, 1)  # heads in the batch
+    return tokens if y.dim() == 4 else tokens.expand(-1, len(site.groups), -1, -1).flatten(0, 1)
