@@ -29,6 +29,7 @@ class Convention:
     inputs: tuple[str, ...]
     result: pytree.TreeSpec
     room: tuple[str, int] | None = None  # an input, and how long it may be
+    consistency: float = 0.0  # weight of a loss between two passes of a training step; 0 for one pass
 
     @property
     def signature(self) -> inspect.Signature:

@@ -47,7 +47,7 @@ class CompiledModule(fx.GraphModule):
             plan=plan,
             history=dict(history),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan)),
+            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
             _pruned={},
         )
         keep_unread(root, self)
@@ -74,7 +74,7 @@ class CompiledModule(fx.GraphModule):
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
                 step = partial(run, self, *given.values())
-                weight = self.plan.consistency if self.training else 0.0
+                weight = self.convention.consistency if self.training else 0.0
                 leaves = two_passes(step, weight, self.convention.logits) if weight else step()
                 return self.convention.unflatten(leaves, with_loss=True)
             return self.convention.unflatten(self._without_loss()(self, *given.values()), with_loss=False)

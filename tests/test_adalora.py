@@ -120,6 +120,7 @@ def test_training_goes_on_from_a_checkpoint() -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # as of a folder of their own
 def test_hf_peft_reads_what_is_left(tmp_path: Path) -> None:
     """Their folder has only the triplets that stay, and says which those are; both ways."""

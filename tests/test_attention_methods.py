@@ -393,6 +393,7 @@ def rows_looked_up(model: PreTrainedModel, table: str, spec: str) -> list[int]:
     return gradient.abs().sum(1).nonzero().flatten().tolist()
 
 
+@pytest.mark.slow
 def test_all_layers_count_behind_the_longest_prefix() -> None:
     """Also those that have none, and those whose own is shorter: there is one count of tokens."""
     model = without_dropout(ZOO["gpt2"]())

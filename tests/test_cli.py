@@ -136,7 +136,7 @@ def test_sites_and_methods(run: Run, model: Path) -> None:
     assert lora["parameters"]["r"]["alias"] == "rank"
     status, _, err = run("methods", "lroa")
     assert status == 1
-    assert "methods: adapter" in err
+    assert "methods: adalora, adapter" in err
 
 
 def test_show_writes_each_format(run: Run, model: Path, spec: Path, tmp_path: Path) -> None:

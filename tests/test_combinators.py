@@ -131,6 +131,7 @@ def gate(x: Tensor, state: State) -> Tensor:
     return torch.sigmoid((x * state["w"][0]).sum(-1, keepdim=True) + state["b"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec", "function"),
     [
@@ -155,6 +156,7 @@ def test_a_gate_shows_no_token_what_follows() -> None:
     assert not torch.equal(first[:, -1], second[:, -1])
 
 
+@pytest.mark.slow
 def test_a_gate_opens_and_closes() -> None:
     """Far open it is the method itself, far closed the base."""
     spec = "apply {} to attn.q, attn.v"
@@ -314,6 +316,7 @@ def test_training_brings_the_copies_together() -> None:
     assert after[1] < before[1]
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_both_passes_as_one_graph() -> None:
     model = randomised("llama", MIXTURE.format(1)).train()
     batch = inputs(base("llama"))
@@ -324,6 +327,7 @@ def test_torch_compile_takes_both_passes_as_one_graph() -> None:
     torch.testing.assert_close(fast(**batch).loss, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_a_mixture(tmp_path: Path) -> None:
     model = randomised("llama", MIXTURE.format(1))
     before = {name: tensor.detach().clone() for name, tensor in model.trainable_parameters().items()}
@@ -540,6 +544,7 @@ def test_a_gated_prefix_written_out() -> None:
         parameter.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow),
                                   pytest.param("bloom", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_gate_opens_and_closes_at_a_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
