@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from peftc.method import Data, Init, Method, State, method, param
+from peftc.nf4 import nf4_rounded
 from peftc.site import Experts, Linear, Projection
 
 
@@ -41,14 +42,16 @@ class LoRA(Method):
     init: str = param(
         "kaiming",
         "kaiming, gaussian: random A, B = 0; eva: A from the inputs of calibration batches, B = 0; "
-        "pissa: leading singular vectors; olora: leading QR columns",
-        choices=("kaiming", "gaussian", "eva", "pissa", "olora"),
+        "pissa: leading singular vectors; olora: leading QR columns; loftq: what rounding the weight to NF4 loses",
+        choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq"),
     )
+    loftq_iterations: int = param(5, "times that init=loftq rounds and decomposes in turn", min=1)
     lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", above=0)
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.data = Data.INPUTS if self.init == "eva" else None
+        self.identity = self.init != "loftq"
 
     @property
     def scale(self) -> float:
@@ -57,8 +60,8 @@ class LoRA(Method):
 
     @property
     def takes_from_weight(self) -> bool:
-        """Whether the start is a part of W, which is then taken out of W."""
-        return self.init in ("pissa", "olora")
+        """Whether the start is a part of W, and the frozen weight what is left."""
+        return self.init in ("pissa", "olora", "loftq")
 
     def refuses(self, site: Projection) -> str | None:
         if self.init == "eva" and isinstance(site, Experts):
@@ -87,15 +90,39 @@ class LoRA(Method):
     def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
         if not self.takes_from_weight:
             return
+        if self.init == "loftq":
+            self._start_from_rounding(weight, state)
+            return
         if self.init == "pissa":
-            left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
-            root = (singular[..., : self.r] / self.scale).sqrt()
-            b, a = left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
+            b, a = self._leading(weight)
         else:
             q, triangle = torch.linalg.qr(weight.float())
             b, a = q[..., : self.r], triangle[..., : self.r, :]
         for name, tensor in {"A": a, "B": b, "A0": a, "B0": b}.items():
             state[name].copy_(tensor)
+
+    def _leading(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """B and A of which alpha/r B A is the matrix's best approximation of rank r."""
+        left, singular, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+        root = (singular[..., : self.r] / self.scale).sqrt()
+        return left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
+
+    def _start_from_rounding(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """Q = NF4(W - B A) and B A = svd_r(W - Q) in turn (LoftQ, Li 2023, arXiv:2310.08659, algorithm 1).
+
+        A0 and B0 are those that the last Q was made with.
+        """
+        state["A"].zero_()
+        state["B"].zero_()
+        for _ in range(self.loftq_iterations):
+            state["A0"].copy_(state["A"])
+            state["B0"].copy_(state["B"])
+            b, a = self._leading(weight.float() - self._rounded(weight.float(), state))
+            state["A"].copy_(a)
+            state["B"].copy_(b)
+
+    def _rounded(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return nf4_rounded(weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype))
 
     def calibrate(self, site: Projection, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""
@@ -105,6 +132,8 @@ class LoRA(Method):
     def prepare(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
         if not self.takes_from_weight:
             return weight
+        if self.init == "loftq":
+            return self._rounded(weight, state)
         return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
 
     def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -116,6 +145,8 @@ class LoRA(Method):
         return self.scale * (state["B"] @ state["A"])
 
     def unexportable(self, site: Projection) -> str | None:
+        if self.init == "loftq":
+            return "it holds no frozen weight, and init=loftq has rounded this one"
         if isinstance(site, Experts) and self.dropout:
             return "it has no dropout on stacked experts"
         return None
