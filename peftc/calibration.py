@@ -184,7 +184,7 @@ def _squared_gradients(
     """Σ over examples of (∂L/∂W)², the diagonal of the empirical Fisher information, one example at a time."""
     names = {binding.site.parameters[0] for binding in bindings}
     weights: dict[str, Tensor] = {name: get_attribute(module, name) for name in names}
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     _has_loss(module.graph, plan)
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -192,7 +192,7 @@ def _squared_gradients(
         for given in _given(plan, batches):
             for example in _examples(given):
                 for name, gradient in zip(weights, _gradients(module, example, [*weights.values()]), strict=True):
-                    sums[name] += gradient.square()
+                    sums[name] += gradient.float().square()
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)

@@ -90,9 +90,9 @@ class Convention:
         return self.result.type(**dict(zip(keys, values, strict=True)))
 
     @property
-    def logits(self) -> int:
-        """Which leaf holds the logits, behind the loss."""
-        return self.keys.index("logits")
+    def logits(self) -> tuple[int, ...]:
+        """Which leaves hold logits, behind the loss."""
+        return tuple(place for place, key in enumerate(self.keys) if key.endswith("logits"))
 
     @property
     def keys(self) -> list[str]:

@@ -41,6 +41,8 @@ class Calls:
         values = self._arguments(cls, call)
         if len(self.problems) > before:
             return None
+        if any(parameters.nested and values.get(name, 0) is None for name, parameters in cls.parameters.items()):
+            return None  # a broken name inside, which was complained of where it was defined
         built = cls(**values)
         if conflict := built.conflict():
             self.problems.append(say.ParametersConflict(method=name, problem=conflict, span=call.span))

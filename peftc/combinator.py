@@ -32,6 +32,10 @@ class Combinator(Method):
         self.site, self.stage, self.identity = inner.site, inner.stage, inner.identity
         self.unmergeable, self.windowed = inner.unmergeable, inner.windowed
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}_{self.method.label}"
+
     def conflict(self) -> str | None:
         inner = self.method
         if isinstance(inner, Combinator) and not self.outermost:
@@ -118,4 +122,5 @@ def inside(names: Iterable[str]) -> tuple[str, ...]:
 
 def chosen(known: Mapping[str, Any], asked: Iterable[str]) -> dict[str, Any]:
     """What an inner method asks for: its state by its own names, and what else there is."""
-    return {name: known.get(INNER + name, known.get(name)) for name in asked}
+    beside = (*OPERANDS, *PROJECTIONS)
+    return {name: known.get(name if name in beside else INNER + name) for name in asked}

@@ -107,7 +107,7 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
         weights=weights + sum(count * size for count, size, _ in added),
         gradients=sum(count * size for count, size in learning),
         optimizer=sum(count * STATE_BYTES[optimizer](size) for count, size in learning),
-        activations=sum(kept.bytes(known) for kept in plan.kept),
+        activations=sum(kept.bytes(known) for kept in plan.kept) * (2 if plan.consistency else 1),
     )
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from peftc.flow import AttentionPattern
 from peftc.ir import value
 from peftc.linears import Product
-from peftc.rows import Known, hint, rows_of_parts
+from peftc.rows import Known, hint, path_between, rows_of_parts
 from peftc.site import Linear
 
 Rows = tuple[int, ...] | None
@@ -28,7 +28,17 @@ def attention_facts(
     """
     key, values = _layer(k, rows[1]), _layer(v, rows[2])
     heads = _heads(module, pattern, key, values, k.use.y, known)
-    return None if heads is None else {**heads, "pattern": pattern, "key": key, "value": values}
+    if heads is None:
+        return None
+    return {**heads, "pattern": pattern, "key": key, "value": values, "obstacle": _sink(pattern)}
+
+
+def _sink(pattern: AttentionPattern) -> str | None:
+    """Whether the softmax runs over more than the scores of keys."""
+    if pattern.scores is None or pattern.softmax is None:
+        return None
+    joined = any(node.target is torch.ops.aten.cat.default for node in path_between(pattern.scores, pattern.softmax))
+    return "its softmax runs over a sink beside the keys, which nothing else can be put beside" if joined else None
 
 
 def _layer(product: Product, rows: Rows) -> Linear:

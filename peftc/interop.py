@@ -113,20 +113,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
         mark = _separator(key)
         module, _, name = key.removeprefix(PREFIX).rpartition(mark)
         grouped[module][mark[1:] + name] = tensor
-    grouped = expertfolders.restored(model, config, grouped)
-    lines: dict[str, list[str]] = defaultdict(list)
-    states: dict[str, dict[str, Tensor]] = {}
-    for module, own in grouped.items():
-        for cls in methods().values():
-            found = cls.from_peft(_for_module(config, module), module, own)
-            if found is not None:
-                arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items())
-                lines[f"{cls.name}({arguments})"].append(module)
-                states[module] = found[1]
-                break
-        else:
-            reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
-            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    try:
+        lines, states = _recognised(model, folder, config, grouped)
+    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+        reason = f"its settings are damaged ({type(error).__name__}: {error})"
+        raise PeftcError(BadArtifact(folder=str(folder), reason=reason)) from None
     text = "\n".join(
         f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
     )
@@ -139,6 +130,27 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     state |= _shared(plan, common)
     check_tensors(folder, plan, state)
     return pipeline.build(plan, Timings(), state)
+
+
+def _recognised(
+    model: nn.Module, folder: Path, config: dict[str, Any], grouped: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Tensor]]]:
+    """The modules of each method call, and the state at each module."""
+    grouped = expertfolders.restored(model, config, grouped)
+    lines: dict[str, list[str]] = defaultdict(list)
+    states: dict[str, dict[str, Tensor]] = {}
+    for module, own in grouped.items():
+        for cls in methods().values():
+            found = cls.from_peft(_for_module(config, module), module, own)
+            if found is not None:
+                arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items() if value is not None)
+                lines[f"{cls.name}({arguments})"].append(module)
+                states[module] = found[1]
+                break
+        else:
+            reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    return lines, states
 
 
 def _shared_names() -> set[str]:

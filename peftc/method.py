@@ -84,6 +84,11 @@ class Method(Configured):
     such_as = "lora(r=8)"
     folder = "methods"
 
+    @property
+    def label(self) -> str:
+        """What the state lies under in the model, and what there may be once at a place."""
+        return self.name
+
     def refuses(self, site: Any) -> str | None:
         """Why this method cannot attach to `site`, a site of its kind, or None."""
         return None
@@ -224,6 +229,10 @@ class Method(Configured):
     def consistency(self) -> float:
         """The weight of a consistency loss between two passes of each training step; 0 for a single pass."""
         return 0.0
+
+    def misfit(self, total: int | None) -> str | None:
+        """Why the method's schedule does not fit a training of `total` steps (None: nobody knows), or None."""
+        return None
 
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""

@@ -395,6 +395,16 @@ class NeedsCalibration(Diagnostic):
         return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
 
 
+class BadSchedule(Diagnostic):
+    code = "bad-schedule"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the schedule of {self.method} does not fit the training: {self.reason}"
+
+
 class BadCalibration(Diagnostic):
     code = "bad-calibration"
     reason: str

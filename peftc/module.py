@@ -75,7 +75,7 @@ class CompiledModule(fx.GraphModule):
             if len(given) == len(self.convention.inputs):
                 step = partial(run, self, *given.values())
                 weight = self.convention.consistency if self.training else 0.0
-                leaves = two_passes(step, weight, self.convention.logits) if weight else step()
+                leaves = two_passes(step, weight, self.convention.logits, given.get("labels")) if weight else step()
                 return self.convention.unflatten(leaves, with_loss=True)
             return self.convention.unflatten(self._without_loss()(self, *given.values()), with_loss=False)
 
@@ -188,7 +188,7 @@ class CompiledModule(fx.GraphModule):
         save(self, Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder that HF PEFT reads; LoRA, DoRA and IA3 on whole modules fit in one."""
+        """Writes the folder that HF PEFT reads: one method that it has, on whole modules, prompts or prefixes."""
         from peftc.interop import save_pretrained
 
         save_pretrained(self, Path(folder))

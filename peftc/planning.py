@@ -17,6 +17,7 @@ import torch
 
 from peftc import model_errors as say
 from peftc import syntax as ast
+from peftc.calling import Convention
 from peftc.capture import Captured
 from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
@@ -181,6 +182,7 @@ class _Planner:
         self._claims(bindings, trained)
         self.problems += too_long(bindings)
         self.problems += never_learning(self.captured.module.graph, bindings, trained)
+        self.problems += self._cannot_agree(bindings)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
@@ -206,7 +208,7 @@ class _Planner:
         fitting = linked([site for site in found if isinstance(site, method.site)])
         reasons: dict[str, list[Site]] = defaultdict(list)
         for site in fitting:
-            if reason := _mixed(site) or _obstacle(site) or method.refuses(site):
+            if reason := _mixed(site) or _obstacle(site, method) or method.refuses(site):
                 reasons[reason].append(site)
         for reason, refused in reasons.items():
             self.problems.append(
@@ -218,7 +220,7 @@ class _Planner:
         if wrong or reasons:
             return []
         shared = method.shared(fitting)
-        home = self._free(f"{method.name}_{index}" if index else method.name) if shared else ""
+        home = self._free(f"{method.label}_{index}" if index else method.label) if shared else ""
         bindings = [
             Binding(index, method, site, self._path(method, site), application.span, home, shared) for site in fitting
         ]
@@ -255,7 +257,7 @@ class _Planner:
     def _path(self, method: Method, site: Site) -> str:
         """A module name for the state that nothing in the base model has."""
         part = re.sub(r"[^A-Za-z0-9_]+", "_", site.name[len(site.path) :]).strip("_")
-        return self._free(".".join(filter(None, (site.path, method.name + (f"_{part}" if part else "")))))
+        return self._free(".".join(filter(None, (site.path, method.label + (f"_{part}" if part else "")))))
 
     def _free(self, path: str) -> str:
         while any(name == path or name.startswith(f"{path}.") for name in self.sites.parameters):
@@ -267,15 +269,15 @@ class _Planner:
         first: dict[tuple[str, str], Binding] = {}
         clashes: dict[tuple[int, int], list[tuple[Binding, Binding]]] = defaultdict(list)
         whole = {
-            (b.method.name, b.site.weight): b
+            (b.method.label, b.site.weight): b
             for b in bindings
             if isinstance(b.site, Projection) and b.site.rows is None
         }
         for binding in bindings:
-            key = binding.method.name, binding.site.name
+            key = binding.method.label, binding.site.name
             earlier = first.setdefault(key, binding)
             if isinstance(binding.site, Projection) and _is_part(binding.site) and earlier is binding:
-                earlier = whole.get((binding.method.name, binding.site.weight), binding)
+                earlier = whole.get((binding.method.label, binding.site.weight), binding)
             if earlier is not binding:
                 pair = sorted((earlier, binding), key=lambda b: b.statement)
                 clashes[pair[0].statement, pair[1].statement].append((pair[0], pair[1]))
@@ -308,6 +310,19 @@ class _Planner:
                             other=others[0], span=one.span,
                         )
                     )  # fmt: skip
+
+    def _cannot_agree(self, bindings: list[Binding]) -> list[Diagnostic]:
+        """Two passes can only be compared by logits."""
+        convention = Convention(self.captured.inputs, self.captured.result)
+        wanting = [binding for binding in bindings if binding.method.consistency]
+        if not wanting or convention.keys[:1] != ["loss"] or convention.logits:
+            return []
+        first = wanting[0]
+        reason = "the model returns no logits to compare its two passes by: give consistency=0"
+        others = len(wanting) - 1
+        return [
+            say.Refused(method=first.method.name, site=first.site.name, reason=reason, others=others, span=first.span)
+        ]
 
     def _trained(self) -> dict[str, Span]:
         """Existing parameters that learn, after every `train` and `freeze` in file order."""
@@ -373,8 +388,11 @@ def _mixed(site: Site) -> str | None:
     return None
 
 
-def _obstacle(site: Site) -> str | None:
-    return site.obstacle if isinstance(site, Sequence) else None
+def _obstacle(site: Site, method: Method) -> str | None:
+    """Why no method at all fits into a sequence or an attention."""
+    if isinstance(site, Sequence):
+        return site.obstacle
+    return site.obstacle if isinstance(site, Attention) and method.stage is Stage.ATTENTION else None
 
 
 def _is_part(site: Site) -> bool:

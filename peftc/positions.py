@@ -25,6 +25,8 @@ from peftc.text import Span
 
 aten = torch.ops.aten
 
+GIVEN = "position_ids"  # what transformers calls positions that the caller gives
+
 
 def made(
     graph: fx.Graph, target: Any, args: tuple[Any, ...], after: fx.Node, like: fx.Node, stamp: Provenance,
@@ -66,6 +68,9 @@ class Longer:
 
     def for_text(self, node: fx.Node) -> fx.Node:
         """The longer value less its first entries: those of the text's own tokens."""
+        if node.op == "placeholder" and not value(node).is_floating_point() and str(node.target) == GIVEN:
+            behind = self.graph.find_nodes(op="placeholder")[-1]
+            return self._call(aten.add.Tensor, (node, self.by), behind, node)
         longer = self(node)
         for dim, size in enumerate(value(node).shape):
             if expression(size) == self.tokens:

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from peftc.errors import PeftcError
 from peftc.insert import prepare
 from peftc.ir import get_attribute
 from peftc.method import Method
+from peftc.model_errors import BadSchedule
 from peftc.site import Site
 
 if TYPE_CHECKING:
@@ -51,7 +53,11 @@ class Follower:
     """Drives those scheduled methods of a model whose tensors an optimiser trains, by its steps, until `remove()`."""
 
     def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
-        """`step`: how many steps have been made already, where training goes on; `total`: how many there will be."""
+        """`step`: how many steps have been made already, where training goes on; `total`: how many there will be.
+
+        Raises:
+            PeftcError: `bad-schedule` where a method's schedule does not fit into so many steps.
+        """
         self.compiled = compiled
         self.optimizer = optimizer
         self.step = step
@@ -63,6 +69,13 @@ class Follower:
             if binding.method.scheduled and any(id(t) in trained for t in _tensors(compiled, binding).values())
         ]
         self.statements = [list(members) for _, members in groupby(scheduled, key=lambda binding: binding.statement)]
+        problems = [
+            BadSchedule(method=first.method.name, reason=reason, span=first.span)
+            for first, *_ in self.statements
+            if (reason := first.method.misfit(total)) is not None
+        ]
+        if problems:
+            raise PeftcError(*problems)
         self.cold: list[tuple[float, Tensor, Tensor]] = []
         self.hooks: tuple[RemovableHandle, ...] = ()
         if scheduled:

@@ -228,7 +228,7 @@ class Attention(Module):
     Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
     heads of its own count; `groups` says which key head each of them is, where it is one. `key` and `value` are the
     layers that project them. `positions` is how many tokens the model can count, where a table of learned positions
-    says so.
+    says so. `obstacle`: why nothing can stand beside its keys, if so.
     """
 
     pattern: AttentionPattern | None = None
@@ -241,6 +241,7 @@ class Attention(Module):
     value: Linear | None = None
     cross: bool = False
     positions: int | None = None
+    obstacle: str | None = None
 
     kind = "attention"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,25 @@ def test_saving_again_leaves_other_files_alone(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").is_file()
     assert (tmp_path / "own" / "notes.txt").read_text() == "mine"
     peftc.load(tmp_path / "own", ZOO["llama"]())
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"), [("llama", ["input_layernorm", "post_attention_layernorm", "norm"]), ("bert", ["LayerNorm"])]
+)
+def test_training_norms_is_hf_pefts_layer_norm_tuning(name: str, norms: list[str]) -> None:
+    """Three steps of SGD: the same outputs, and the same parameters learn."""
+    ours: Any = peftc.compile(ZOO[name](), "train norm").eval()
+    with warnings.catch_warnings():  # it warns of every layer that has no features in and out
+        warnings.simplefilter("ignore")
+        theirs: Any = peft.get_peft_model(ZOO[name](), peft.LNTuningConfig(target_modules=norms)).eval()
+    learning = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in learning) == ours.plan.trainable
+    batch = inputs(ZOO[name]())
+    for _ in range(3):
+        for model, parameters in ((ours, [*ours.trainable_parameters().values()]), (theirs, learning)):
+            optimizer = torch.optim.SGD(parameters, lr=0.5)
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=0, atol=NEAR)

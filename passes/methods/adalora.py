@@ -92,10 +92,17 @@ class AdaLoRA(Method):
 
     # The schedule, step by step as HF PEFT's `update_and_allocate`
 
+    def misfit(self, total: int | None) -> str | None:
+        steps = self.steps or total
+        if steps is None:
+            return "it needs the number of steps: give steps=, or follow(…, total=)"
+        if self.warmup + self.final >= steps:
+            return f"warmup={self.warmup} and final={self.final} leave none of {steps} steps to cut in"
+        return None
+
     def on_step(self, step: Step, places: Sequence[Place]) -> bool:
         steps = self.steps or step.total
-        if steps is None:
-            raise ValueError("adalora needs steps=, the number of training steps, where no Trainer knows it")
+        assert steps is not None, "`misfit` asked"
         if step.number > steps - self.final:  # what was cut stays cut
             for place in places:
                 place.state["E"].masked_fill_(~place.state["kept"], 0)

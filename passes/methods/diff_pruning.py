@@ -66,6 +66,11 @@ class DiffPruning(Method):
         # P(z > 0) = sigmoid(a - log(-l/r)), and l = -r
         return self.l0 * (1 - state["pruned"].squeeze()) * torch.sigmoid(state["alpha"]).sum()
 
+    def misfit(self, total: int | None) -> str | None:
+        if total is not None and total < self.prune:
+            return f"it is pruned after step {self.prune}, and there are {total}: give a smaller prune="
+        return None
+
     def on_step(self, step: Step, places: Sequence[Place]) -> bool:
         if step.number != self.prune:
             return False

@@ -40,6 +40,8 @@ class Gated(Combinator):
         self.data = self.method.data
 
     def conflict(self) -> str | None:
+        if isinstance(self.method, Gated):
+            return "a gate of a gate is a gate"
         if self.method.stage is Stage.ATTENTION and self.method.attends_apart:
             return f"{self.method.name} has a gate of its own"
         return super().conflict()

@@ -26,7 +26,9 @@ class Mixture(Combinator):
 
     method: Method = param(REQUIRED, "what there are several of")
     n: int = param(4, "how many", min=2)
-    consistency: float = param(1.0, "weight of the loss between the two passes; 0 makes it one pass", min=0)
+    consistency: float = param(
+        1.0, "weight of the loss between two passes, the largest of a spec's; 0 makes it one pass", min=0
+    )
 
     def conflict(self) -> str | None:
         inner = self.method
