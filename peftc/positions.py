@@ -68,14 +68,21 @@ class Longer:
 
     def for_text(self, node: fx.Node) -> fx.Node:
         """The longer value less its first entries: those of the text's own tokens."""
-        if node.op == "placeholder" and not value(node).is_floating_point() and str(node.target) == GIVEN:
-            behind = self.graph.find_nodes(op="placeholder")[-1]
-            return self._call(aten.add.Tensor, (node, self.by), behind, node)
         longer = self(node)
         for dim, size in enumerate(value(node).shape):
             if expression(size) == self.tokens:
                 longer = self._call(aten.slice.Tensor, (longer, dim, self.by, None), longer, node)
         return longer
+
+    def count_given_on(self) -> None:
+        """Positions that the caller gives for the text count on, too."""
+        inputs = self.graph.find_nodes(op="placeholder")
+        for node in inputs:
+            if str(node.target) == GIVEN and self.tokens in map(expression, value(node).shape):
+                readers = list(node.users)
+                now = self._call(aten.add.Tensor, (node, self.by), inputs[-1], node)
+                for reader in readers:
+                    reader.replace_input_with(node, now)
 
     def in_front(self, node: fx.Node, count: int) -> fx.Node:
         """[..., tokens, keys] -> [..., tokens, count]: what it says of the last `count` keys before the text."""
@@ -204,6 +211,7 @@ def _shift(longer: Longer, sites: list[Attention], every: list[Attention], count
             readers[node] = [user for user in node.users if user in counting.hidden and user in inside]
         elif not any(argument in moves for argument in node.all_input_nodes):
             readers[node] = list(node.users)
+    longer.count_given_on()
     moved = {node: longer.for_text(node) for node, reading in readers.items() if reading}
     for node, now in moved.items():
         for reader in readers[node]:

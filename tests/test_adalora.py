@@ -161,9 +161,9 @@ def test_a_trainer_knows_the_number_of_steps(tmp_path: Path) -> None:
 def test_without_a_trainer_the_number_of_steps_must_be_given() -> None:
     compiled = peftc.compile(ZOO["llama"](), SPEC.format(""))
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=0.02)
-    follower = compiled.follow(optimizer)
-    with pytest.raises(ValueError, match="steps="):
-        learn(compiled, optimizer, inputs(ZOO["llama"]()))
-    follower.remove()
+    with pytest.raises(peftc.PeftcError, match="bad-schedule"):
+        compiled.follow(optimizer)
+    with pytest.raises(peftc.PeftcError, match="leave none of 10 steps"):
+        compiled.follow(optimizer, total=10)
     compiled.follow(optimizer, total=20)
     learn(compiled, optimizer, inputs(ZOO["llama"]()))

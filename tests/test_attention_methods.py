@@ -510,3 +510,17 @@ def test_what_hf_pefts_folder_cannot_hold(name: str, spec: str, reason: str, tmp
     compiled = peftc.compile(ZOO[name](), spec)
     with pytest.raises(peftc.PeftcError, match=reason):
         compiled.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_positions_that_the_caller_gives_count_on_from_behind_the_prefix(name: str) -> None:
+    model = ZOO[name]().eval()
+    batch = inputs(model)
+    places = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    given = batch | {"position_ids": places.contiguous()}
+    torch.manual_seed(0)
+    by_itself = peftc.compile(model, "apply prefix(length=5) to attn").eval()
+    told = peftc.compile(model, "apply prefix(length=5) to attn", example=given).eval()
+    told.load_state_dict(by_itself.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(told(**given).logits, by_itself(**batch).logits, rtol=1e-5, atol=1e-6)

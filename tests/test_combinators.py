@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqQuestionAnsweringModelOutput
 
 import peftc
 from peftc import calibration
+from peftc.consistency import symmetric_divergence
 from peftc.ir import get_attribute
 from peftc.method import methods
 from peftc.module import CompiledModule
@@ -611,3 +613,41 @@ def test_a_gated_weight_that_claims_its_layer() -> None:
     with pytest.raises(peftc.PeftcError) as raised:
         peftc.plan(base("llama"), "apply gated(dora) to attn.q\napply lora to attn.q")
     assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"weight-claimed"}
+
+
+def test_two_gates_at_one_place_over_different_methods() -> None:
+    spec = "apply gated(adapter(size=3)) to attn, mlp\napply gated(prefix(length=2)) to attn"
+    plan = peftc.plan(ZOO["llama"](), spec)
+    assert len({binding.path for binding in plan.bindings}) == len(plan.bindings) == 6
+
+
+def test_places_without_a_label_do_not_count_in_the_consistency() -> None:
+    """What stands at padding, whose label is -100, changes nothing."""
+    random = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(2, 5, 7, generator=random) for _ in range(2))
+    kept = torch.tensor([[True, True, True, False, False], [True, True, False, False, False]])
+    other = torch.where(kept[..., None], q, torch.randn(2, 5, 7, generator=random))
+    expected = symmetric_divergence(p[kept], q[kept])
+    torch.testing.assert_close(symmetric_divergence(p, other, kept.flatten()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_passes_without_logits_are_refused() -> None:
+    model = BertForQuestionAnswering(BertConfig(**ZOO["bert"]().config.to_dict()))
+    tokens = torch.ones(2, 8, dtype=torch.long)
+    example = {"input_ids": tokens, "start_positions": tokens[:, 0], "end_positions": tokens[:, 1]}
+    two = peftc.compile(model, "apply mixture(lora(r=2)) to attn.q", example=example)
+    two(**example).loss.backward()  # start_logits and end_logits are compared
+    with pytest.raises(peftc.PeftcError, match="consistency=0"):
+        peftc.plan(NoLogits(), "apply mixture(lora(r=2)) to head", example=tokens)
+
+
+class NoLogits(nn.Module):
+    """Returns a loss, and features by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Seq2SeqQuestionAnsweringModelOutput:
+        features = self.head(self.table(tokens))
+        return Seq2SeqQuestionAnsweringModelOutput(loss=features.square().mean(), encoder_last_hidden_state=features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,22 @@ def test_training_norms_is_hf_pefts_layer_norm_tuning(name: str, norms: list[str
             optimizer.step()
         with torch.no_grad():
             torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [3, 4]}], ids=str)
+def test_folders_that_mean_another_model_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    """HF PEFT takes a start out of the base's weights as it loads such a folder, or branches at some tokens only."""
+    peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | option))
+    with pytest.raises(peftc.PeftcError, match="a form peftc does not have"):
+        peftc.load_peft(ZOO["llama"](), tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"rank_pattern": [1]}, {"alpha_pattern": {"(": 3}}], ids=str)
+def test_damaged_settings_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | option))
+    with pytest.raises(peftc.PeftcError, match="damaged"):
+        peftc.load_peft(ZOO["llama"](), tmp_path)
