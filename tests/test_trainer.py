@@ -208,6 +208,21 @@ def own_loss(batch: Callable[[], dict[str, Tensor]]) -> Callable[[nn.Module], Te
     return lambda model: model(**batch()).loss
 
 
+def trained(
+    model: peftc.CompiledModule, loss: Callable[[nn.Module], Tensor], *, steps: int, rate: float
+) -> list[float]:
+    """The loss before each step."""
+    optimiser = torch.optim.AdamW(model.param_groups(rate), weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        value = loss(model)
+        losses.append(value.item())
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    return losses
+
+
 @pytest.mark.parametrize(
     ("factory", "loss"),
     [
@@ -223,14 +238,7 @@ def test_one_spec_trains_on_every_model(factory: Callable[[], nn.Module], loss: 
     model = peftc.compile(factory(), PORTABLE)
     model.eval()  # without dropout the losses of different steps compare
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    optimiser = torch.optim.AdamW(model.param_groups(2e-3), weight_decay=0.0)
-    losses = []
-    for _ in range(10):
-        value = loss(model)
-        losses.append(value.item())
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
+    losses = trained(model, loss, steps=10, rate=2e-3)
     assert losses[-1] < 0.95 * losses[0], losses
     assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in frozen.items())
 
@@ -255,15 +263,7 @@ def test_mixed_recipes_train_on_real_models(
 ) -> None:
     torch.manual_seed(0)
     model = peftc.compile(factory(), RECIPES / f"{recipe}.peft")
-    model.eval()
-    optimiser = torch.optim.AdamW(model.param_groups(1e-3), weight_decay=0.0)
-    losses = []
-    for _ in range(8):
-        value = loss(model)
-        losses.append(value.item())
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
+    losses = trained(model.eval(), loss, steps=8, rate=1e-3)
     assert losses[-1] < 0.9 * losses[0], losses
 
 
