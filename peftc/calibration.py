@@ -47,7 +47,7 @@ def read_batches(path: Path) -> list[dict[str, Tensor]]:
         raise PeftcError(BadCalibration(reason=reason)) from None
     except (SafetensorError, ValueError, KeyError):
         raise PeftcError(BadCalibration(reason=f"'{path}' is no .safetensors file, or was cut short")) from None
-    counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in sorted(tensors.items())}
     if len(set(counts.values())) > 1:
         described = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise PeftcError(

@@ -13,6 +13,7 @@ from peftc.model_errors import CannotGenerate
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule
+    from peftc.planning import Plan
 
 
 @torch.no_grad()
@@ -29,11 +30,16 @@ def greedy(compiled: CompiledModule, tokens: Tensor, mask: Tensor | None, new: i
     was_training = compiled.training
     compiled.eval()
     try:
-        if bool(mask.all()) or not counts_positions(compiled.history["capture"]):
+        if bool(mask.all()) or not (counts_positions(compiled.history["capture"]) or stands_in_front(compiled.plan)):
             return _continued(compiled, tokens, mask, new)
         return _row_by_row(compiled, tokens, mask, new)
     finally:
         compiled.train(was_training)
+
+
+def stands_in_front(plan: Plan) -> bool:
+    """Whether something stands in front of the text, from which padding between the two would part it."""
+    return any(b.method.takes_positions(b.site) or b.method.lengthens(b.site) for b in plan.bindings)
 
 
 def counts_positions(graph: fx.Graph) -> bool:

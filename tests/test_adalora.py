@@ -18,6 +18,7 @@ from test_weight_methods import gradients_by_their_names
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 SITES = 4  # q_proj and down_proj of two layers
 SETTINGS = {"init_r": 4, "target_r": 2, "tinit": 5, "tfinal": 8, "deltaT": 3, "total_step": 30}
@@ -120,7 +121,6 @@ def test_training_goes_on_from_a_checkpoint() -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # as of a folder of their own
 def test_hf_peft_reads_what_is_left(tmp_path: Path) -> None:
     """Their folder has only the triplets that stay, and says which those are; both ways."""

@@ -24,6 +24,7 @@ from peftc.site import Attention
 from zoo import GROUPED, ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 # ---- A small model with every spelling of an attention -----------------------------------------------------------
 
@@ -393,7 +394,6 @@ def rows_looked_up(model: PreTrainedModel, table: str, spec: str) -> list[int]:
     return gradient.abs().sum(1).nonzero().flatten().tolist()
 
 
-@pytest.mark.slow
 def test_all_layers_count_behind_the_longest_prefix() -> None:
     """Also those that have none, and those whose own is shorter: there is one count of tokens."""
     model = without_dropout(ZOO["gpt2"]())
@@ -404,7 +404,6 @@ def test_all_layers_count_behind_the_longest_prefix() -> None:
     assert rows_looked_up(model, "transformer.wpe", "apply llama_adapter to attn") == list(range(7))
 
 
-@pytest.mark.slow
 def test_each_stack_counts_for_itself() -> None:
     """Decoder tokens (nine, positions from 2) move where the decoder has a prefix; encoder tokens do not."""
     model = without_dropout(ZOO["bart"]())
@@ -463,7 +462,7 @@ def test_generation_goes_on_behind_a_prefix(name: str) -> None:
     theirs, ours, model = parity_case(name) if name == "gpt2" else parity_case("llama")
     batch = inputs(model)
     ids, mask = batch["input_ids"], batch["attention_mask"].clone()
-    mask[0, :2] = 0
+    mask[0, :2] = 0  # the prefix's keys are not turned, so that padding behind it would part it from the text
     found = ours.generate(ids, mask, max_new_tokens=3)
     for row in range(len(ids)):
         bare = ids[row][mask[row].bool()][None]

@@ -28,6 +28,7 @@ from peftc.timings import Timings
 from zoo import VOCABULARY, ZOO
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 FISH = "apply fish(keep=0.05) to attn.q, attn.v, mlp.up"
 EVA = "apply lora(r=4, init=eva) to attn.q, attn.v, mlp.up, mlp.down"
@@ -234,7 +235,6 @@ def test_eva_leaves_padding_out_and_needs_no_labels() -> None:
             torch.testing.assert_close(found, expected[binding], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_eva_masks_an_encoder_and_not_its_decoder() -> None:
     """Both are six tokens long: the mask is about the encoder's, whatever the decoder's length."""
     given = {**batch(0, length=6), "labels": batch(1, length=6)["input_ids"]}
@@ -332,7 +332,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.slow
 def test_the_command_line_reads_batches_from_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = [str(folder / name) for name in ("fish.peft", "model")]
     file = str(folder / "good.safetensors")

@@ -29,7 +29,7 @@ from test_trainer import rows, trainer
 from zoo import VOCABULARY, ZOO, inputs
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+pytestmark = [pytest.mark.usefixtures("one_capture_a_model"), pytest.mark.slow]
 
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}  # single precision, in another order of additions
 State = dict[str, Tensor]
@@ -133,7 +133,6 @@ def gate(x: Tensor, state: State) -> Tensor:
     return torch.sigmoid((x * state["w"][0]).sum(-1, keepdim=True) + state["b"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec", "function"),
     [
@@ -158,7 +157,6 @@ def test_a_gate_shows_no_token_what_follows() -> None:
     assert not torch.equal(first[:, -1], second[:, -1])
 
 
-@pytest.mark.slow
 def test_a_gate_opens_and_closes() -> None:
     """Far open it is the method itself, far closed the base."""
     spec = "apply {} to attn.q, attn.v"
@@ -318,7 +316,6 @@ def test_training_brings_the_copies_together() -> None:
     assert after[1] < before[1]
 
 
-@pytest.mark.slow
 def test_torch_compile_takes_both_passes_as_one_graph() -> None:
     model = randomised("llama", MIXTURE.format(1)).train()
     batch = inputs(base("llama"))
@@ -329,7 +326,6 @@ def test_torch_compile_takes_both_passes_as_one_graph() -> None:
     torch.testing.assert_close(fast(**batch).loss, expected, **CLOSE)
 
 
-@pytest.mark.slow
 def test_a_trainer_trains_a_mixture(tmp_path: Path) -> None:
     model = randomised("llama", MIXTURE.format(1))
     before = {name: tensor.detach().clone() for name, tensor in model.trainable_parameters().items()}
@@ -546,7 +542,6 @@ def test_a_gated_prefix_written_out() -> None:
         parameter.grad = None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow),
                                   pytest.param("bloom", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_gate_opens_and_closes_at_a_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from peftc.site import Experts
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 NEAR = 1e-5  # fp32, two implementations of one sum
 SPEC = "apply lora(r=2, alpha=6) to expert"
@@ -276,7 +277,6 @@ def test_merged_is_unmerged_at_other_sizes(name: str, batch: int, length: int) -
         torch.testing.assert_close(merged.eval()(**given).logits, module(**given).logits, rtol=0, atol=NEAR)
 
 
-@pytest.mark.slow
 def test_experts_that_all_see_every_token() -> None:
     """A batched product in place of a grouped one, over weights stored transposed."""
     test_merged_is_unmerged_at_other_sizes("llama4", 2, 5)
@@ -438,7 +438,6 @@ def test_what_hf_pefts_folder_cannot_hold_is_refused(spec: str, reason: str, tmp
         compiled("mixtral", spec).save_pretrained(tmp_path / "adapter")
 
 
-@pytest.mark.slow
 def test_experts_that_hf_peft_misreads_are_refused(tmp_path: Path) -> None:
     """Llama 4's do not say that they are stored transposed, so HF PEFT's A has the size of the outputs."""
     with pytest.raises(peftc.PeftcError, match="for its outputs"):

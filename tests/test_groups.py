@@ -23,6 +23,7 @@ from peftc.specs import as_spec
 from zoo import GROUPED, ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 
 # ---- Sizes -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from test_cost import saved_bytes
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+pytestmark = [pytest.mark.usefixtures("one_capture_a_model"), pytest.mark.slow]
 
 QUICK = ("llama", "gpt2", "bert", "t5", "vit")
 SPEC = "apply ladder(reduction=4) to block"
@@ -90,7 +90,6 @@ def hidden_states(model: nn.Module, batch: dict[str, Tensor], paths: list[str]) 
     return seen
 
 
-@pytest.mark.slow
 @per_model()
 def test_what_enters_and_leaves_each_block(name: str) -> None:
     """Block sites are found by data flow; hooks on the model's own blocks see the same values."""
@@ -220,7 +219,6 @@ def compare(name: str, spec: str, chosen: Callable[[Block], bool] = lambda _bloc
             torch.testing.assert_close(learned[f"{path}.ladder.{key}"].grad, tensor.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @per_model((*QUICK, "bart", "gemma2", "phi", "falcon", "mixtral"))
 def test_the_compiled_model_is_the_formula(name: str) -> None:
     compare(name, SPEC)
@@ -339,7 +337,6 @@ def test_blocks_between_the_ends_are_equal() -> None:
     assert (last[0], last[1]) == (one[0], 1)
 
 
-@pytest.mark.slow
 @per_model(("llama", "t5"))
 def test_a_base_in_half_precision(name: str) -> None:
     """The side network computes and learns in fp32; what it adds is in the base's precision."""
@@ -393,7 +390,6 @@ def test_blocks_without_a_residual_stream_are_refused() -> None:
         peftc.plan(model, "apply ladder(size=2) to block", example=torch.zeros(2, 3, 16))
 
 
-@pytest.mark.slow
 @per_model(("llama", "t5"))
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     module = compiled(name)

@@ -24,6 +24,7 @@ from peftc.specs import as_spec
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 ALL = registered(Parameterisation)
 every_parameterisation = pytest.mark.parametrize("name", ALL)

@@ -24,6 +24,7 @@ from peftc.site import Linear
 from zoo import VOCABULARY, ZOO
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 # Slices of a fused weight and transposed weights, n_in != n_out, beside parameters with no schedule.
 RELORA = "apply relora(r=2, alpha=6, every=3, warmup=2) to attn.q, attn.v, mlp.up\ntrain norm"
@@ -282,7 +283,6 @@ def trainer(model: peftc.CompiledModule, folder: Path, *callbacks: TrainerCallba
     return made
 
 
-@pytest.mark.slow
 def test_trainer_resumes_a_schedule_bit_for_bit(tmp_path: Path) -> None:
     whole = compiled("gpt2", SCHEDULED)
     uninterrupted = trainer(whole, tmp_path / "whole")
@@ -474,7 +474,6 @@ def test_the_cut_keeps_the_largest_of_all_weights_together() -> None:
     assert 0.95 * count <= sum(changed) <= count
 
 
-@pytest.mark.slow
 def test_more_penalty_leaves_fewer_gates_open() -> None:
     shares = []
     for l0 in ("1e-6", "1e-3"):
@@ -529,7 +528,6 @@ def test_penalties_are_computed_in_their_blocks() -> None:
     assert not [name for name in outer if "diff_pruning" in name]
 
 
-@pytest.mark.slow
 def test_torch_compile_takes_penalties_and_random_gates_in_one_graph() -> None:
     """Both modes, and on after a cut: what `training` is, and what the schedule wrote, is read anew."""
     slow, model = compiled("llama", DIFF_LLAMA), compiled("llama", DIFF_LLAMA)

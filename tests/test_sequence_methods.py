@@ -24,6 +24,7 @@ import peftc
 from zoo import ENCODER, TOKENS, ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 LENGTH = 5
 # fp32, the same operations in another order
@@ -85,9 +86,7 @@ def compare(ours: peftc.CompiledModule, theirs: Any, batch: dict[str, Tensor], n
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in TASKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name) for name in TASKS])
 def test_prompt_tuning_as_in_hf_peft(name: str, side: str) -> None:
     ours = compiled(name, f"apply prompt(length={LENGTH})")
     config = peft.PromptTuningConfig(task_type=TASKS[name], num_virtual_tokens=LENGTH, num_transformer_submodules=1)
@@ -97,7 +96,6 @@ def test_prompt_tuning_as_in_hf_peft(name: str, side: str) -> None:
     compare(ours, theirs, padded(ZOO[name](), side), {PROMPT: "embedding.weight"})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
 def test_p_tuning_as_in_hf_peft(name: str, encoder: str) -> None:
@@ -114,7 +112,6 @@ def test_p_tuning_as_in_hf_peft(name: str, encoder: str) -> None:
     compare(ours, theirs, padded(ZOO[name](), "left"), names)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gpt2", "none"), ("opt", "left")])
 def test_generated_text_is_that_of_hf_peft(name: str, side: str) -> None:
@@ -129,7 +126,6 @@ def test_generated_text_is_that_of_hf_peft(name: str, side: str) -> None:
     assert torch.equal(ours.generate(**given, max_new_tokens=8), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
@@ -158,7 +154,6 @@ def test_hf_peft_reads_the_folder_and_it_comes_back(name: str, spec: str, tmp_pa
         torch.testing.assert_close(back(**batch).logits, logits, rtol=NEAR, atol=NEAR)
 
 
-@pytest.mark.slow
 def test_a_folder_of_hf_peft_with_rows_for_a_decoder(tmp_path: Path) -> None:
     """By default HF PEFT keeps 2 k rows for an encoder-decoder model, and the first k go before the encoder's input."""
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
@@ -220,7 +215,6 @@ def same_as_by_hand(model: PreTrainedModel, batch: dict[str, Tensor], example: A
     return ours
 
 
-@pytest.mark.slow
 def test_token_types_and_classes_of_tokens() -> None:
     """BERT's token types (0 for a prompt), and a label a token, which a prompt's tokens have none of."""
     model = seeded(hf.BertForTokenClassification, hf.BertConfig, **BERT, num_labels=4)
@@ -230,14 +224,12 @@ def test_token_types_and_classes_of_tokens() -> None:
     same_as_by_hand(model, batch)
 
 
-@pytest.mark.slow
 def test_a_masked_language_model() -> None:
     """RoBERTa counts its positions from tokens that are not padding; so do a prompt's."""
     model = ZOO["roberta"]().eval()
     same_as_by_hand(model, inputs(model, 3, 9))
 
 
-@pytest.mark.slow
 def test_positions_that_the_caller_gives() -> None:
     """A prompt has positions 0 … k-1, and the caller's come behind it."""
     model = ZOO["llama"]().eval()
@@ -247,7 +239,6 @@ def test_positions_that_the_caller_gives() -> None:
     same_as_by_hand(model, batch, example)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_a_classifier_that_reads_the_last_token(side: str) -> None:
     """GPT-2 looks for the last token that is no padding: a prompt's stand-in is none, whichever token pads.
@@ -267,7 +258,6 @@ def test_a_classifier_that_reads_the_last_token(side: str) -> None:
     torch.testing.assert_close(logits, expected, rtol=NEAR, atol=NEAR)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_without_labels(name: str) -> None:
     ours, batch = compiled(name, f"apply prompt(length={LENGTH})"), padded(ZOO[name](), "right")
@@ -279,7 +269,6 @@ def test_without_labels(name: str) -> None:
             assert logits.shape[1] == batch["input_ids"].shape[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("front", [True, False])
 def test_an_image_gets_its_prompt_among_its_patches(front: bool) -> None:
     """Visual prompt tuning puts it behind the class token; no position is left there, so any place is the same."""
@@ -327,7 +316,6 @@ class Causal(nn.Module):
         return torch.as_tensor(self.head(x))
 
 
-@pytest.mark.slow
 def test_a_causal_series_gets_its_prompt_in_front() -> None:
     torch.manual_seed(0)
     model = Causal()
@@ -341,7 +329,6 @@ def test_a_causal_series_gets_its_prompt_in_front() -> None:
 # ---- Added, not put in front ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("length", [4, 20])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
@@ -364,7 +351,6 @@ def test_an_added_prompt_is_its_formula(name: str, length: int, side: str) -> No
         torch.testing.assert_close(ours(**batch).logits, expected.logits, rtol=NEAR, atol=NEAR)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 def test_an_added_prompt_starts_as_the_base(name: str) -> None:
     model = ZOO[name]().eval()
@@ -395,7 +381,6 @@ def with_tokenizer(tmp_path: Path) -> Callable[[PreTrainedModel], PreTrainedMode
     return put
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, 11])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_start_from_text_is_that_of_hf_peft(
@@ -418,7 +403,6 @@ def test_a_start_from_text_without_a_tokenizer_says_what_to_do(tmp_path: Path) -
     assert [diagnostic.code for diagnostic in raised.value.diagnostics] == ["cannot-start"]
 
 
-@pytest.mark.slow
 def test_what_was_saved_needs_no_tokenizer(
     tmp_path: Path, with_tokenizer: Callable[[PreTrainedModel], PreTrainedModel]
 ) -> None:
@@ -428,7 +412,6 @@ def test_what_was_saved_needs_no_tokenizer(
     assert torch.equal(loaded.get_parameter(PROMPT), ours.get_parameter(PROMPT))
 
 
-@pytest.mark.slow
 def test_a_start_from_the_vocabulary() -> None:
     """Each row is the embedding of some token; of Gemma-2, before what its embedding module scales it by, as there."""
     model = ZOO["llama"]()
@@ -441,7 +424,6 @@ def test_a_start_from_the_vocabulary() -> None:
 # ---- Positions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "positions"), [("gpt2", 64), ("bert", 64), ("opt", 64), ("roberta", 63)])
 def test_a_prompt_takes_its_share_of_the_positions(name: str, positions: int) -> None:
     """The table of GPT-2 and BERT starts at the first row; OPT's has two rows more, and RoBERTa's leaves one out."""
@@ -454,7 +436,6 @@ def test_a_prompt_takes_its_share_of_the_positions(name: str, positions: int) ->
     assert [diagnostic.code for diagnostic in raised.value.diagnostics] == ["no-room"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5", "bloom"])
 def test_computed_positions_never_end(name: str) -> None:
     with torch.no_grad():
@@ -464,7 +445,6 @@ def test_computed_positions_never_end(name: str) -> None:
 # ---- Together with others, and what cannot be --------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_prompts_stand_in_file_order_and_share_the_input() -> None:
     """Each stands in front of the one before it; each block is still a module of its own."""
     model = ZOO["llama"]().eval()
@@ -529,7 +509,6 @@ def test_a_fixed_length_that_is_also_a_width_is_refused() -> None:
         peftc.compile(Causal(), "apply prompt", example=torch.randn(2, 24, 24))
 
 
-@pytest.mark.slow
 def test_memory_counts_the_prompt() -> None:
     """The activations of a sequence of 96 with a prompt of 32 are those of a sequence of 128."""
     model = ZOO["llama"]()
@@ -575,7 +554,6 @@ def learn_subspace(folder: Path) -> peftc.CompiledModule:
     return module
 
 
-@pytest.mark.slow
 def test_intrinsic_prompt_tuning_in_two_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three numbers in a subspace that two tasks were learned in do more than three numbers in a random one."""
     first = learn_subspace(tmp_path / "subspace")
@@ -613,7 +591,6 @@ def test_a_prompt_is_decoded_by_the_papers_formula() -> None:
             torch.testing.assert_close(ours(**batch).loss, by_hand(model, prompt, batch).loss, rtol=NEAR, atol=NEAR)
 
 
-@pytest.mark.slow
 def test_a_saved_second_phase_needs_the_first_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peftc.compile(ZOO["llama"](), SUBSPACE).save(tmp_path / "subspace")
     monkeypatch.chdir(tmp_path)

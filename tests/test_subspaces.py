@@ -23,6 +23,7 @@ from peftc.site import Linear
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 transform: Any = importlib.import_module(methods()["said"].__module__)
 seeds = st.integers(0, 2**31 - 1)
@@ -215,7 +216,6 @@ def test_p_is_in_no_artifact_and_comes_back_the_same(tmp_path: Path) -> None:
     assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
 
 
-@pytest.mark.slow
 def test_a_copy_in_double_precision_computes_the_same() -> None:
     """P is made in the precision of theta, from the same integers."""
     compiled = said()

@@ -17,6 +17,7 @@ from peftc.site import Linear
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 EXACT = 1e-12  # two orders of one sum
 

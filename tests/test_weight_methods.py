@@ -18,6 +18,7 @@ from peftc.site import Linear
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 NEAR = 1e-5  # fp32, two implementations of one sum
 
@@ -198,7 +199,6 @@ def test_lokr_shapes_are_those_of_lycoris() -> None:
 # ---- Half precision ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_state_learns_in_fp32_beside_a_half_precision_base(dtype: torch.dtype) -> None:
     """Every method of this file and the next, each on a role of its own."""
