@@ -7,7 +7,6 @@ The graph is a flat ATen `torch.fx.Graph` straight from `torch.export`. Every no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,17 +39,6 @@ def value(node: fx.Node) -> torch.Tensor:
 def is_tensor(node: fx.Node) -> bool:
     """Whether `node` computes exactly one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-@contextmanager
-def faking(mode: FakeTensorMode) -> Iterator[None]:
-    """Runs operations on fake values without fixing their symbolic sizes.
-
-    Some operations have shapes that only Python computes symbolically; without its dispatcher they would set a symbol
-    to the size that the capture's example had, for every pass to come.
-    """
-    with mode, torch.no_grad(), enable_python_dispatcher():
-        yield
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
