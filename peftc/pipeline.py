@@ -41,6 +41,7 @@ class Work:
     state: dict[str, Tensor] | None
     data: Mapping[Binding, Any] | None
     inserter: Inserter
+    fuse: bool = True
     rooms: Rooms | None = None
 
 
@@ -137,14 +138,16 @@ def build(
     timings: Timings,
     state: dict[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
+    fuse: bool = True,
 ) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
-    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
+    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw. Without
+    `fuse` the graph stays as the passes that insert wrote it: the oracle of what comes behind them.
     """
     with timings.stage("cost"):
         _ = plan.kept  # of the graph as captured, which the passes rewrite
-    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module))
+    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module), fuse)
     verifier = Verifier(work.module, plan)
     with timings.stage("history"):
         stages: Stages = [("capture", _copy(work.module.graph))]
