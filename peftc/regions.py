@@ -137,9 +137,8 @@ class _Step(torch.autograd.Function):
         ctx.tensors = [isinstance(item, Tensor) for item in kept]
         ctx.numbers = [item for item in kept if not isinstance(item, Tensor)]
         ctx.save_for_backward(*(item for item in kept if isinstance(item, Tensor)))
-        ctx.mark_non_differentiable(
-            *(item for place, item in enumerate(outputs) if place not in program.differentiable)
-        )
+        constant = (item for place, item in enumerate(outputs) if place not in program.differentiable)
+        ctx.mark_non_differentiable(*(item for item in constant if isinstance(item, Tensor)))
         return outputs
 
     @staticmethod
