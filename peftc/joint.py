@@ -81,7 +81,7 @@ class Joint:
 def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
     """`graph` with the tensors of `block` as inputs, in train mode or not; None if one autograd function cannot be it.
 
-    It can be where the tensors that come out are in no input's memory, nor in another's, and nothing is written in place.
+    It can be where nothing is written in place, and no tensor that comes out is in an input's memory or in another's.
     """
     new = fx.Graph()
     env: dict[fx.Node, Any] = {node: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder")}
