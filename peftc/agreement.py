@@ -42,7 +42,7 @@ def behaviour(variant: Variant, arguments: Arguments, *, training: bool) -> Beha
     norm = float(torch.stack([g.float().norm() for g in gradients.values()]).norm()) if gradients else 0.0
     dtype = next(variant.module.parameters()).dtype
     own = gradients if variant.name in (FUSED, PLAIN) else {}
-    return Behaviour(float(loss), norm, sum(p.numel() for p in learning.values()), own, dtype)
+    return Behaviour(loss.item(), norm, sum(p.numel() for p in learning.values()), own, dtype)
 
 
 def differences(found: Mapping[str, Behaviour]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from peftc.savedbytes import saved_bytes
 from peftc.stopwatch import fastest, threads
 from peftc.syntax import Spec
 from peftc.timings import Timings
-from peftc.variants import FUSED, PLAIN, Variant, first_line, floor, hf_peft, torch_compiled
+from peftc.variants import FLOOR, FUSED, PLAIN, Variant, first_line, floor, hf_peft, torch_compiled
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
 WARM_UP = 2  # steps before the clock runs
@@ -123,15 +123,16 @@ def bench(
     data = None if calibration is None else list(calibration)
     with threads(thread_count):
         fused = compile(model, spec, example=example, calibration=data, timings=timings)
+        arguments = batch_for(model, example, batch, seq, SEED)
+        _check_batch(model, arguments, f"{batch} × {seq}")
         plain = compile(model, spec, example=example, calibration=data, fuse=False, timings=timings)
         if not fused.trainable_parameters():
-            raise PeftcError(CannotMeasure(model=fused.plan.sites.model, reason="nothing in it learns"))
+            raise PeftcError(CannotMeasure(model=type(model).__name__, reason="nothing in it learns"))
         _start_alike(fused, plain)
         with timings.stage("HF PEFT"):
             variants = [floor(model), Variant(FUSED, fused), Variant(PLAIN, plain), hf_peft(model, fused)]
         if with_torch_compile:
             variants += [torch_compiled(variant) for variant in variants if variant.name != PLAIN]
-        arguments = batch_for(model, example, batch, seq, SEED)
         rows = _measured(variants, arguments, repeats, fused.device, timings)
     given = next(leaf for leaf in (*arguments[0], *arguments[1].values()) if isinstance(leaf, Tensor))
     return Bench(
@@ -146,6 +147,16 @@ def bench(
         rows=rows,
         versions=_versions(),
     )
+
+
+def _check_batch(model: nn.Module, arguments: Arguments, size: str) -> None:
+    """Whether the model itself takes the batch: longer than its table of positions, it would not."""
+    try:
+        with torch.no_grad():
+            Variant(FLOOR, model).loss(arguments)
+    except Exception as error:  # a model is anybody's code
+        reason = f"it does not run on a batch of {size} ({first_line(error)})"
+        raise PeftcError(CannotMeasure(model=type(model).__name__, reason=reason)) from error
 
 
 def _start_alike(fused: CompiledModule, plain: CompiledModule) -> None:
@@ -175,10 +186,9 @@ def _measured(
                 found[variant.name] = behaviour(variant, arguments, training=not random)
                 for _ in range(WARM_UP):
                     variant.step(arguments)
-            except Exception as error:  # whatever the model, or torch.compile, raises
-                if variant is variants[0]:
-                    name = type(variant.module).__name__
-                    raise PeftcError(CannotMeasure(model=name, reason=first_line(error))) from error
+            except Exception as error:
+                if not variant.foreign:
+                    raise
                 rows[variant.name] = Row(variant.name, note=first_line(error))
                 continue
         working[variant.name] = variant
@@ -217,12 +227,7 @@ def _is_random(variants: list[Variant], arguments: Arguments) -> bool:
         losses = []
         for seed in range(2):
             torch.manual_seed(seed)
-            try:
-                losses.append(float(plain.loss(arguments)))
-            except Exception as error:
-                assert plain.module is not None
-                name = type(plain.module).__name__
-                raise PeftcError(CannotMeasure(model=name, reason=first_line(error))) from error
+            losses.append(float(plain.loss(arguments)))
     return losses[0] != losses[1]
 
 

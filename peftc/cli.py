@@ -206,7 +206,7 @@ def _bench(given: argparse.Namespace) -> int:
         with timings.stage("load"):
             batches = read_batches(Path(given.calibration)) if given.calibration else None
             model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
-            model.to(given.device)
+            _move(model, given.device)
         found = bench(
             model, Path(given.spec), example=example, calibration=batches, batch=given.batch, seq=given.seq,
             repeats=given.repeats, thread_count=given.threads, with_torch_compile=given.torch_compile, timings=timings,
@@ -224,6 +224,16 @@ def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
 
     _watched_only()
     return load_model(parse_reference(text), **options)
+
+
+def _move(model: Any, device: str) -> None:
+    """`model` on the device of that name."""
+    from peftc.model_errors import NoDevice
+
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise PeftcError(NoDevice(name=device, reason=str(error).splitlines()[0])) from error
 
 
 def _watched_only() -> None:

@@ -472,3 +472,13 @@ class CannotMeasure(Diagnostic):
     @property
     def title(self) -> str:
         return f"no step of {self.model} can be measured: {self.reason}"
+
+
+class NoDevice(Diagnostic):
+    code = "no-device"
+    name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"there is no device '{self.name}': {self.reason}"

@@ -24,7 +24,7 @@ def saved_bytes(forward: Callable[[], Tensor], without: Iterable[Tensor]) -> int
     held: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # an operation's own output would hold the operation
         held.add(saved)
         return saved
 

@@ -17,14 +17,14 @@ def fastest(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dic
 
     On the CPU it is the time of the process, which other processes on the machine take nothing from, and at one
     thread the time of the computation. On CUDA it is the time between two events on the stream. Garbage is collected
-    between the steps and not in them. Warming up is the caller's part.
+    between the rounds and not in them. Warming up is the caller's part.
     """
     clock = _cuda_seconds if device.type == "cuda" else _process_seconds
     best = dict.fromkeys(steps, float("inf"))
     with _no_collection():
         for _ in range(rounds):
+            gc.collect()
             for name, step in steps.items():
-                gc.collect()
                 best[name] = min(best[name], clock(step))
     return best
 

@@ -33,6 +33,11 @@ class Variant:
     missing: str = ""
     compiled: bool = False  # by torch.compile
 
+    @property
+    def foreign(self) -> bool:
+        """Whether others' code may fail in it, which is a fact to report and no mistake here."""
+        return self.compiled or self.name == HF_PEFT
+
     def loss(self, arguments: Arguments) -> Tensor:
         """The forward pass: the model's own loss, or for one without labels the mean square of its first output."""
         assert self.module is not None
