@@ -174,20 +174,21 @@ def branches(
 GROUPS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=3)
 
 
+def lora_agrees(arguments: tuple[Any, ...], tolerance: float = 1e-5) -> None:
+    agree(
+        lambda *_: ops.lora_linear(*arguments)[:-1], lambda *_: lora_linear.reference(*arguments)[:-1],
+        arguments[0], *arguments[3], *arguments[4], tolerance=tolerance,
+    )  # fmt: skip
+
+
 @settings(max_examples=40, deadline=None)
 @given(sizes=GROUPS, n_in=st.integers(1, 9), lead=st.lists(st.integers(1, 4), min_size=1, max_size=2),
        transposed=st.booleans(), bias=st.booleans(), p=st.sampled_from([None, 0.0, 0.4]))  # fmt: skip
 def test_lora_linear(
     sizes: list[tuple[int, int]], n_in: int, lead: list[int], transposed: bool, bias: bool, p: float | None
 ) -> None:
-    x = learns(*lead, n_in)
     rest = branches(n_in, sizes, transposed, bias, F32, F32)
-    seed = None if p is None else torch.tensor(3)
-    agree(
-        lambda *_: ops.lora_linear(x, *rest, seed, p or 0.0, 1)[:-1],
-        lambda *_: lora_linear.reference(x, *rest, seed=seed, p=p or 0.0, salt=1)[:-1],
-        x, *rest[2], *rest[3],
-    )  # fmt: skip
+    lora_agrees((learns(*lead, n_in), *rest, None if p is None else torch.tensor(3), p or 0.0, 1))
 
 
 @pytest.mark.parametrize(
@@ -197,14 +198,9 @@ def test_lora_linear(
      (F64, F64, 1e-12), (F32, F64, 1e-5)],
 )  # fmt: skip
 def test_lora_linear_dtypes(dtype: torch.dtype, inner: torch.dtype, tolerance: float) -> None:
-    x = learns(4, 12, dtype=dtype)
     rest = branches(12, [(7, 2), (5, 3)], False, True, dtype, inner)
     for seed in (None, torch.tensor(3)):
-        agree(
-            lambda *_, seed=seed: ops.lora_linear(x, *rest, seed, 0.3, 1)[:-1],
-            lambda *_, seed=seed: lora_linear.reference(x, *rest, seed=seed, p=0.3, salt=1)[:-1],
-            x, *rest[2], *rest[3], tolerance=tolerance,
-        )  # fmt: skip
+        lora_agrees((learns(4, 12, dtype=dtype), *rest, seed, 0.3, 1), tolerance)
 
 
 def test_lora_dropout_is_seeded_dropout() -> None:
@@ -243,8 +239,8 @@ def test_lora_refuses_a_bias_that_learns_beside_none() -> None:
 def test_lora_with_strided_gradients_and_inputs() -> None:
     x = normal(12, 4, 3).transpose(0, 2).requires_grad_()
     rest = branches(12, [(7, 2)], False, False, F32, F32)
-    grad = normal(7, 4, 3).transpose(0, 2)
-    found = [torch.autograd.grad(f(x, *rest, None, 0.0, 0)[0], [x, *rest[2], *rest[3]], grad)
+    grad, arguments = normal(7, 4, 3).transpose(0, 2), (x, *rest, None, 0.0, 0)
+    found = [torch.autograd.grad(f(*arguments)[0], [x, *rest[2], *rest[3]], grad)
              for f in (ops.lora_linear, lora_linear.reference)]  # fmt: skip
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 

@@ -16,7 +16,7 @@ from peftc.kernels.shapes import rows
 
 def reference(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
-    scales: Sequence[float], transposed: bool = False, seed: Tensor | None = None, p: float = 0.0, salt: int = 0,
+    scales: Sequence[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
 ) -> list[Tensor]:  # fmt: skip
     """[y_1 … y_n, S] with y_i = W_i x + bias_i + scale_i B_i S_i and S = [S_1 … S_n] = [A_1; …; A_n] dropout(x).
 
