@@ -23,9 +23,9 @@ EVERY = ["nf4", "nf4 double", "fp4", "fp4 double", "nf4 block=256", "int8"]
 
 def made(text: str) -> Storage:
     name, *given = text.split()
-    values: dict[str, Any] = {"double": "double" in given}
-    values |= {"block": int(item.removeprefix("block=")) for item in given if item.startswith("block=")}
-    return storages()[name](**(values if name in FOUR_BIT else {}))
+    sizes = [int(item.removeprefix("block=")) for item in given if item.startswith("block=")]
+    values = {"double": "double" in given, "block": next(iter(sizes), 64)} if name in FOUR_BIT else {}
+    return storages()[name](**values)
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
