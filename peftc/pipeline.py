@@ -17,6 +17,7 @@ from peftc import calibration, debug
 from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
+from peftc.frozen import unpack_in_graph
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
 from peftc.method import Data, Stage
@@ -26,6 +27,7 @@ from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
 from peftc.positions import Rooms, make_room
 from peftc.prompting import insert_prompts
+from peftc.regions import Block
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -54,6 +56,12 @@ def _materialise(work: Work) -> bool:
     return False
 
 
+def _storage(work: Work) -> bool:
+    """Who reads a weight that is packed reads what unpacks it."""
+    work.inserter.dense = unpack_in_graph(work.module, work.plan, "storage")
+    return bool(work.inserter.dense)
+
+
 def _insert(name: str, stage: Stage) -> Pass:
     def insert(work: Work) -> bool:
         mine = [binding for binding in work.plan.bindings if binding.method.stage is stage]
@@ -76,7 +84,7 @@ def _attention(work: Work) -> bool:
     mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.ATTENTION]
     for binding in mine:
         assert work.rooms is not None
-        attend(work.module, binding, work.rooms, "attention methods")
+        attend(work.inserter, binding, work.rooms, "attention methods")
     return bool(mine)
 
 
@@ -100,6 +108,7 @@ def _tidy(work: Work) -> bool:
 
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
+    ("storage", _storage),
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
     ("output methods", _insert("output methods", Stage.OUTPUT)),
     ("module methods", _insert("module methods", Stage.MODULE)),
@@ -142,8 +151,8 @@ def build(
 ) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
-    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw. Without
-    `fuse` the graph stays as the passes that insert wrote it: the oracle of what comes behind them.
+    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
+    Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
     """
     with timings.stage("cost"):
         _ = plan.kept  # of the graph as captured, which the passes rewrite
@@ -161,7 +170,7 @@ def build(
             stages.append((name, _copy(work.module.graph) if changed else stages[-1][1]))
         debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
-        outer = fold_blocks(work.module, plan.sites.blocks)
+        outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
     with timings.stage("emit"):
         return CompiledModule(work.module, outer, plan, stages)
 
