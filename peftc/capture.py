@@ -12,20 +12,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
 from peftc.errors import PeftcError
-from peftc.inputs import Example
+from peftc.inputs import Example, fake_mode_of
 from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotCapture, StaysRandom
 from peftc.normalise import normalise, stays_random
@@ -80,6 +81,20 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         return _as_plain_graph(program, model, example)
 
 
+def over(captured: Captured, model: nn.Module) -> Captured:
+    """The same graph over the tensors of `model`, which is what the captured one stood for.
+
+    What `model` has on the meta device only stays as it was. `captured` is used up.
+    """
+    own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    aliases: dict[int, torch.Tensor] = {}
+    for node in captured.module.graph.find_nodes(op="get_attr"):
+        tensor = own.get(node.target)
+        if tensor is not None and not tensor.is_meta:
+            set_tensor(captured.module, node.target, _alias(tensor, aliases))
+    return replace(captured, model=model)
+
+
 def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:
     """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
     exported = program.module(check_guards=False)
@@ -109,6 +124,8 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
+        if (mode := fake_mode_of(model)) is not None:  # else torch.export makes another, which these do not mix with
+            stack.enter_context(tracing(TracingContext(mode)))
         model.train()
         if example.config is not None:
             if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
@@ -131,18 +148,24 @@ def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
     """The tensors the graph reads, as frozen parameters over the same storage: tied ones stay one object."""
-    root, seen = nn.Module(), {}
+    root = nn.Module()
+    seen: dict[int, torch.Tensor] = {}
     for node in exported.graph.find_nodes(op="get_attr"):
         tensor = get_attribute(exported, node.target)
         if isinstance(tensor, nn.Module):  # the body of a higher-order operator
             root.add_module(node.target, tensor)
             continue
-        if id(tensor) not in seen:
-            detached = tensor.detach()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
-        set_tensor(root, node.target, seen[id(tensor)])
+        set_tensor(root, node.target, _alias(tensor, seen))
     return root
+
+
+def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A frozen tensor over the same memory, one for each that there is."""
+    if id(tensor) not in seen:
+        detached = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+    return seen[id(tensor)]
 
 
 def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:

@@ -1,0 +1,116 @@
+"""Loading a model without the weights that a plan packs: they stay in the checkpoint until their turn comes.
+
+    meta model -> skeleton -> capture, plan -> read the rest -> the same plan over what was read, and where to read on
+
+`from_pretrained` itself does all but reading the checkpoint, which its class is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
+
+from peftc.ir import set_tensor
+from peftc.weights import Checkpoint, Weights, on_disk
+
+Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the parameters that are not to be read
+
+
+def streams(cls: type[PreTrainedModel], config: Any) -> bool:
+    """Whether the weights of such a model can be read one by one.
+
+    Not where the checkpoint is packed already, or the class loads itself in a way of its own.
+    """
+    usual = cls.from_pretrained.__func__ is PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    return usual and getattr(config, "quantization_config", None) is None
+
+
+def load_leaving(cls: type[PreTrainedModel], source: str, leave: Leave, **options: Any) -> tuple[nn.Module, Weights]:
+    """`cls.from_pretrained(source, **options)`, but for the parameters that `leave` names: these stay on the meta device.
+
+    `leave` is asked before a weight is read, and not at all where the checkpoint has no safetensors files.
+    """
+    reader = _Reader(cls, leave)
+    from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
+    model: nn.Module = from_pretrained(reader, source, **options)
+    return model, Weights(model, reader.checkpoint)
+
+
+class _Reader:
+    """Stands for a model class in `from_pretrained`, and reads the checkpoint its own way."""
+
+    def __init__(self, cls: type[PreTrainedModel], leave: Leave) -> None:
+        self.cls = cls
+        self.leave = leave
+        self.checkpoint: Checkpoint | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cls, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return self.cls(*args, **kwargs)
+
+    def _load_pretrained_model(
+        self, model: PreTrainedModel, state_dict: dict[str, Any] | None, files: list[str] | None, config: Any
+    ) -> Any:
+        """transformers' step of that name, which is given less to read."""
+        load = cast(Any, self.cls)._load_pretrained_model
+        if state_dict is not None or not files or not all(file.endswith(".safetensors") for file in files):
+            return load(model, state_dict, files, config)
+        self.checkpoint = checkpoint = Checkpoint(model, on_disk(files), config.weight_mapping, config.dtype_plan)
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        left = {name for name in self.leave(skeleton(model, checkpoint)) if name in checkpoint} - tied
+        to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
+        placeholders = {name: model.get_parameter_or_buffer(name) for name in left}
+        info, offloaded = load(model, to_read, files, config)
+        for name, placeholder in placeholders.items():
+            placeholder._is_hf_initialized = True  # else it is given memory, and random numbers
+            set_tensor(model, name, placeholder)
+            info.missing_keys.discard(name)
+        return info, offloaded
+
+
+def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that `checkpoint` is about to become, with its ties, of tensors that have a device but no numbers.
+
+    They are fake tensors on the CPU, so that a graph captured from them names that device.
+    """
+    twin = copy.deepcopy(model)
+    missing = {name for name in twin.state_dict() if name not in checkpoint}
+    for target, source in twin.all_tied_weights_keys.items():
+        both = target not in missing and source not in missing
+        if both and torch.equal(checkpoint.read(target), checkpoint.read(source)):
+            missing.add(target)
+    twin.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _fake(twin)
+    return twin
+
+
+def _fake(model: nn.Module) -> None:
+    """Replaces each tensor by a fake one on the CPU, a tied one by the same."""
+    mode = FakeTensorMode(  # as torch.export makes its own
+        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True),  # type: ignore[no-untyped-call]
+        allow_non_fake_inputs=True,
+        export=True,
+    )
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _like(tensor, mode)
+                    tensors[name] = cast(Any, made[id(tensor)])
+
+
+def _like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
