@@ -27,7 +27,7 @@ class Verifier:
         self.frozen = {
             str(node.target): get_attribute(module, str(node.target))
             for node in module.graph.find_nodes(op="get_attr")
-            if str(node.target) not in plan.trained
+            if str(node.target) not in plan.trained and str(node.target) not in plan.stored
         }
         self.replaceable = {
             parameter
