@@ -31,6 +31,7 @@ from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotCapture, StaysRandom
 from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
+from peftc.weights import Checkpoint
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
@@ -39,7 +40,8 @@ LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch
 class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
-    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns.
+    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns. `checkpoint` has
+    the weights that were not read with the model.
     """
 
     module: fx.GraphModule
@@ -47,6 +49,12 @@ class Captured:
     result: pytree.TreeSpec
     model: nn.Module
     example: Example
+    checkpoint: Checkpoint | None = None
+
+    def frozen(self, name: str) -> torch.Tensor:
+        """A tensor of the model, which is read now if it was not before: then it is the caller's, to be let go of."""
+        own: torch.Tensor = get_attribute(self.model, name).detach()
+        return self.checkpoint.read(name) if own.is_meta and self.checkpoint is not None else own
 
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
@@ -81,10 +89,10 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         return _as_plain_graph(program, model, example)
 
 
-def over(captured: Captured, model: nn.Module) -> Captured:
-    """The same graph over the tensors of `model`, which is what the captured one stood for.
+def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) -> Captured:
+    """The same graph over the tensors of `model`, for which the captured one stood; it is used up.
 
-    What `model` has on the meta device only stays as it was. `captured` is used up.
+    Where `model` is on the meta device the graph has its fake tensors still, and `checkpoint` the weights.
     """
     own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     aliases: dict[int, torch.Tensor] = {}
@@ -92,7 +100,7 @@ def over(captured: Captured, model: nn.Module) -> Captured:
         tensor = own.get(node.target)
         if tensor is not None and not tensor.is_meta:
             set_tensor(captured.module, node.target, _alias(tensor, aliases))
-    return replace(captured, model=model)
+    return replace(captured, model=model, checkpoint=checkpoint)
 
 
 def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:

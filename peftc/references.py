@@ -21,7 +21,7 @@ from torch import nn
 from peftc.artifact_errors import BadReference, NoWeights
 from peftc.errors import PeftcError
 from peftc.streaming import Leave, load_leaving, streams
-from peftc.weights import Weights
+from peftc.weights import Checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (
@@ -96,8 +96,10 @@ def load_model(
         return _from_transformers(reference, meta, random_weights, dtype), None
 
 
-def load_but(reference: Reference, leave: Leave, *, dtype: str | None = None) -> tuple[nn.Module, Weights] | None:
-    """Builds the model without the weights that `leave` names, which are read when they are asked for.
+def load_but(
+    reference: Reference, leave: Leave, *, dtype: str | None = None
+) -> tuple[nn.Module, Checkpoint | None] | None:
+    """Builds the model without the weights that `leave` names: they stay in the checkpoint, which it returns, too.
 
     None for what can only be read as a whole: a factory's model, a `.gguf` file, a checkpoint that is packed already.
 

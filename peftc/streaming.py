@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftc.ir import set_tensor
-from peftc.weights import Checkpoint, Weights, on_disk
+from peftc.weights import Checkpoint, on_disk
 
 Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the parameters that are not to be read
 
@@ -32,15 +32,17 @@ def streams(cls: type[PreTrainedModel], config: Any) -> bool:
     return usual and getattr(config, "quantization_config", None) is None
 
 
-def load_leaving(cls: type[PreTrainedModel], source: str, leave: Leave, **options: Any) -> tuple[nn.Module, Weights]:
-    """`cls.from_pretrained(source, **options)`, but for the parameters that `leave` names: these stay on the meta device.
+def load_leaving(
+    cls: type[PreTrainedModel], source: str, leave: Leave, **options: Any
+) -> tuple[nn.Module, Checkpoint | None]:
+    """`cls.from_pretrained(source, **options)`, except that the parameters that `leave` names stay on the meta device.
 
     `leave` is asked before a weight is read, and not at all where the checkpoint has no safetensors files.
     """
     reader = _Reader(cls, leave)
     from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     model: nn.Module = from_pretrained(reader, source, **options)
-    return model, Weights(model, reader.checkpoint)
+    return model, reader.checkpoint
 
 
 class _Reader:
@@ -96,7 +98,7 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
 def _fake(model: nn.Module) -> None:
     """Replaces each tensor by a fake one on the CPU, a tied one by the same."""
     mode = FakeTensorMode(  # as torch.export makes its own
-        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True),  # type: ignore[no-untyped-call]
+        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True),
         allow_non_fake_inputs=True,
         export=True,
     )

@@ -1,6 +1,6 @@
-"""The frozen weights while a model is compiled: its own tensors, or a checkpoint's, read one at a time.
+"""The weights of a checkpoint, read one at a time.
 
-A checkpoint's names are matched and its tensors converted by transformers' own rules (renamed prefixes, experts stacked
+Its names are matched and its tensors converted by transformers' own rules (renamed prefixes, experts stacked
 into one tensor, fused projections split, precision), so that what is read here is what `from_pretrained` would have put
 into the model.
 """
@@ -8,18 +8,16 @@ into the model.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,7 +27,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from peftc.ir import get_attribute
+from peftc.artifact_errors import ChangedCheckpoint
+from peftc.errors import PeftcError
 
 
 class OnDisk:
@@ -98,25 +97,33 @@ class Checkpoint:
 
     def keys_without(self, left: set[str]) -> list[str]:
         """What has to be read of the checkpoint for a model that does without the parameters `left`."""
-        unread = {
-            key for recipe in self._recipes if left.issuperset(recipe.makes) for _pattern, key in recipe.sources
-        }
+        unread = {key for recipe in self._recipes if left.issuperset(recipe.makes) for _pattern, key in recipe.sources}
         return [key for key in self.tensors if key not in unread]
 
     def read(self, name: str) -> Tensor:
-        """One parameter, as `from_pretrained` would have set it."""
+        """One parameter, as `from_pretrained` would have set it; the caller lets go of it.
+
+        Raises:
+            PeftcError: `changed-checkpoint` if it cannot be read, or not as it was before.
+        """
         self.on_read(name)
-        recipe = self._makers[name]
+        try:
+            tensor = self._made(self._makers[name], name)
+        except (OSError, SafetensorError) as error:
+            raise PeftcError(ChangedCheckpoint(weight=name, reason=str(error))) from error
+        found = digest(tensor)
+        if self.digests.setdefault(name, found) != found:
+            raise PeftcError(ChangedCheckpoint(weight=name, reason="it has other numbers than before"))
+        return tensor
+
+    def _made(self, recipe: Recipe, name: str) -> Tensor:
         if recipe.converter is None:
-            tensor = self._source(recipe.sources[-1][1], recipe.dtype)
-        else:
-            converter = deepcopy(recipe.converter)
-            for pattern, key in recipe.sources:
-                converter.add_tensor(recipe.first, key, pattern, partial(self._source, key, recipe.dtype))
-            made = converter.convert(recipe.first, model=self.model, config=self.model.config)[name]
-            tensor = made[0] if isinstance(made, list) else made
-        if name not in self.digests:
-            self.digests[name] = digest(tensor)
+            return self._source(recipe.sources[0][1], recipe.dtype)
+        converter = deepcopy(recipe.converter)
+        for pattern, key in recipe.sources:
+            converter.add_tensor(recipe.first, key, pattern, partial(self._source, key, recipe.dtype))
+        made = converter.convert(recipe.first, model=self.model, config=self.model.config)[name]
+        tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
 
     def _source(self, key: str, dtype: torch.dtype) -> Tensor:
@@ -168,18 +175,3 @@ def _precision(expected: Mapping[str, Tensor], precisions: Mapping[str, torch.dt
         if (found := pattern.search(name)) is not None and found.lastgroup is not None:
             return precisions[patterns[found.lastgroup]]
     return expected[name].dtype
-
-
-class Weights:
-    """The frozen tensors of `model`, by name: what it has itself, and what is left in the checkpoint."""
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
-        self.model = model
-        self.checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor. One that had to be read is the caller's alone, to be let go of."""
-        own: Tensor = get_attribute(self.model, name).detach()
-        if own.is_meta and self.checkpoint is not None and name in self.checkpoint:
-            return self.checkpoint.read(name)
-        return own
