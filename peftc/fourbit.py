@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor

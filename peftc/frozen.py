@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Hashable
 
-import torch
 from torch import Tensor, fx, nn
 
 from peftc.ir import Provenance, attribute_node, get_attribute, set_tensor, splice, trace, value
@@ -16,18 +14,19 @@ from peftc.stored import Stored
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
     """The tensor as it is computed with, in the base model's layout: unpacked, if it is packed in `module`."""
     item = plan.stored.get(name)
-    if item is None:
+    if item is None or not is_packed(module, item):
         found: Tensor = get_attribute(module, name).detach()
         return found
     return item.unpack({full: get_attribute(module, full) for full in item.buffers})
 
 
-def precision(module: nn.Module, plan: Plan, name: str) -> Tensor:
-    """An empty tensor that says which device and dtype the frozen tensor is computed in."""
-    item = plan.stored.get(name)
-    if item is None:
-        return torch.empty(0, dtype=get_attribute(module, name).dtype, device=get_attribute(module, name).device)
-    return torch.empty(0, dtype=item.dtype, device=get_attribute(module, next(iter(item.buffers))).device)
+def is_packed(module: nn.Module, item: Stored) -> bool:
+    """Whether the buffers are in `module`; before they are, the weight is."""
+    owner, _, leaf = item.first.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), leaf)
+    except AttributeError:
+        return False
 
 
 def pack(module: nn.Module, item: Stored, weight: Tensor) -> None:

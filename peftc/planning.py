@@ -324,9 +324,7 @@ class _Planner:
 
     def _stored(self, trained: dict[str, Span]) -> dict[str, Stored]:
         """What `quantize` packs. Its rows stand first, as the pass does that carries it out."""
-        statements = [
-            (storing, self._select(storing.target, parameters=True)) for storing in self.intentions.storings
-        ]
+        statements = [(storing, self._select(storing.target, parameters=True)) for storing in self.intentions.storings]
         stored, problems = stored_weights(self.captured, statements, trained)
         self.problems += problems
         rows = []

@@ -48,6 +48,11 @@ class Stored:
         return {full: packed[name] for name, full in self.names.items()}
 
     @property
+    def first(self) -> str:
+        """The full name of one of the buffers, for where they are."""
+        return next(iter(self.buffers))
+
+    @property
     def bytes(self) -> int:
         """What the packed weight takes."""
         return sum(buffer.bytes for buffer in self.buffers.values())

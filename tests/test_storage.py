@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from peftc.fourbit import rounded
-from peftc.kernels.dequantize import INT8_STEP, LEVELS, dynamic_map, levels_of
+from peftc.kernels.dequantize import dynamic_map, levels_of
 from peftc.storage import Storage, storages
 
 torch.set_num_threads(1)

@@ -68,6 +68,10 @@ class LoRA(Method):
         """Whether the start is a part of W, and the frozen weight what is left."""
         return self.init in ("pissa", "olora", "loftq")
 
+    @property
+    def prepares(self) -> bool:
+        return self.takes_from_weight
+
     def refuses(self, site: Projection) -> str | None:
         if self.init == "eva" and isinstance(site, Experts):
             return "init=eva needs each expert's own inputs, which calibration does not tell apart"
