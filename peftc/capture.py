@@ -94,12 +94,11 @@ def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) ->
 
     Where `model` is on the meta device the graph has its fake tensors still, and `checkpoint` the weights.
     """
-    own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    own = _tensors(model)
     aliases: dict[int, torch.Tensor] = {}
-    for node in captured.module.graph.find_nodes(op="get_attr"):
-        tensor = own.get(node.target)
-        if tensor is not None and not tensor.is_meta:
-            set_tensor(captured.module, node.target, _alias(tensor, aliases))
+    for name in _tensors(captured.module):
+        if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
+            set_tensor(captured.module, name, _alias(own[name], aliases))
     return replace(captured, model=model, checkpoint=checkpoint)
 
 
@@ -165,6 +164,11 @@ def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
             continue
         set_tensor(root, node.target, _alias(tensor, seen))
     return root
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, a tied one under each of its names."""
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -14,9 +14,11 @@ from peftc.stored import Stored
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
     """The tensor as it is computed with, in the base model's layout: unpacked, if it is packed in `module`."""
     item = plan.stored.get(name)
-    if item is None or not is_packed(module, item):
+    if item is None:
         found: Tensor = get_attribute(module, name).detach()
         return found
+    if not is_packed(module, item):
+        return plan.captured.frozen(name)
     return item.unpack({full: get_attribute(module, full) for full in item.buffers})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
@@ -80,9 +80,10 @@ class _Reader:
 
 
 def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model that `checkpoint` is about to become, with its ties, of tensors that have a device but no numbers.
+    """The model that `checkpoint` is about to become, with its ties, of parameters that have a device but no numbers.
 
-    They are fake tensors on the CPU, so that a graph captured from them names that device.
+    They are fake tensors on the CPU, so that a graph captured from them names that device. Buffers, which count
+    positions and turn angles, are real: planning looks at them.
     """
     twin = copy.deepcopy(model)
     missing = {name for name in twin.state_dict() if name not in checkpoint}
@@ -91,28 +92,38 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
         if both and torch.equal(checkpoint.read(target), checkpoint.read(source)):
             missing.add(target)
     twin.tie_weights(missing_keys=missing, recompute_mapping=False)
-    _fake(twin)
+    _fill_buffers(twin, checkpoint)
+    _fake_parameters(twin)
     return twin
 
 
-def _fake(model: nn.Module) -> None:
-    """Replaces each tensor by a fake one on the CPU, a tied one by the same."""
+def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """As `from_pretrained` does: from the checkpoint, else by the model's own initialisation, which leaves the rest."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name, buffer in list(model.named_buffers()):
+        there = name in checkpoint
+        tensor = checkpoint.read(name) if there else torch.empty_like(buffer, device="cpu")
+        tensor._is_hf_initialized = there  # type: ignore[attr-defined]
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = tensor
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.initialize_weights()
+
+
+def _fake_parameters(model: nn.Module) -> None:
+    """Replaces each by a fake one on the CPU, a tied one by the same."""
     mode = FakeTensorMode(  # as torch.export makes its own
-        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True),
-        allow_non_fake_inputs=True,
-        export=True,
+        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True
     )
-    made: dict[int, Tensor] = {}
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _like(tensor, mode)
-                    tensors[name] = cast(Any, made[id(tensor)])
-
-
-def _like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    with mode:
+                        fake = torch.empty_strided(
+                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu"
+                        )
+                        made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,7 +121,8 @@ class Checkpoint:
             return self._source(recipe.sources[0][1], recipe.dtype)
         converter = deepcopy(recipe.converter)
         for pattern, key in recipe.sources:
-            converter.add_tensor(recipe.first, key, pattern, partial(self._source, key, recipe.dtype))
+            source: Any = partial(self._source, key, recipe.dtype)  # `convert` calls what is no future
+            converter.add_tensor(recipe.first, key, pattern, source)
         made = converter.convert(recipe.first, model=self.model, config=self.model.config)[name]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
