@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ def _merge(given: argparse.Namespace) -> None:
     """Folds an artifact into a plain model."""
     import peftc
     from peftc.merge import save_merged
+    from peftc.report import lost_table
 
     _watched_only()
     with _progress(given) as timings:
@@ -186,12 +188,15 @@ def _merge(given: argparse.Namespace) -> None:
         with timings.stage("compile"):
             compiled = peftc.load(given.artifact, model)
         with timings.stage("merge"):
-            merged = compiled.merge()
+            merged, lost = compiled.merge(requantize=True) if given.requantize else (compiled.merge(), {})
         with timings.stage("save"):
             save_merged(merged, given.output)
     if given.json:
-        _print_json({"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds})
+        report = {"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds}
+        _print_json(report | {"lost": {name: asdict(rounding) for name, rounding in lost.items()}})
     else:
+        if lost:
+            _print(lost_table(lost))
         print(f"a plain {type(merged).__name__}, written to {given.output}")
 
 
@@ -275,6 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     made = command("merge", _merge, model=False, spec=False)
     made.add_argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote")
     made.add_argument("-o", "--output", metavar="DIR", required=True, help="where the plain model goes")
+    made.add_argument(
+        "--requantize", action="store_true", help="round what was quantised again, and print what that loses"
+    )
     made.add_argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}")
     return parser
 

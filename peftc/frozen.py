@@ -12,7 +12,7 @@ from peftc.stored import Stored
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
-    """The tensor as it is computed with, in the base model's layout: unpacked, if it is packed in `module`."""
+    """The tensor as it is computed with, in the base model's layout: unpacked, where it is stored packed."""
     item = plan.stored.get(name)
     if item is None:
         found: Tensor = get_attribute(module, name).detach()

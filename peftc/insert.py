@@ -103,7 +103,8 @@ def _begin(
 ) -> None:
     """Fills the binding's tensors and puts them in place; `made`, by full name, are those of the bindings before."""
     method, site = binding.method, binding.site
-    frozen = frozen_weight(module, plan, site.parameters[0])
+    takes = site.parameters[0] in plan.stored and _prepares(binding)
+    frozen = _base(module, plan, site.parameters[0]) if takes else frozen_weight(module, plan, site.parameters[0])
     fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
     made |= {full: _start(spec, frozen) for full, spec in fresh.items()}
     own = {name: made[full] for name, full in binding.names.items()}
