@@ -7,11 +7,13 @@ into the model.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,7 @@ class Checkpoint:
             PeftcError: `changed-checkpoint` if it cannot be read, or not as it was before.
         """
         self.on_read(name)
+        give_back()  # the weight before and what packing it took
         try:
             tensor = self._made(self._makers[name], name)
         except (OSError, SafetensorError) as error:
@@ -135,6 +138,20 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 over a tensor's numbers, in the order of its indices."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, where the C library (glibc) would keep it.
+
+    Between the packed weights, which stay, it keeps the room of the dense ones: a quarter of what is packed.
+    """
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _recipes(
