@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from peftc.calling import Convention, without_loss
 from peftc.consistency import two_passes
 from peftc.errors import PeftcError
+from peftc.fusion import Fired
 from peftc.insert import prepare
 from peftc.ir import keep_unread
 from peftc.model_errors import NeedsLabels
@@ -31,21 +32,26 @@ class CompiledModule(fx.GraphModule):
     """A model with its adapters in the graph. Call it as the base model: `module(input_ids=…, labels=…)`.
 
     `state_dict()` holds what peftc added and what learns, not the frozen base, so a Trainer's checkpoints are small
-    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it.
+    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it,
+    `fired` says how often each fusion did, and how near the others came.
     """
 
     plan: Plan
     history: dict[str, fx.Graph]
+    fired: tuple[Fired, ...]
     base: nn.Module
     convention: Convention
     _pruned: dict[str, Callable[..., Any]]
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] = ()
+    ) -> None:
         super().__init__(root, graph, class_name=plan.sites.model)
         # Plain values, set past nn.Module: the base model must not become a submodule.
         self.__dict__.update(
             plan=plan,
             history=dict(history),
+            fired=fired,
             base=plan.captured.model,
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
             _pruned={},
@@ -107,7 +113,7 @@ class CompiledModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
-        shared = {name: self.__dict__[name] for name in ("plan", "history", "base", "convention")}
+        shared = {name: self.__dict__[name] for name in ("plan", "history", "fired", "base", "convention")}
         memo.update({id(value): value for value in (*shared.values(), self._pruned)})
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, CompiledModule)
@@ -147,10 +153,10 @@ class CompiledModule(fx.GraphModule):
         return [{"params": members, "lr": lr * rate} for rate, members in groups.items()]
 
     def report(self) -> str:
-        """The table that `peftc compile` prints: statement, sites, parameters, share."""
+        """The tables that `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
         from peftc.report import report
 
-        return report(self.plan)
+        return report(self.plan, self.fired)
 
     # Schedules
 

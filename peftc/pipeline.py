@@ -8,7 +8,7 @@ Every pass works on the flat graph in place; the verifier runs after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from peftc import calibration, debug
 from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
+from peftc.fusion import Fired, fuse
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
 from peftc.method import Data, Stage
@@ -43,6 +44,7 @@ class Work:
     inserter: Inserter
     fuse: bool = True
     rooms: Rooms | None = None
+    fired: list[Fired] = field(default_factory=list)
 
 
 Pass = Callable[[Work], bool]  # returns whether it changed the graph
@@ -98,6 +100,14 @@ def _tidy(work: Work) -> bool:
     return tidy(work.module)
 
 
+def _fuse(work: Work) -> bool:
+    """What belongs together is computed together."""
+    if work.fuse:
+        work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
+        debug.tell_fired(work.fired)
+    return any(fired.count for fired in work.fired)
+
+
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
@@ -108,6 +118,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("sequence methods", _prompts),
     ("penalties", _penalties),
     ("tidy", _tidy),
+    ("fusions", _fuse),
 )
 
 
@@ -163,7 +174,7 @@ def build(
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, stages)
+        return CompiledModule(work.module, outer, plan, stages, tuple(work.fired))
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
