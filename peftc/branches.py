@@ -27,9 +27,7 @@ def entering(which: int = 0) -> Pattern:
 def product(x: Pattern, weight: Pattern, name: str | None = None) -> Pattern:
     """x Wᵀ: one matrix, or one of a stack for each group of rows that `ends` tells apart."""
     swapped = op(_TRANSPOSED, weight, -2, -1)
-    return either(
-        op(aten.linear.default, x, weight, name=name), op(GROUPED, x, swapped, value("ends"), name=name)
-    )
+    return either(op(aten.linear.default, x, weight, name=name), op(GROUPED, x, swapped, value("ends"), name=name))
 
 
 def branch(which: int = 0) -> Pattern:
@@ -84,7 +82,7 @@ def check_branches(match: Match, editor: Editor, frozen: tuple[fx.Node | None, .
 
 
 def joined(match: Match, editor: Editor, before: fx.Node) -> Branch:
-    """All branches beside one product as one: A stacked, s B side by side. Their parameters move in front of `before`."""
+    """All branches beside one product as one, in front of `before`: A stacked, s B side by side."""
     found = branches(match)
     for one in found:
         editor.hoist(one.a, before)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import fx
 
+import peftc.kernels  # noqa: F401 - registers the operations that rules emit
 from peftc import debug
 from peftc.ir import PROVENANCE, STACK, Provenance, computed, get_attribute, module_path
 from peftc.patterns import Match, Miss, Pattern, read_elsewhere

@@ -153,7 +153,7 @@ class CompiledModule(fx.GraphModule):
         return [{"params": members, "lr": lr * rate} for rate, members in groups.items()]
 
     def report(self) -> str:
-        """The tables that `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
+        """What `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
         from peftc.report import report
 
         return report(self.plan, self.fired)

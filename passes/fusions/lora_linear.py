@@ -37,8 +37,8 @@ _transposed = either(
 class LoraLinear(Fusion):
     """y_i = W_i x + b_i + s_i B_i (A_i x) for every i that reads the same x, in the same block.
 
-    One product makes all A_i x; B_i A_i x is added to y_i in place; x and the A_i x are all that is kept. Dropout is one
-    mask for all of them, made of a seed in the forward and again in the backward pass; in `eval()` there is none.
+    One product makes all A_i x; B_i A_i x is added to y_i in place; x and the A_i x are all that is kept. Dropout is
+    one mask for all of them, made of a seed in the forward and again in the backward pass; in `eval()` there is none.
     """
 
     name = "lora_linear"

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.ir import is_tensor, value as fake
+from peftc.ir import is_tensor
+from peftc.ir import value as fake
 from peftc.patterns import add, cast, either, mul, number, op, read_elsewhere, value
 
 aten = torch.ops.aten

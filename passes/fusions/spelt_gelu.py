@@ -26,9 +26,7 @@ class SpeltGelu(Fusion):
 
     name = "spelt_gelu"
     rank = 0
-    pattern = mul(
-        mul(_x, number(near=0.5)), add(op(aten.tanh.default, _inner), number(near=1.0))
-    )
+    pattern = mul(mul(_x, number(near=0.5)), add(op(aten.tanh.default, _inner), number(near=1.0)))
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:
         (match,) = matches

@@ -1,0 +1,232 @@
+"""Frozen linear layers that read one input, each with a low-rank branch added to its product in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from peftc.kernels import seeded_dropout as dropout
+from peftc.kernels.shapes import rows
+
+
+def reference(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
+) -> list[Tensor]:  # fmt: skip
+    """[y_1 … y_n, S] with y_i = W_i x + bias_i + scale_i B_i S_i and S = [S_1 … S_n] = [A_1; …; A_n] dropout(x).
+
+    Args:
+        x: [..., n_in].
+        weights: W_i, frozen: [n_out_i, n_in], or [n_in, n_out_i] where `transposed`.
+        biases: [n_out_i] or None each; empty for none.
+        a: A_i [r_i, n_in], of one dtype, which the branches are computed in. It may be wider than x's.
+        b: B_i [n_out_i, r_i], of A's dtype.
+        scales: a number each.
+        seed: of `seeded_dropout` on the branches' x, or None for no dropout; with it `p` and `salt`.
+    """
+    inner = x.to(a[0].dtype)
+    if seed is not None:
+        inner = dropout.reference(inner, seed, p, salt)
+    outputs, hidden = [], []
+    for weight, bias, A, B, scale in zip(weights, biases or [None] * len(a), a, b, scales, strict=True):
+        y = x @ (weight if transposed else weight.t())
+        hidden.append(inner @ A.t())
+        outputs.append((y if bias is None else y + bias) + (scale * (hidden[-1] @ B.t())).to(y.dtype))
+    return [*outputs, torch.cat(hidden, -1)]
+
+
+def accumulate_(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """y += scale * left @ right, in the factors' dtype and without a temporary of y's size if that is y's too."""
+    if y.dtype == left.dtype:
+        return y.addmm_(left, right, alpha=scale)
+    return y.add_((left @ right).mul_(scale).to(y.dtype))
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _branch_input(x: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float, salt: int) -> tuple[Tensor, float]:
+    """What the A's multiply, and the factor left to apply: it is cheaper on the product."""
+    inner = x.to(dtype)
+    if seed is None or not dropout.dropped_levels(p):
+        return inner, 1.0
+    return dropout.masked(inner, seed, p, salt), dropout.kept_scale(p)
+
+
+@custom_op("peftc::lora_linear", mutates_args=(), device_types="cpu")
+def lora_linear(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
+    scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
+) -> list[Tensor]:  # fmt: skip
+    """The same with one product for all A's, and B's products accumulated into the base's."""
+    flat = rows(x)
+    inner, factor = _branch_input(flat, a[0].dtype, seed, p, salt)
+    hidden = inner @ _stacked(a).t()
+    if factor != 1.0:
+        hidden.mul_(factor)
+    del inner
+    outputs, start = [], 0
+    for i, weight in enumerate(weights):
+        columns = weight if transposed else weight.t()
+        bias = biases[i] if biases else None
+        y = torch.mm(flat, columns) if bias is None else torch.addmm(bias, flat, columns)
+        stop = start + a[i].shape[0]
+        accumulate_(y, hidden[:, start:stop], b[i].t(), scales[i])
+        outputs.append(y.view(*x.shape[:-1], y.shape[1]))
+        start = stop
+    return [*outputs, hidden.view(*x.shape[:-1], start)]
+
+
+@lora_linear.register_fake
+def _(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
+    scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
+) -> list[Tensor]:  # fmt: skip
+    n = len(weights)
+    if not (n == len(a) == len(b) == len(scales)) or len(biases) not in (0, n):
+        raise ValueError("lora_linear takes as many weights as a's, b's and scales, and as many biases or none")
+    outputs = [x.new_empty((*x.shape[:-1], B.shape[0])) for B in b]
+    return [*outputs, x.new_empty((*x.shape[:-1], sum(A.shape[0] for A in a)), dtype=a[0].dtype)]
+
+
+@custom_op("peftc::lora_linear_backward", mutates_args=(), device_types="cpu")
+def lora_linear_backward(
+    grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
+    scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Those of [dx, dA_1 … dA_n, dB_1 … dB_n] whose entry in `needs` is set; dx is one buffer summed in place."""
+    n = len(weights)
+    flat_grads = [None if grad is None else rows(grad) for grad in grads]
+    hidden = rows(hidden)
+    dhidden = hidden.new_empty(hidden.shape)
+    pieces = [slice(sum(A.shape[0] for A in a[:i]), sum(A.shape[0] for A in a[: i + 1])) for i in range(n)]
+    for grad, B, scale, piece in zip(flat_grads, b, scales, pieces, strict=True):
+        if grad is None:
+            dhidden[:, piece] = 0
+        else:
+            torch.mm(grad.to(B.dtype), B, out=dhidden[:, piece]).mul_(scale)
+    factor = 1.0 if seed is None else dropout.kept_scale(p)
+    dhidden.mul_(factor) if factor != 1.0 else dhidden
+    results = []
+    if needs[0]:
+        results.append(_input_gradient(flat_grads, x, dhidden, weights, a, transposed, seed, p, salt))
+    if any(needs[1 : 1 + n]):
+        inner = _branch_input(rows(x), a[0].dtype, seed, p, salt)[0]
+        together = dhidden.t() @ inner
+        results += [together[pieces[i]].clone() if n > 1 else together for i in range(n) if needs[1 + i]]
+    for i in range(n):
+        if needs[1 + n + i]:
+            results.append(_output_factor_gradient(flat_grads[i], hidden[:, pieces[i]], b[i], scales[i]))
+    return results
+
+
+def _input_gradient(
+    grads: list[Tensor | None], x: Tensor, dhidden: Tensor, weights: list[Tensor], a: list[Tensor], transposed: bool,
+    seed: Tensor | None, p: float, salt: int,
+) -> Tensor:  # fmt: skip
+    dx: Tensor | None = None
+    for grad, weight in zip(grads, weights, strict=True):
+        if grad is not None:
+            matrix = weight.t() if transposed else weight
+            dx = torch.mm(grad, matrix) if dx is None else dx.addmm_(grad, matrix)
+    if dx is None:
+        dx = torch.zeros_like(rows(x))
+    if seed is None or not dropout.dropped_levels(p):
+        accumulate_(dx, dhidden, _stacked(a))
+    else:
+        branch = dhidden @ _stacked(a)
+        dx += dropout.masked(branch, seed, p, salt, out=branch)
+    return dx.view(x.shape)
+
+
+def _output_factor_gradient(grad: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
+    """dB = scale * gradᵀ S: the product that has the long side last is the faster one, and turning dB is cheap."""
+    if grad is None:
+        return torch.zeros_like(b, memory_format=torch.contiguous_format)
+    return ((hidden * scale).t() @ grad.to(b.dtype)).t().contiguous()
+
+
+@lora_linear_backward.register_fake
+def _(
+    grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
+    scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip([x, *a, *b], needs, strict=True) if needed]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, a, b, ctx.scales, ctx.transposed, seed, ctx.p, ctx.salt = inputs
+    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
+        raise NotImplementedError("gradients of biases need a bias at every weight of the group")
+    ctx.count = len(weights)
+    ctx.save_for_backward(x, output[-1], seed, *weights, *a, *b)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    n, saved = ctx.count, ctx.saved_tensors
+    x, hidden, seed = saved[:3]
+    weights, a, b = (list(saved[3 + k * n : 3 + (k + 1) * n]) for k in range(3))
+    grads = list(gradients[:n])
+    needs_x, needs_weights, needs_biases, needs_a, needs_b = ctx.needs_input_grad[:5]
+    needs = [needs_x, *needs_a, *needs_b]
+    results = iter(
+        torch.ops.peftc.lora_linear_backward(
+            grads, x, hidden, weights, a, b, ctx.scales, ctx.transposed, seed, ctx.p, ctx.salt, needs
+        )
+        if any(needs)
+        else ()
+    )
+    dx, *factors = [next(results) if needed else None for needed in needs]
+    dweights = [
+        _weight_gradient(grad, x, ctx.transposed) if needed else None
+        for grad, needed in zip(grads, needs_weights, strict=True)
+    ]
+    dbiases = None
+    if isinstance(needs_biases, list):
+        dbiases = [
+            rows(grad).sum(0) if needed and grad is not None else None
+            for grad, needed in zip(grads, needs_biases, strict=False)
+        ]
+    return dx, dweights, dbiases, factors[:n], factors[n:], None, None, None, None, None
+
+
+def _weight_gradient(grad: Tensor | None, x: Tensor, transposed: bool) -> Tensor | None:
+    """For completeness: layers whose own weight is trained are better left unfused."""
+    if grad is None:
+        return None
+    return rows(x).t() @ rows(grad) if transposed else rows(grad).t() @ rows(x)
+
+
+lora_linear.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.peftc.lora_linear)
+def _flops(x: Any, weights: Any, biases: Any, a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    count = _tokens(x)
+    return sum(2 * count * (shape[0] * shape[1]) for shape in (*weights, *a, *b))
+
+
+@register_flop_formula(torch.ops.peftc.lora_linear_backward)
+def _backward_flops(
+    grads: Any, x: Any, hidden: Any, weights: Any, a: Any, b: Any, scales: Any, transposed: Any, seed: Any, p: Any,
+    salt: Any, needs: Any, *, out_shape: Any = None, **_: Any,
+) -> int:  # fmt: skip
+    count = _tokens(x)
+    total = sum(2 * count * shape[0] * shape[1] for grad, shape in zip(grads, b, strict=True) if grad is not None)
+    if needs[0]:
+        used = [shape for grad, shape in zip(grads, weights, strict=True) if grad is not None]
+        total += sum(2 * count * shape[0] * shape[1] for shape in (*used, *a))
+    total += sum(2 * count * shape[0] * shape[1] for shape, need in zip((*a, *b), needs[1:], strict=True) if need)
+    return int(total)
+
+
+def _tokens(shape: Sequence[int]) -> int:
+    return torch.Size(shape[:-1]).numel()
