@@ -27,6 +27,7 @@ from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
 from peftc.positions import Rooms, make_room
 from peftc.prompting import insert_prompts
+from peftc.regions import Block
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -153,8 +154,8 @@ def build(
 ) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
-    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw. Without
-    `fuse` the graph stays as the passes that insert wrote it: the oracle of what comes behind them.
+    `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
+    Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
     """
     with timings.stage("cost"):
         _ = plan.kept  # of the graph as captured, which the passes rewrite
@@ -172,7 +173,7 @@ def build(
             stages.append((name, _copy(work.module.graph) if changed else stages[-1][1]))
         debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
-        outer = fold_blocks(work.module, plan.sites.blocks)
+        outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
     with timings.stage("emit"):
         return CompiledModule(work.module, outer, plan, stages, tuple(work.fired))
 
