@@ -34,6 +34,7 @@ class Fusion:
     name: ClassVar[str]
     rank: ClassVar[int] = 2
     pattern: ClassVar[Pattern]
+    in_training: ClassVar[bool] = False  # for the graph of a training step alone, see `peftc.training_entry`
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
         """Why this place is not rewritten although the pattern fits, or None."""
@@ -99,6 +100,8 @@ class Editor:
             if node.op == "get_attr":
                 found = get_attribute(self.module, str(node.target))
                 self._learning[node] = isinstance(found, torch.Tensor) and found.requires_grad
+            elif node.op == "call_module":
+                self._learning[node] = True
             else:
                 self._learning[node] = any(self.learns(source) for source in node.all_input_nodes)
         return self._learning[node]
@@ -170,10 +173,10 @@ def fusions() -> tuple[Fusion, ...]:
 
 def fuse(
     module: fx.GraphModule, graph: fx.Graph, blocks: Sequence[str] = (), rules: Sequence[Fusion] | None = None
-) -> list[Fired]:
+) -> tuple[Fired, ...]:
     """Applies each rule wherever it fits, in place. Fake values of new nodes are computed from their inputs'."""
     editor = Editor(module, graph, blocks)
-    return [_apply(rule, editor) for rule in (fusions() if rules is None else rules)]
+    return tuple(_apply(rule, editor) for rule in rules or [rule for rule in fusions() if not rule.in_training])
 
 
 def _apply(rule: Fusion, editor: Editor) -> Fired:

@@ -8,7 +8,7 @@ Every pass works on the flat graph in place; the verifier runs after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -45,7 +45,7 @@ class Work:
     inserter: Inserter
     fuse: bool = True
     rooms: Rooms | None = None
-    fired: list[Fired] = field(default_factory=list)
+    fired: tuple[Fired, ...] | None = None
 
 
 Pass = Callable[[Work], bool]  # returns whether it changed the graph
@@ -103,9 +103,10 @@ def _tidy(work: Work) -> bool:
 
 def _fuse(work: Work) -> bool:
     """What belongs together is computed together."""
-    if work.fuse:
-        work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
-        debug.tell_fired(work.fired)
+    if not work.fuse:
+        return False
+    work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
+    debug.tell_fired(work.fired)
     return any(fired.count for fired in work.fired)
 
 
@@ -175,7 +176,7 @@ def build(
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, stages, tuple(work.fired))
+        return CompiledModule(work.module, outer, plan, stages, work.fired)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
