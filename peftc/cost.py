@@ -93,8 +93,10 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
     if optimizer not in STATE_BYTES:
         raise ValueError(f"no optimizer {optimizer!r}; there are {', '.join(STATE_BYTES)}")
     module = plan.captured.module
-    sizes = {name: get_attribute(module, name).element_size() for name in plan.sites.parameters}
-    weights = sum(count * sizes[name] for name, count in plan.sites.parameters.items())
+    sizes = {name: item.dtype.itemsize for name, item in plan.stored.items()}
+    sizes |= {name: get_attribute(module, name).element_size() for name in plan.sites.parameters if name not in sizes}
+    dense = sum(count * sizes[name] for name, count in plan.sites.parameters.items() if name not in plan.stored)
+    weights = dense + sum(item.bytes for item in plan.stored.values())
     beside = {name: sizes[binding.site.parameters[0]] for binding in plan.bindings for name in binding.tensors}
     added = [
         (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)

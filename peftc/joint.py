@@ -81,7 +81,7 @@ class Joint:
 def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
     """`graph` with the tensors of `block` as inputs, in train mode or not; None if one autograd function cannot be it.
 
-    It can be where tensors come out, none of them in an input's memory or another's, and nothing is written in place.
+    It can be where nothing is written in place, and no tensor that comes out is in an input's memory or in another's.
     """
     new = fx.Graph()
     env: dict[fx.Node, Any] = {node: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder")}
@@ -108,13 +108,11 @@ def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
 
 
 def _apart(graph: Lifted) -> bool:
-    if not all(isinstance(node, fx.Node) and is_tensor(node) for node in graph.outputs):
-        return False
     if any(is_mutable(node) for node in graph.graph.nodes):
         return False
-    made = [memory(node) for node in graph.outputs]
+    made = [memory(node) for node in graph.outputs if is_tensor(node)]
     taken = {memory(node) for node in graph.inputs if is_tensor(node)}
-    return len(set(made)) == len(made) and taken.isdisjoint(made)
+    return bool(made) and len(set(made)) == len(made) and taken.isdisjoint(made)
 
 
 def is_mutable(node: fx.Node) -> bool:
@@ -147,21 +145,22 @@ def joint(graph: Lifted, needs: tuple[bool, ...], autocast: tuple[str, torch.dty
     mode = fake_mode(graph.graph)
     assert mode.shape_env is not None
     module = fx.GraphModule(nn.Module(), graph.graph)
+    tensors = [place for place, node in enumerate(graph.outputs) if is_tensor(node)]
     differentiable: list[int] = []
 
-    def forward(given: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def both(given: list[Any], tangents: list[Tensor]) -> tuple[list[Any], list[Tensor | None]]:
         leaves = [
             item.detach().requires_grad_(needed) if isinstance(item, Tensor) else item
             for item, needed in zip(given, needs, strict=True)
         ]
         result = module(*leaves)
-        return leaves, [result] if isinstance(result, Tensor) else list(result)
-
-    def both(given: list[Any], tangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        leaves, outputs = forward(given)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        reached = [(outputs[place], tangent) for place, tangent in zip(tensors, tangents, strict=True)]
+        reached = [(output, tangent) for output, tangent in reached if output.requires_grad]
+        differentiable[:] = [place for place in tensors if outputs[place].requires_grad]
         learning = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
-        reached = [outputs[place] for place in differentiable]
-        return outputs, list(torch.autograd.grad(reached, learning, tangents, allow_unused=True))
+        ends, coming = zip(*reached, strict=True) if reached else ((), ())
+        return outputs, list(torch.autograd.grad(ends, learning, coming, allow_unused=True))
 
     with ExitStack() as stack:
         stack.enter_context(mode)
@@ -172,11 +171,10 @@ def joint(graph: Lifted, needs: tuple[bool, ...], autocast: tuple[str, torch.dty
         stack.enter_context(saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         if autocast is not None:
             stack.enter_context(torch.autocast(*autocast, cache_enabled=False))
-        outputs = forward(inputs)[1]
-        differentiable += [place for place, output in enumerate(outputs) if output.requires_grad]
-        tangents = [torch.empty_like(outputs[place]).detach() for place in differentiable]
+        tangents = [torch.empty_like(graph.outputs[place].meta["val"]) for place in tensors]
         traced = make_fx(both)([_fresh(item) for item in inputs], tangents).graph
-    return _as_joint(shorten(traced), len(inputs), len(outputs), tuple(differentiable))
+    ends = [tensors.index(place) for place in differentiable]
+    return _as_joint(shorten(traced), len(inputs), len(graph.outputs), tuple(differentiable), ends)
 
 
 def _fresh(item: Any) -> Any:
@@ -184,7 +182,8 @@ def _fresh(item: Any) -> Any:
     return item.detach() if isinstance(item, Tensor) else item
 
 
-def _as_joint(graph: fx.Graph, inputs: int, outputs: int, differentiable: tuple[int, ...]) -> Joint:
+def _as_joint(graph: fx.Graph, inputs: int, outputs: int, differentiable: tuple[int, ...], reached: list[int]) -> Joint:
     places = list(graph.find_nodes(op="placeholder"))
+    tangents = [places[inputs + place] for place in reached]
     returned: Any = pytree.tree_leaves(graph.output_node().args[0], is_leaf=lambda item: item is None)
-    return Joint(graph, places[:inputs], places[inputs:], returned[:outputs], returned[outputs:], differentiable)
+    return Joint(graph, places[:inputs], tangents, returned[:outputs], returned[outputs:], differentiable)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,7 @@ from peftc.room import room
 from peftc.training_entry import training_entry
 
 if TYPE_CHECKING:
+    from peftc.merge import Rounding
     from peftc.schedule import Follower, Schedule
 
 Stages = list[tuple[str, fx.Graph]]
@@ -225,11 +226,24 @@ class CompiledModule(fx.GraphModule):
 
         save_pretrained(self, Path(folder))
 
-    def merge(self) -> nn.Module:
-        """A model of the base's own class that computes the same, with no trace of peftc."""
-        from peftc.merge import merge
+    @overload
+    def merge(self) -> nn.Module: ...
 
-        return merge(self)
+    @overload
+    def merge(self, *, requantize: Literal[False]) -> nn.Module: ...
+
+    @overload
+    def merge(self, *, requantize: Literal[True]) -> tuple[nn.Module, dict[str, Rounding]]: ...
+
+    def merge(self, *, requantize: bool = False) -> nn.Module | tuple[nn.Module, dict[str, Rounding]]:
+        """A model of the base's own class that computes the same, with no trace of peftc.
+
+        With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
+        loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
+        """
+        from peftc.merge import merge, merge_and_pack
+
+        return merge_and_pack(self) if requantize else merge(self)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
         """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""

@@ -17,6 +17,7 @@ from peftc import calibration, debug
 from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
+from peftc.frozen import unpack_in_graph
 from peftc.fusion import Fired, fuse
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
@@ -57,6 +58,12 @@ def _materialise(work: Work) -> bool:
     return False
 
 
+def _storage(work: Work) -> bool:
+    """Who reads a weight that is packed reads what unpacks it."""
+    work.inserter.dense = unpack_in_graph(work.module, work.plan, "storage")
+    return bool(work.inserter.dense)
+
+
 def _insert(name: str, stage: Stage) -> Pass:
     def insert(work: Work) -> bool:
         mine = [binding for binding in work.plan.bindings if binding.method.stage is stage]
@@ -79,7 +86,7 @@ def _attention(work: Work) -> bool:
     mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.ATTENTION]
     for binding in mine:
         assert work.rooms is not None
-        attend(work.module, binding, work.rooms, "attention methods")
+        attend(work.inserter, binding, work.rooms, "attention methods")
     return bool(mine)
 
 
@@ -112,6 +119,7 @@ def _fuse(work: Work) -> bool:
 
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
+    ("storage", _storage),
     ("weight methods", _insert("weight methods", Stage.WEIGHT)),
     ("output methods", _insert("output methods", Stage.OUTPUT)),
     ("module methods", _insert("module methods", Stage.MODULE)),

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from peftc.ir import get_attribute
-from peftc.joint import Lifted, joint, lifted
+from peftc.ir import get_attribute, is_tensor
+from peftc.joint import Joint, Lifted, joint, lifted
 from peftc.memory_plan import Passes, split
 
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
@@ -106,10 +107,20 @@ def _autocast(inputs: tuple[Any, ...]) -> tuple[str, torch.dtype] | None:
 
 
 @lru_cache(maxsize=MOST)
+def _traced(text: str, needs: tuple[bool, ...], autocast: tuple[str, torch.dtype] | None, holder: _Holder) -> Joint:
+    return joint(holder.graph, needs, autocast)
+
+
+@lru_cache(maxsize=MOST)
 def program(kind: Kind, holder: _Holder) -> Program:
     """Traces, plans and compiles the two passes of a kind of block; equal blocks of all models share them."""
     graph = holder.graph
-    both = joint(graph, kind.needs, kind.autocast)
+    # The first block of a frozen model gets no gradient for the hidden state: with it, its trace is that of the others.
+    streams = {_shape(node) for node in graph.outputs}
+    wide = tuple(need or (_shape(node) or 0) in streams for need, node in zip(kind.needs, graph.inputs, strict=True))
+    both = _traced(kind.text, wide, kind.autocast, holder)
+    gradients = [one for one, wanted in zip(both.gradients, compress(kind.needs, wide), strict=True) if wanted]
+    both = replace(both, gradients=gradients)
     own = len(both.inputs) - len(graph.names)
     # The block's own tensors are there anyway, and so is what no gradient flows to: other blocks read it, too.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not kind.needs[place]]
@@ -120,6 +131,11 @@ def program(kind: Kind, holder: _Holder) -> Program:
         fx.GraphModule(empty, passes.backward).forward,
         passes, len(both.outputs), both.differentiable, kind.needs,
     )  # fmt: skip
+
+
+def _shape(node: fx.Node) -> tuple[str, torch.dtype] | None:
+    given = node.meta["val"]
+    return (str(tuple(given.shape)), given.dtype) if is_tensor(node) and given.is_floating_point() else None
 
 
 def _run(program: Program, single: bool, inputs: tuple[Any, ...]) -> Any:
@@ -137,9 +153,8 @@ class _Step(torch.autograd.Function):
         ctx.tensors = [isinstance(item, Tensor) for item in kept]
         ctx.numbers = [item for item in kept if not isinstance(item, Tensor)]
         ctx.save_for_backward(*(item for item in kept if isinstance(item, Tensor)))
-        ctx.mark_non_differentiable(
-            *(item for place, item in enumerate(outputs) if place not in program.differentiable)
-        )
+        constant = (item for place, item in enumerate(outputs) if place not in program.differentiable)
+        ctx.mark_non_differentiable(*(item for item in constant if isinstance(item, Tensor)))
         return outputs
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def accumulate_(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> T
     return y.add_((left @ right).mul_(scale).to(y.dtype))
 
 
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def _branch_input(x: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float, salt: int) -> tuple[Tensor, float]:
@@ -63,6 +64,13 @@ def _branch_input(x: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float, 
 def lora_linear(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
+) -> list[Tensor]:  # fmt: skip
+    return forward(x, weights, biases, a, b, scales, transposed, seed, p, salt)
+
+
+def forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
 ) -> list[Tensor]:  # fmt: skip
     """The same with one product for all A's, and B's products accumulated into the base's."""
     flat = rows(x)
@@ -88,9 +96,17 @@ def _(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
 ) -> list[Tensor]:  # fmt: skip
+    return shapes(x, weights, biases, a, b, scales)
+
+
+def shapes(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    """The outputs without their values. Raises ValueError where the lists do not belong together."""
     n = len(weights)
     if not (n == len(a) == len(b) == len(scales)) or len(biases) not in (0, n):
-        raise ValueError("lora_linear takes as many weights as a's, b's and scales, and as many biases or none")
+        raise ValueError("a group takes as many weights as a's, b's and scales, and as many biases or none")
     outputs = [x.new_empty((*x.shape[:-1], B.shape[0])) for B in b]
     return [*outputs, x.new_empty((*x.shape[:-1], sum(A.shape[0] for A in a)), dtype=a[0].dtype)]
 
@@ -99,6 +115,14 @@ def _(
 def lora_linear_backward(
     grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return backward(grads, x, hidden, weights, a, b, scales, transposed, seed, p, salt, needs)
+
+
+def backward(
+    grads: Sequence[Tensor | None], x: Tensor, hidden: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor],
+    b: Sequence[Tensor], scales: Sequence[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
+    needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Those of [dx, dA_1 … dA_n, dB_1 … dB_n] whose entry in `needs` is set; dx is one buffer summed in place."""
     n = len(weights)
@@ -127,8 +151,8 @@ def lora_linear_backward(
 
 
 def _input_gradient(
-    grads: list[Tensor | None], x: Tensor, dhidden: Tensor, weights: list[Tensor], a: list[Tensor], transposed: bool,
-    seed: Tensor | None, p: float, salt: int,
+    grads: Sequence[Tensor | None], x: Tensor, dhidden: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor],
+    transposed: bool, seed: Tensor | None, p: float, salt: int,
 ) -> Tensor:  # fmt: skip
     dx: Tensor | None = None
     for grad, weight in zip(grads, weights, strict=True):
@@ -210,8 +234,7 @@ lora_linear.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.peftc.lora_linear)
 def _flops(x: Any, weights: Any, biases: Any, a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    count = _tokens(x)
-    return sum(2 * count * (shape[0] * shape[1]) for shape in (*weights, *a, *b))
+    return flops(x, weights, a, b)
 
 
 @register_flop_formula(torch.ops.peftc.lora_linear_backward)
@@ -219,14 +242,25 @@ def _backward_flops(
     grads: Any, x: Any, hidden: Any, weights: Any, a: Any, b: Any, scales: Any, transposed: Any, seed: Any, p: Any,
     salt: Any, needs: Any, *, out_shape: Any = None, **_: Any,
 ) -> int:  # fmt: skip
-    count = _tokens(x)
-    total = sum(2 * count * shape[0] * shape[1] for grad, shape in zip(grads, b, strict=True) if grad is not None)
+    return backward_flops(grads, x, weights, a, b, needs)
+
+
+Shapes = Sequence[Sequence[int]]
+
+
+def flops(x: Sequence[int], weights: Shapes, a: Shapes, b: Shapes) -> int:
+    """Of the forward pass, from the shapes."""
+    return 2 * prod(x[:-1]) * sum(shape[0] * shape[1] for shape in (*weights, *a, *b))
+
+
+def backward_flops(
+    grads: Sequence[Sequence[int] | None], x: Sequence[int], weights: Shapes, a: Shapes, b: Shapes,
+    needs: Sequence[bool],
+) -> int:  # fmt: skip
+    """Of the backward pass: the gradient of S always, those of x and of the factors where they are needed."""
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+    products = [b[i] for i in used]
     if needs[0]:
-        used = [shape for grad, shape in zip(grads, weights, strict=True) if grad is not None]
-        total += sum(2 * count * shape[0] * shape[1] for shape in (*used, *a))
-    total += sum(2 * count * shape[0] * shape[1] for shape, need in zip((*a, *b), needs[1:], strict=True) if need)
-    return int(total)
-
-
-def _tokens(shape: Sequence[int]) -> int:
-    return torch.Size(shape[:-1]).numel()
+        products += [*(weights[i] for i in used), *a]
+    products += [shape for shape, needed in zip((*a, *b), needs[1:], strict=True) if needed]
+    return 2 * prod(x[:-1]) * sum(shape[0] * shape[1] for shape in products)
