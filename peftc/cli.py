@@ -64,7 +64,7 @@ def _compile(given: argparse.Namespace) -> None:
     """Compiles, verifies, reports; with -o writes the artifact."""
     import peftc
     from peftc.calibration import read_batches
-    from peftc.report import plan_table, timings_table
+    from peftc.report import fusions_table, plan_table, timings_table
 
     with _progress(given) as timings:
         with timings.stage("check"):
@@ -84,9 +84,11 @@ def _compile(given: argparse.Namespace) -> None:
             with timings.stage("save"):
                 compiled.save(given.output)
     if given.json:
-        _print_json(compiled.plan.to_json() | {"seconds": timings.seconds, "artifact": given.output})
+        fusions = [fired.to_json() for fired in compiled.fired]
+        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output}
+        _print_json(compiled.plan.to_json() | told)
         return
-    _print(plan_table(compiled.plan))
+    _print(plan_table(compiled.plan), fusions_table(compiled.fired))
     if given.timings:
         _print(timings_table(timings.seconds))
     if given.output:

@@ -18,6 +18,7 @@ from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
 from peftc.frozen import unpack_in_graph
+from peftc.fusion import Fired, fuse
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
 from peftc.method import Data, Stage
@@ -45,6 +46,7 @@ class Work:
     inserter: Inserter
     fuse: bool = True
     rooms: Rooms | None = None
+    fired: tuple[Fired, ...] | None = None
 
 
 Pass = Callable[[Work], bool]  # returns whether it changed the graph
@@ -106,6 +108,15 @@ def _tidy(work: Work) -> bool:
     return tidy(work.module)
 
 
+def _fuse(work: Work) -> bool:
+    """What belongs together is computed together."""
+    if not work.fuse:
+        return False
+    work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
+    debug.tell_fired(work.fired)
+    return any(fired.count for fired in work.fired)
+
+
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
     ("storage", _storage),
@@ -117,6 +128,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("sequence methods", _prompts),
     ("penalties", _penalties),
     ("tidy", _tidy),
+    ("fusions", _fuse),
 )
 
 
@@ -174,7 +186,7 @@ def build(
         if fuse:
             mark(work.module, plan.checkpoints)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, stages)
+        return CompiledModule(work.module, outer, plan, stages, work.fired)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
