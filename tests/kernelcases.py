@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +61,17 @@ def adapter_arguments(x: Tensor, residual: Tensor | None, bias: bool, activation
     biases = [learns(3, dtype=dtype), learns(width, dtype=dtype)] if bias else [None, None]
     return (x, residual, learns(3, x.shape[-1], dtype=dtype), biases[0], learns(width, 3, dtype=dtype), biases[1], 0.7,
             activation)  # fmt: skip
+
+
+def agree_values(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor]) -> None:
+    """To what sums of a few hundred products of the dtype allow, relative to the largest number."""
+    for mine, right in zip(_tensors(ours), _tensors(theirs), strict=True):
+        assert mine.shape == right.shape
+        assert mine.dtype == right.dtype
+        largest = float(right.abs().max()) if right.numel() else 1.0
+        tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(mine.dtype, 1e-5)
+        torch.testing.assert_close(mine, right, rtol=0, atol=tolerance * max(largest, 1e-3))
+
+
+def _tensors(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else list(values)
