@@ -8,7 +8,7 @@ from triton import language as tl
 
 from peftc.kernels.activations import check
 from peftc.kernels.gpu.gated_activation import activate
-from peftc.kernels.gpu.launch import TRITON_DTYPES, on_amd, on_device, power_of_two, precision
+from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two, precision
 from peftc.kernels.shapes import like, rows
 
 WIDEST = 128
@@ -61,7 +61,7 @@ def forward(
     flat = rows(x).contiguous()
     base = flat if residual is None else rows(residual).contiguous()
     y, z = like(x if residual is None else residual), x.new_empty((*x.shape[:-1], width), dtype=down.dtype)
-    count, amd = flat.shape[0], on_amd()
+    count = flat.shape[0]
     height = power_of_two(count, 16, 32)
     if count:
         with on_device(x):
@@ -69,7 +69,7 @@ def forward(
                 flat, base, down.contiguous(), down if down_bias is None else down_bias, up.contiguous(),
                 up if up_bias is None else up_bias, y, z, float(scale), count, flat.shape[1], up.shape[0], width,
                 DOWN_BIAS=down_bias is not None, UP_BIAS=up_bias is not None, ACTIVATION=activation, ROWS=height,
-                WIDTH=power_of_two(width, 16, WIDEST), DEPTH=32, COLUMNS=64, PRECISION=precision(amd), num_warps=4,
+                WIDTH=power_of_two(width, 16, WIDEST), DEPTH=32, COLUMNS=64, PRECISION=precision(down.dtype), num_warps=4, enable_fp_fusion=True,
                 num_stages=2,
             )  # fmt: skip
     return y, z

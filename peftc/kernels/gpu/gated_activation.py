@@ -73,7 +73,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.numel():
         with on_device(gate):
             forward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-                gate, up, y, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
+                gate, up, y, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
             )
     return y
 
@@ -87,6 +87,15 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[T
     if gate.numel():
         with on_device(gate):
             backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-                grad, gate, up, dgate, dup, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
+                grad,
+                gate,
+                up,
+                dgate,
+                dup,
+                gate.numel(),
+                ACTIVATION=activation,
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
     return dgate, dup

@@ -24,27 +24,32 @@ class Tile:
     stages: int
 
 
-def on_amd() -> bool:
+def is_amd() -> bool:
     """Whether torch's CUDA devices are AMD's."""
     return torch.version.hip is not None
 
 
-def product_tile(dtype: torch.dtype, rows: int, amd: bool) -> Tile:
+def product_tile(dtype: torch.dtype, rows: int) -> Tile:
     """For products of `dtype` with so many rows: no register is spilled, and the shared memory is enough.
 
     Both are known from compiling; the tiles are not tuned, for nothing here was timed on a GPU.
     """
     height = power_of_two(rows, 16, 128 if dtype in HALVES else 64)
-    if amd:  # 64 KiB of shared memory
+    if is_amd():  # 64 KiB of shared memory
         return Tile(height, 128 if dtype in HALVES else 64, 32, 8 if height == 128 else 4, 2)
     if dtype in HALVES:
         return Tile(height, 128, 64, 8 if height == 128 else 4, 3)
     return Tile(height, 64, 32, 4, 3)
 
 
-def precision(amd: bool) -> str:
-    """How fp32 is multiplied: AMD's matrix units know it; NVIDIA's make it of three products in tf32."""
-    return "ieee" if amd else "tf32x3"
+def precision(result: torch.dtype) -> str:
+    """How fp32 is multiplied: AMD's matrix units know it; NVIDIA's make it of three products in tf32.
+
+    One such product has three bits more than `result` where that is bf16, and as many where it is fp16.
+    """
+    if is_amd():
+        return "ieee"
+    return "tf32" if result in HALVES else "tf32x3"
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from peftc.kernels.gpu.launch import TRITON_DTYPES, on_amd, on_device, power_of_two, precision, product_tile
+from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two, precision, product_tile
 from peftc.kernels.gpu.random_bits import keeps, word_keys
 from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
 from peftc.kernels.shapes import rows
@@ -139,13 +139,13 @@ def hidden_states(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int
     """S = dropout(x) Aᵀ [rows, r]."""
     count, n_in = x.shape
     hidden = x.new_empty(count, a.shape[0], dtype=a.dtype)
-    amd, dropping = on_amd(), seed is not None and dropped_levels(p) > 0
+    dropping = seed is not None and dropped_levels(p) > 0
     height, width = power_of_two(count, 16, 64), power_of_two(a.shape[0], 16, RANK_BLOCK)
     if count:
         hidden_kernel[(triton.cdiv(count, height), triton.cdiv(a.shape[0], width))](
             x, a, hidden, x if seed is None else seed, salt, dropped_levels(p), kept_scale(p) if dropping else 1.0,
-            count, n_in, a.shape[0], DROPOUT=dropping, ROWS=height, RANK=width, DEPTH=64 if amd else 128,
-            PRECISION=precision(amd), num_warps=4, num_stages=2,
+            count, n_in, a.shape[0], DROPOUT=dropping, ROWS=height, RANK=width, DEPTH=64,
+            PRECISION=precision(a.dtype), num_warps=4, enable_fp_fusion=True, num_stages=2,
         )  # fmt: skip
     return hidden
 
@@ -194,11 +194,11 @@ def _group(
 ) -> list[Tensor]:  # fmt: skip
     """The outputs of at most GROUP weights in one launch."""
     count, n_in = x.shape
-    members, amd = len(weights), on_amd()
+    members = len(weights)
     biased = any(bias is not None for bias in biases)
     outputs = [x.new_empty(count, B.shape[0]) for B in b]
     added = [B.new_zeros(B.shape[0]) if bias is None else bias for bias, B in zip(biases, b, strict=True)]
-    tile = product_tile(x.dtype, count, amd)
+    tile = product_tile(x.dtype, count)
     widths = [B.shape[0] for B in b]
     programs = triton.cdiv(count, tile.rows) * sum(triton.cdiv(n, tile.columns) for n in widths)
     if not programs:
@@ -213,8 +213,8 @@ def _group(
         *filled([float(scale) for scale in scales]), *filled(widths), *filled([B.shape[1] for B in b]), count, n_in,
         hidden.stride(0), MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        RANK=power_of_two(max(B.shape[1] for B in b), 16, RANK_BLOCK), PRECISION=precision(amd),
-        num_warps=tile.warps, num_stages=tile.stages,
+        RANK=power_of_two(max(B.shape[1] for B in b), 16, RANK_BLOCK), PRECISION=precision(x.dtype),
+        num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
 
@@ -222,13 +222,12 @@ def _group(
 def add_input_gradient_(dx: Tensor, dhidden: Tensor, a: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
     """dx += dropout(dhidden A), dropout's mask at x's elements; dx [rows, n_in] is contiguous."""
     count, n_in = dx.shape
-    amd = on_amd()
     height, width = power_of_two(count, 16, 64), 64
     if dx.numel():
         with on_device(dx):
             input_gradient_kernel[(triton.cdiv(count, height), triton.cdiv(n_in, width))](
                 dx, dhidden.contiguous(), a, seed, salt, dropped_levels(p), kept_scale(p), count, n_in, a.shape[0],
-                ROWS=height, COLUMNS=width, RANK=power_of_two(a.shape[0], 16, RANK_BLOCK), PRECISION=precision(amd),
-                num_warps=4,
+                ROWS=height, COLUMNS=width, RANK=power_of_two(a.shape[0], 16, RANK_BLOCK), PRECISION=precision(dx.dtype),
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return dx

@@ -44,7 +44,7 @@ def backward_kernel(
         factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     for i in range(height):
         row = (first + i).to(tl.int64)
-        here = inside & (row < count)
+        here = columns < tl.where(row < count, d, 0)
         values = tl.load(x + row * d + columns, mask=here, other=0.0).to(tl.float32)
         dy = tl.load(grad + row * d + columns, mask=here, other=0.0).to(tl.float32)
         r = tl.load(rstd + tl.minimum(row, count - 1))
@@ -80,7 +80,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> t
         with on_device(x):
             forward_kernel[(x.numel() // d,)](
                 x, x if weight is None else weight.contiguous(), y, rstd, d, eps,
-                WEIGHTED=weight is not None, CAST_FIRST=cast_first, BLOCK=block, num_warps=_warps(block),
+                WEIGHTED=weight is not None, CAST_FIRST=cast_first, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
             )  # fmt: skip
     return y, rstd
 
@@ -116,6 +116,6 @@ def _backward(
         backward_kernel[(programs,)](
             grad, x, x if weight is None else weight.contiguous(), rstd, dx, partial if needs_weight else rstd,
             count, d, height, WEIGHTED=weight is not None, NEEDS_X=needs_x, NEEDS_WEIGHT=needs_weight,
-            BLOCK=block, num_warps=_warps(block),
+            BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
         )  # fmt: skip
     return dx, partial

@@ -34,6 +34,15 @@ def seeded_dropout(x: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
         grid = (triton.cdiv(x.numel(), BLOCK),)
         if x.numel():
             dropout_kernel[grid](
-                x, y, seed, salt, x.numel(), dropped_levels(p), kept_scale(p), BLOCK=BLOCK, num_warps=4
+                x,
+                y,
+                seed,
+                salt,
+                x.numel(),
+                dropped_levels(p),
+                kept_scale(p),
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
     return y
