@@ -41,18 +41,19 @@ class Launch:
     options: dict[str, Any]
 
     def build(self, target: str) -> CompiledKernel:
-        """Compiles it with the specialisation that Triton would choose: what 16 divides is known to be divisible."""
+        """Compiles it with the specialisation that Triton would choose: 1 is a constant, and so is divisibility by 16."""
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             given = self.arguments[parameter.name]
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or (given == 1 and type(given) is int and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = given
             elif isinstance(given, Tensor):
                 signature[parameter.name] = TYPES[given.dtype]
             else:
                 signature[parameter.name] = "fp32" if isinstance(given, float) else "i32"
-            if isinstance(given, Tensor) or (type(given) is int and given % 16 == 0 and not parameter.is_constexpr):
+            divisible = type(given) is int and given % 16 == 0 and not parameter.do_not_specialize
+            if isinstance(given, Tensor) or (divisible and not parameter.is_constexpr):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=TARGETS[target], options=self.options)

@@ -56,7 +56,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     rstd, seed = torch.empty(256, 1), torch.tensor(1)
     down, up = empty(48, 576, dtype=dtype), empty(576, 48, dtype=dtype)
     result: dict[str, Callable[[], Any]] = {
-        "dropout": lambda: seeded_dropout.seeded_dropout(x, seed, 0.1, 0),
+        "dropout": lambda: seeded_dropout.seeded_dropout(x, seed, 0.1, 1),
         "norm": lambda: rms_norm.forward(x, d, 1e-5, True),
         "norm 4096": lambda: rms_norm.forward(wide, None, 1e-5, False),
         "norm backward": lambda: rms_norm.backward(x, x, d, rstd),
@@ -72,6 +72,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             [empty(1536, dtype=dtype)] * 2, *given[5:],
         ),
         "lora of one token": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 1)),
+        "lora r 1": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536, 1], 1, False, True)),
         "lora of 30 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 30)),
         "lora of 64 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 64)),
         "lora input gradient": lambda: lora_linear.add_input_gradient_(
@@ -97,7 +98,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # fp16 is multiplied as bf16 is
 def test_no_kernel_spills(target: str, dtype: torch.dtype) -> None:
     for name, subject in subjects(dtype).items():
         for launch in launches(target, subject):

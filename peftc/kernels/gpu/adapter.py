@@ -69,7 +69,8 @@ def forward(
                 flat, base, down.contiguous(), down if down_bias is None else down_bias, up.contiguous(),
                 up if up_bias is None else up_bias, y, z, float(scale), count, flat.shape[1], up.shape[0], width,
                 DOWN_BIAS=down_bias is not None, UP_BIAS=up_bias is not None, ACTIVATION=activation, ROWS=height,
-                WIDTH=power_of_two(width, 16, WIDEST), DEPTH=32, COLUMNS=64, PRECISION=precision(down.dtype), num_warps=4, enable_fp_fusion=True,
+                WIDTH=power_of_two(width, 16, WIDEST), DEPTH=32, COLUMNS=64, PRECISION=precision(down.dtype),
+                num_warps=4, enable_fp_fusion=True,
                 num_stages=2,
             )  # fmt: skip
     return y, z

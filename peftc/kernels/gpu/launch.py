@@ -35,11 +35,11 @@ def product_tile(dtype: torch.dtype, rows: int) -> Tile:
     Both are known from compiling; the tiles are not tuned, for nothing here was timed on a GPU.
     """
     height = power_of_two(rows, 16, 128 if dtype in HALVES else 64)
+    width = 128 if dtype in HALVES and height >= 64 else 64
+    warps = 8 if height == 128 else 4
     if is_amd():  # 64 KiB of shared memory
-        return Tile(height, 128 if dtype in HALVES else 64, 32, 8 if height == 128 else 4, 2)
-    if dtype in HALVES:
-        return Tile(height, 128, 64, 8 if height == 128 else 4, 3)
-    return Tile(height, 64, 32, 4, 3)
+        return Tile(height, width, 32, warps, 2)
+    return Tile(height, width, 64 if dtype in HALVES else 32, warps, 3)
 
 
 def precision(result: torch.dtype) -> str:

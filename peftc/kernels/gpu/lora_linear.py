@@ -12,17 +12,16 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two, precision, product_tile
+from peftc.kernels.gpu.launch import HALVES, TRITON_DTYPES, on_device, power_of_two, precision, product_tile
 from peftc.kernels.gpu.random_bits import keeps, word_keys
 from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
 from peftc.kernels.shapes import rows
 
 GROUP = 4  # weights a launch
 SWIZZLE = tl.constexpr(8)  # rows of tiles that go through the columns together: their weights stay in the cache
-RANK_BLOCK = 64  # columns of S a program, and ranks a step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def hidden_kernel(
     x, a, hidden, seed, salt, threshold, factor, count, n_in, rank,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,7 +110,7 @@ def linear_kernel(
     tl.store(y + row[:, None] * n + column[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def input_gradient_kernel(
     dx, dhidden, a, seed, salt, threshold, factor, count, n_in, rank,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
@@ -135,16 +134,21 @@ def input_gradient_kernel(
     tl.store(dx + index, total.to(dx.dtype.element_ty), mask=inside)
 
 
+def rank_block(rank: int, dtype: torch.dtype) -> int:
+    """How many ranks are worked on at a time: `tl.dot` wants 16 at least, and more than these spill."""
+    return power_of_two(rank, 16, 64 if dtype in HALVES else 32)
+
+
 def hidden_states(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int) -> Tensor:
     """S = dropout(x) Aᵀ [rows, r]."""
     count, n_in = x.shape
     hidden = x.new_empty(count, a.shape[0], dtype=a.dtype)
     dropping = seed is not None and dropped_levels(p) > 0
-    height, width = power_of_two(count, 16, 64), power_of_two(a.shape[0], 16, RANK_BLOCK)
+    height, width = power_of_two(count, 16, 64), rank_block(a.shape[0], a.dtype)
     if count:
         hidden_kernel[(triton.cdiv(count, height), triton.cdiv(a.shape[0], width))](
             x, a, hidden, x if seed is None else seed, salt, dropped_levels(p), kept_scale(p) if dropping else 1.0,
-            count, n_in, a.shape[0], DROPOUT=dropping, ROWS=height, RANK=width, DEPTH=64,
+            count, n_in, a.shape[0], DROPOUT=dropping, ROWS=height, RANK=width, DEPTH=rank_block(64, a.dtype),
             PRECISION=precision(a.dtype), num_warps=4, enable_fp_fusion=True, num_stages=2,
         )  # fmt: skip
     return hidden
@@ -197,7 +201,9 @@ def _group(
     members = len(weights)
     biased = any(bias is not None for bias in biases)
     outputs = [x.new_empty(count, B.shape[0]) for B in b]
-    added = [B.new_zeros(B.shape[0]) if bias is None else bias for bias, B in zip(biases, b, strict=True)]
+    added = outputs
+    if biased:
+        added = [B.new_zeros(B.shape[0]) if bias is None else bias for bias, B in zip(biases, b, strict=True)]
     tile = product_tile(x.dtype, count)
     widths = [B.shape[0] for B in b]
     programs = triton.cdiv(count, tile.rows) * sum(triton.cdiv(n, tile.columns) for n in widths)
@@ -209,11 +215,11 @@ def _group(
 
     linear_kernel[(programs,)](
         x, hidden, *filled([weight.contiguous() for weight in weights]), *filled([B.contiguous() for B in b]),
-        *filled(added if biased else outputs), *filled(outputs if lengths is None else lengths), *filled(outputs),
+        *filled(added), *filled(outputs if lengths is None else lengths), *filled(outputs),
         *filled([float(scale) for scale in scales]), *filled(widths), *filled([B.shape[1] for B in b]), count, n_in,
         hidden.stride(0), MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        RANK=power_of_two(max(B.shape[1] for B in b), 16, RANK_BLOCK), PRECISION=precision(x.dtype),
+        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype), PRECISION=precision(x.dtype),
         num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
@@ -227,7 +233,7 @@ def add_input_gradient_(dx: Tensor, dhidden: Tensor, a: Tensor, seed: Tensor, p:
         with on_device(dx):
             input_gradient_kernel[(triton.cdiv(count, height), triton.cdiv(n_in, width))](
                 dx, dhidden.contiguous(), a, seed, salt, dropped_levels(p), kept_scale(p), count, n_in, a.shape[0],
-                ROWS=height, COLUMNS=width, RANK=power_of_two(a.shape[0], 16, RANK_BLOCK), PRECISION=precision(dx.dtype),
+                ROWS=height, COLUMNS=width, RANK=rank_block(a.shape[0], a.dtype), PRECISION=precision(dx.dtype),
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return dx

@@ -80,7 +80,8 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> t
         with on_device(x):
             forward_kernel[(x.numel() // d,)](
                 x, x if weight is None else weight.contiguous(), y, rstd, d, eps,
-                WEIGHTED=weight is not None, CAST_FIRST=cast_first, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
+                WEIGHTED=weight is not None, CAST_FIRST=cast_first, BLOCK=block,
+                num_warps=_warps(block), enable_fp_fusion=True,
             )  # fmt: skip
     return y, rstd
 

@@ -14,7 +14,7 @@ from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def dropout_kernel(x, y, seed, salt, count, threshold, factor, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
