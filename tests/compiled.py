@@ -41,20 +41,21 @@ class Launch:
     options: dict[str, Any]
 
     def build(self, target: str) -> CompiledKernel:
-        """Compiles it with the specialisation that Triton would choose: 1 is a constant, and so is divisibility by 16."""
+        """Compiles it with what Triton would specialise on: a 1 is a constant, divisibility by 16 is known."""
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             given = self.arguments[parameter.name]
-            if parameter.is_constexpr or (given == 1 and type(given) is int and not parameter.do_not_specialize):
+            special = type(given) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or (special and given == 1):
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = given
             elif isinstance(given, Tensor):
                 signature[parameter.name] = TYPES[given.dtype]
+                attributes[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32" if isinstance(given, float) else "i32"
-            divisible = type(given) is int and given % 16 == 0 and not parameter.do_not_specialize
-            if isinstance(given, Tensor) or (divisible and not parameter.is_constexpr):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+                if special and given % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 F32, F64 = torch.float32, torch.float64
 
 
+ops = torch.ops.peftc
+
+
 def normal(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
     return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
@@ -86,25 +89,25 @@ def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Operation and example arguments, by name."""
     seed = torch.tensor(5)
     return {
-        "rms_norm": (torch.ops.peftc.rms_norm, (learns(2, 3, 8, dtype=dtype), learns(8, dtype=dtype), 1e-6, True)),
+        "rms_norm": (ops.rms_norm, (learns(2, 3, 8, dtype=dtype), learns(8, dtype=dtype), 1e-6, True)),
         "gated_activation": (
-            torch.ops.peftc.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
+            ops.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
         ),
-        "seeded_dropout": (torch.ops.peftc.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
-        "lora_linear": (torch.ops.peftc.lora_linear, _lora_arguments(dtype=dtype)),
-        "lora_linear_dropout": (torch.ops.peftc.lora_linear, _lora_arguments(seed, dtype)),
+        "seeded_dropout": (ops.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
+        "lora_linear": (ops.lora_linear, _lora_arguments(dtype=dtype)),
+        "lora_linear_dropout": (ops.lora_linear, _lora_arguments(seed, dtype)),
         "dora_linear": (
-            torch.ops.peftc.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
+            ops.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
         ),
-        "adapter": (torch.ops.peftc.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
+        "adapter": (ops.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
         "expert_linear": (
-            torch.ops.peftc.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),
+            ops.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),
         ),
         "expert_lora": (
-            torch.ops.peftc.expert_lora, (learns(6, 8, dtype=dtype), normal(2, 8, 5, dtype=dtype), torch.tensor([2, 5]),
+            ops.expert_lora, (learns(6, 8, dtype=dtype), normal(2, 8, 5, dtype=dtype), torch.tensor([2, 5]),
                               learns(2, 3, 8, dtype=dtype), learns(2, 5, 3, dtype=dtype), 0.5),
         ),
         "cross_entropy": (
-            torch.ops.peftc.cross_entropy, (learns(6, 8, dtype=dtype), normal(11, 8, dtype=dtype), None, torch.arange(6), -100, 4),
+            ops.cross_entropy, (learns(6, 8, dtype=dtype), normal(11, 8, dtype=dtype), None, torch.arange(6), -100, 4),
         ),
     }  # fmt: skip
