@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from peftc.kernels.activations import ACTIVATIONS
 from peftc.kernels.gpu import adapter, dequantize, gated_activation, lora_linear, rms_norm, seeded_dropout
 
 TESTS = Path(__file__).parent
+F32 = torch.float32
 
 
 @pytest.mark.slow
@@ -50,6 +52,19 @@ def _lora(
     return x, weights, biases, a, b, [2.0] * len(sizes), transposed, seed, 0.1, 0
 
 
+def _dora(dtype: torch.dtype) -> Any:
+    x, weights, biases, a, b, *rest = _lora(dtype, dtype, [1536, 1536], 16, False, True)
+    arguments: Any = (x, weights, biases, a, b, [empty(1536, dtype=dtype)] * 2, *rest)
+    return lora_linear.dora_forward(*arguments)
+
+
+def _four_bits(dtype: torch.dtype, double: bool) -> Any:
+    packed, absmax = empty(576 * 288, 1, dtype=torch.uint8), empty(576 * 9, dtype=torch.uint8 if double else F32)
+    nested, offset = (empty(21, dtype=F32), empty(dtype=F32)) if double else (None, None)
+    tables = empty(16, dtype=F32), empty(256, dtype=F32)
+    return dequantize.dequantize_4bit(packed, absmax, nested, offset, *tables, 64, (576, 576), dtype)
+
+
 def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """What is launched for operands of `dtype`, by name."""
     x, wide, d = empty(256, 576, dtype=dtype), empty(256, 4096, dtype=dtype), empty(576, dtype=dtype)
@@ -67,10 +82,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "lora group of four": lambda: lora_linear.forward(*_lora(dtype, dtype, [576] * 4, 8, True, False)),
         "lora r 256": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 256, False, False)),
         "lora in fp32": lambda: lora_linear.forward(*_lora(dtype, torch.float32, [1536], 16, False, False)),
-        "dora": lambda: lora_linear.dora_forward(
-            *(given := _lora(dtype, dtype, [1536, 1536], 16, False, True))[:5],
-            [empty(1536, dtype=dtype)] * 2, *given[5:],
-        ),
+        "dora": lambda: _dora(dtype),
         "lora of one token": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 1)),
         "lora r 1": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536, 1], 1, False, True)),
         "lora of 30 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 30)),
@@ -84,15 +96,9 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         ),
     }  # fmt: skip
     for activation in ACTIVATIONS:
-        result[activation] = lambda activation=activation: gated_activation.forward(x, x, activation)
-        result[f"{activation} backward"] = lambda activation=activation: gated_activation.backward(x, x, x, activation)
-    for double in (False, True):
-        absmax = empty(576 * 9, dtype=torch.uint8 if double else torch.float32)
-        nested = (torch.empty(21), torch.empty(())) if double else (None, None)
-        result[f"nf4 {'double' if double else ''}"] = lambda absmax=absmax, nested=nested: dequantize.dequantize_4bit(
-            empty(576 * 288, 1, dtype=torch.uint8), absmax, *nested, torch.empty(16), torch.empty(256), 64,
-            (576, 576), dtype,
-        )  # fmt: skip
+        result[activation] = partial(gated_activation.forward, x, x, activation)
+        result[f"{activation} backward"] = partial(gated_activation.backward, x, x, x, activation)
+    result |= {"nf4": partial(_four_bits, dtype, False), "nf4 double": partial(_four_bits, dtype, True)}
     return result
 
 
@@ -107,8 +113,10 @@ def test_no_kernel_spills(target: str, dtype: torch.dtype) -> None:
             assert shared(kernel) <= SHARED[target], (name, launch.options)
 
 
-@triton.jit
-def _product(x, w, y, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(
+    x: Any, w: Any, y: Any, depth: Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+) -> None:
     row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, depth, DEPTH):

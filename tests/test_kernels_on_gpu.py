@@ -52,6 +52,6 @@ def test_four_bits_are_decoded_bit_for_bit() -> None:
     packed = torch.randint(256, (90 * 32, 1), dtype=torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
     theirs = (levels[codes].view(90, 64) * absmax[:, None]).view(45, 128)
-    on_gpu = [tensor.cuda() for tensor in (packed, absmax, levels, dynamic)]
-    ours = dequantize_4bit(*on_gpu[:2], None, None, *on_gpu[2:], 64, (45, 128), F32)
+    packed, absmax, levels, dynamic = (tensor.cuda() for tensor in (packed, absmax, levels, dynamic))
+    ours = dequantize_4bit(packed, absmax, None, None, levels, dynamic, 64, (45, 128), F32)
     assert torch.equal(ours.cpu(), theirs)
