@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftc.insert import TRAINING, dense_weight, take
-from peftc.ir import Provenance, attribute_node, get_attribute, set_tensor, splice, trace, users_except, value
+from peftc.insert import TRAINING, Inserter, dense_weight, take
+from peftc.ir import Provenance, set_tensor, splice, trace, users_except, value
 from peftc.method import Method, wanted
 from peftc.normalise import training_tensor
 from peftc.planning import Binding
@@ -29,9 +29,9 @@ from peftc.spelt_out import SpeltOut
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def attend(module: fx.GraphModule, binding: Binding, rooms: Rooms, pass_name: str) -> None:
+def attend(inserter: Inserter, binding: Binding, rooms: Rooms, pass_name: str) -> None:
     """Puts the keys and values of one method at its attention."""
-    Attender(module, binding, rooms, Provenance(pass_name, binding.site.name, binding.span)).attend()
+    Attender(inserter, binding, rooms, Provenance(pass_name, binding.site.name, binding.span)).attend()
 
 
 def heads_of(flat: Tensor, site: Attention, like: Tensor) -> Tensor:
@@ -54,11 +54,10 @@ def heads_of(flat: Tensor, site: Attention, like: Tensor) -> Tensor:
 class Attender:
     """One method at one attention."""
 
-    def __init__(self, module: fx.GraphModule, binding: Binding, rooms: Rooms, stamp: Provenance) -> None:
+    def __init__(self, inserter: Inserter, binding: Binding, rooms: Rooms, stamp: Provenance) -> None:
         assert isinstance(binding.site, Attention)
         assert binding.site.pattern is not None
-        self.module = module
-        self.graph = module.graph
+        self.module, self.graph, self.operand = inserter.module, inserter.graph, inserter.operand
         self.binding = binding
         self.method: Method = binding.method
         self.site = binding.site
@@ -194,7 +193,7 @@ class Attender:
                 paths |= {f"{kind}_weight": layer.weight} | self._rows(f"{kind}_rows", layer)
             if f"{kind}_bias" in names and layer.bias:
                 paths[f"{kind}_bias"] = layer.bias
-        nodes = {name: attribute_node(self.graph, self.module, path) for name, path in paths.items()}
+        nodes = {name: self.operand(path) for name, path in paths.items()}
         return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
 
     def _rows(self, name: str, layer: Linear) -> dict[str, str]:
@@ -202,7 +201,7 @@ class Attender:
         if layer.rows is None or layer.slice is not None:
             return {}
         path = f"{self.binding.path}.{name}"
-        device = get_attribute(self.module, layer.weight).device
+        device = value(self.operand(layer.weight)).device
         set_tensor(self.module, path, torch.tensor(layer.rows, device=device))
         return {name: path}
 

@@ -50,7 +50,7 @@ class Combinator(Method):
             return f"the schedule of {inner.name} needs its state to itself"
         if inner.data is not None and not self.outermost:
             return f"{inner.name} starts from data of its own"
-        if (reason := inner.claims_weight()) and type(inner).prepare is not Method.prepare:
+        if (reason := inner.claims_weight()) and inner.prepares:
             return f"{inner.name} cannot be part of it: {reason}"
         return None
 

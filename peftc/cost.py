@@ -17,6 +17,7 @@ from torch import fx
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.linears import GROUPED
 from peftc.optimizers import STATE_BYTES
+from peftc.recomputing import block_of
 from peftc.room import extension
 from peftc.site import Block
 
@@ -93,8 +94,10 @@ def estimate(plan: Plan, batch: int, seq: int, optimizer: str) -> Memory:
     if optimizer not in STATE_BYTES:
         raise ValueError(f"no optimizer {optimizer!r}; there are {', '.join(STATE_BYTES)}")
     module = plan.captured.module
-    sizes = {name: get_attribute(module, name).element_size() for name in plan.sites.parameters}
-    weights = sum(count * sizes[name] for name, count in plan.sites.parameters.items())
+    sizes = {name: item.dtype.itemsize for name, item in plan.stored.items()}
+    sizes |= {name: get_attribute(module, name).element_size() for name in plan.sites.parameters if name not in sizes}
+    dense = sum(count * sizes[name] for name, count in plan.sites.parameters.items() if name not in plan.stored)
+    weights = dense + sum(item.bytes for item in plan.stored.values())
     beside = {name: sizes[binding.site.parameters[0]] for binding in plan.bindings for name in binding.tensors}
     added = [
         (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
@@ -132,12 +135,17 @@ def kept_for_backward(plan: Plan) -> tuple[Kept, ...]:
     for node in plan.captured.module.graph.nodes:
         if node.op != "call_function" or needs.isdisjoint(node.all_input_nodes):
             continue
+        if block := block_of(node, plan.checkpoints):
+            entering = (operand for operand in node.all_input_nodes if block_of(operand, {block}) is None)
+            kept |= {_storage(operand): _whole(operand) for operand in entering if operand in needs}
+            continue
         for tensor in _kept_by(node, needs):
             if tensor.op == "call_function" and is_tensor(tensor):
                 kept.setdefault(_storage(tensor), _whole(tensor))
         beside += _kept_beside(node)
     for binding in plan.bindings:
-        beside += _kept_by_branch(binding, kept)
+        if (binding.site.block or binding.site.path) not in plan.checkpoints:
+            beside += _kept_by_branch(binding, kept)
     return (*kept.values(), *beside)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, fx, nn
 
 from peftc.chains import onto_block
 from peftc.errors import PeftcError
+from peftc.frozen import frozen_weight, is_packed, pack
 from peftc.grouped import product_like
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
-from peftc.method import Method, State
+from peftc.method import State
 from peftc.model_errors import CannotStart
 from peftc.normalise import training_tensor
 from peftc.planning import Binding, Plan
-from peftc.site import Block, Module, Projection, Site, Use
+from peftc.site import Block, Module, Projection, Use
 from peftc.statefiles import load_start
 
 HALF = (torch.float16, torch.bfloat16)
@@ -79,25 +80,47 @@ def materialise(
         set_tensor(module, name, torch.nn.Parameter(given.clone()))
     made: dict[str, Tensor] = {}
     with torch.no_grad():
+        # A method that takes something out of a weight takes it out of the base's; the others start from what is kept.
+        before = [b for b in plan.bindings if _prepares(b) and b.site.parameters[0] in plan.stored]
+        for binding in before:
+            _begin(module, plan, binding, made, state, data)
+        for weight, item in plan.stored.items():
+            if not is_packed(module, item):
+                pack(module, item, _prepared(module, plan, weight))
         for binding in plan.bindings:
-            reference = _reference(module, binding)
-            fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
-            made |= {full: _start(spec, reference) for full, spec in fresh.items()}
-            own = {name: made[full] for name, full in binding.names.items()}
-            if state:
-                for full in fresh:
-                    made[full].copy_(state[full])
-            else:
-                weight = _weight(reference, binding.site)
-                if reason := binding.method.missing(binding.site):
-                    raise PeftcError(CannotStart(method=binding.method.name, reason=reason, span=binding.span))
-                binding.method.initialise(binding.site, weight, own)
-                load_start(binding, own)
-                if data is not None and binding in data:
-                    binding.method.calibrate(binding.site, weight, data[binding], own)
-            for full, spec in fresh.items():
-                set_tensor(module, full, torch.nn.Parameter(made[full]) if spec.trainable else made[full])
-    prepare(module, plan)
+            if binding not in before:
+                _begin(module, plan, binding, made, state, data)
+        _prepare(module, plan, [weight for weight in _to_prepare(plan) if weight not in plan.stored])
+
+
+def _begin(
+    module: fx.GraphModule,
+    plan: Plan,
+    binding: Binding,
+    made: dict[str, Tensor],
+    state: dict[str, Tensor] | None,
+    data: Mapping[Binding, Any] | None,
+) -> None:
+    """Fills the binding's tensors and puts them in place; `made`, by full name, are those of the bindings before."""
+    method, site = binding.method, binding.site
+    takes = site.parameters[0] in plan.stored and _prepares(binding)
+    frozen = _base(module, plan, site.parameters[0]) if takes else frozen_weight(module, plan, site.parameters[0])
+    fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
+    made |= {full: _start(spec, frozen) for full, spec in fresh.items()}
+    own = {name: made[full] for name, full in binding.names.items()}
+    if state:
+        for full in fresh:
+            made[full].copy_(state[full])
+    else:
+        weight = dense_weight(frozen, site) if isinstance(site, Projection) else frozen
+        if reason := method.missing(site):
+            raise PeftcError(CannotStart(method=method.name, reason=reason, span=binding.span))
+        method.initialise(site, weight, own)
+        load_start(binding, own)
+        if data is not None and binding in data:
+            method.calibrate(site, weight, data[binding], own)
+    for full, spec in fresh.items():
+        set_tensor(module, full, torch.nn.Parameter(made[full]) if spec.trainable else made[full])
 
 
 def prepare(module: nn.Module, plan: Plan) -> None:
@@ -105,34 +128,51 @@ def prepare(module: nn.Module, plan: Plan) -> None:
 
     From the base's own tensors and the state as it is now: whatever changes the state calls it again.
     """
-    stored: dict[str, nn.Parameter] = {}
+    _prepare(module, plan, _to_prepare(plan))
+
+
+def _prepare(module: nn.Module, plan: Plan, weights: Iterable[str]) -> None:
+    for weight in weights:
+        prepared = _prepared(module, plan, weight)
+        if weight in plan.stored:
+            pack(module, plan.stored[weight], prepared)
+            continue
+        now = get_attribute(module, weight)
+        if now.data_ptr() != prepared.data_ptr() and not torch.equal(now, prepared):
+            own = prepared.clone() if prepared.data_ptr() == _base(module, plan, weight).data_ptr() else prepared
+            set_tensor(module, weight, nn.Parameter(own, requires_grad=False))
+
+
+def _to_prepare(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(binding.site.parameters[0] for binding in plan.bindings if _prepares(binding)))
+
+
+def _prepares(binding: Binding) -> bool:
+    return isinstance(binding.site, Projection) and binding.method.prepares
+
+
+def _base(module: nn.Module, plan: Plan, weight: str) -> Tensor:
+    """The base model's tensor, where the compiled model computes."""
+    item = plan.stored.get(weight)
+    device = get_attribute(module, weight if item is None or not is_packed(module, item) else item.first).device
+    return plan.captured.frozen(weight).to(device)
+
+
+def _prepared(module: nn.Module, plan: Plan, weight: str) -> Tensor:
+    """The base's weight less what methods take out of it, or with what they add; itself, if none does."""
+    whole = base = _base(module, plan, weight)
     for binding in plan.bindings:
         site = binding.site
-        if not isinstance(site, Projection) or type(binding.method).prepare is Method.prepare:
+        if not _prepares(binding) or not isinstance(site, Projection) or site.weight != weight:
             continue
         state = {name: get_attribute(module, full).detach() for name, full in binding.names.items()}
-        now = get_attribute(module, site.weight)
-        base = stored.get(site.weight, get_attribute(plan.captured.model, site.weight)).detach()
-        base = base.to(now.device, now.dtype)
-        weight = dense_weight(base, site)
-        prepared = binding.method.prepare(site, weight, state)
-        if prepared is weight and (now.data_ptr() == base.data_ptr() or torch.equal(now, base)):
-            continue  # else something was added before, and is to go again
-        if site.weight not in stored:
-            stored[site.weight] = nn.Parameter(base.clone(), requires_grad=False)
-            set_tensor(module, site.weight, stored[site.weight])
-        replace_rows(stored[site.weight].data, site, prepared)
-
-
-def _reference(module: fx.GraphModule, binding: Binding) -> Tensor:
-    """The frozen tensor that says which device and precision the site computes in."""
-    tensor = get_attribute(module, binding.site.parameters[0])
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def _weight(stored: Tensor, site: Site) -> Tensor:
-    return dense_weight(stored, site) if isinstance(site, Projection) else stored
+        part = dense_weight(whole, site)
+        prepared = binding.method.prepare(site, part, state)
+        if prepared is part:
+            continue
+        whole = whole.clone() if whole is base else whole
+        replace_rows(whole, site, prepared)
+    return whole
 
 
 def _start(spec: State, reference: Tensor) -> Tensor:
@@ -154,6 +194,7 @@ class Inserter:
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self.templates: dict[Hashable, fx.Graph] = {}
         self.carries: dict[tuple[int, str], fx.Node] = {}
+        self.dense: dict[str, fx.Node] = {}  # what unpacks each stored weight, by its name
 
     def insert(self, binding: Binding, pass_name: str) -> None:
         """The binding's nodes, at every use of its site."""
@@ -196,7 +237,8 @@ class Inserter:
             return binding.method.rewrite_input(binding.site, x, **dict(zip(extra, given, strict=True)))
 
         template = self._template(binding, use, function, [x, *extra.values()], tuple(extra))
-        result, _ = splice(self.graph, template, [x, *extra.values()], x, stamp, inside=use.op)
+        computed = [node for node in (x, *extra.values()) if node.op != "get_attr"]
+        result, _ = splice(self.graph, template, [x, *extra.values()], max(computed), stamp, inside=use.op)
         for reader in (use.op, *self.readers[use.op]):
             reader.replace_input_with(x, result)
 
@@ -213,10 +255,14 @@ class Inserter:
             set_tensor(
                 self.module,
                 ordered[ROWS],
-                torch.tensor(site.rows, device=get_attribute(self.module, site.weight).device),
+                torch.tensor(site.rows, device=value(self.operand(site.weight)).device),
             )
-        nodes = {name: attribute_node(self.graph, self.module, path) for name, path in ordered.items()}
+        nodes = {name: self.operand(path) for name, path in ordered.items()}
         return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
+
+    def operand(self, path: str) -> fx.Node:
+        """The node of a tensor of the module; of a stored weight, what unpacks it."""
+        return self.dense.get(path) or attribute_node(self.graph, self.module, path)
 
     def _output_function(
         self, binding: Binding, use: Use, names: tuple[str, ...], present: tuple[str, ...]

@@ -6,6 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -15,16 +16,27 @@ from transformers import PreTrainedModel
 
 from peftc.artifact_errors import BadOutput
 from peftc.errors import Diagnostic, PeftcError
+from peftc.frozen import frozen_weight
 from peftc.insert import dense_weight, replace_rows, take
-from peftc.ir import get_attribute
+from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
 from peftc.planning import Binding
 from peftc.site import Projection
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a merged weight M loses when it is packed again, to Q: max |M - Q|, and ‖M - Q‖ / ‖M‖ (Frobenius)."""
+
+    largest: float
+    relative: float
+
+
 def merge(compiled: CompiledModule) -> nn.Module:
     """A deep copy of the base model with every change folded in; `compiled` and the base stay as they are.
+
+    A weight that was packed comes back in the base's own precision, as what its numbers stand for.
 
     Raises:
         PeftcError: `cannot-merge`, one for each statement whose method has no plain weight that does the same.
@@ -32,18 +44,53 @@ def merge(compiled: CompiledModule) -> nn.Module:
     problems = list(_problems(compiled))
     if problems:
         raise PeftcError(*problems)
+    plan = compiled.plan
     model = copy.deepcopy(compiled.base)
     by_weight: dict[str, list[Binding]] = defaultdict(list)
-    for binding in compiled.plan.bindings:
+    for binding in plan.bindings:
         assert isinstance(binding.site, Projection)
         by_weight[binding.site.weight].append(binding)
     with torch.no_grad():
-        for name in compiled.plan.trained:
-            for alias in compiled.plan.captured.aliases.get(name, [name]):
+        for name in plan.trained:
+            for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
+        for name in plan.stored:
+            _write(compiled, model, name, frozen_weight(compiled, plan, name))
         for weight, bindings in by_weight.items():
             _fold(compiled, model, weight, bindings)
     return model
+
+
+def merge_and_pack(compiled: CompiledModule) -> tuple[nn.Module, dict[str, Rounding]]:
+    """`merge`, with each weight that was packed rounded to its storage's numbers again; and what that loses of each.
+
+    The model has the rounded weights in the base's own precision: packing them once more changes little or nothing.
+    """
+    model = merge(compiled)
+    lost: dict[str, Rounding] = {}
+    with torch.no_grad():
+        for name, item in compiled.plan.stored.items():
+            merged = get_attribute(model, name).detach()
+            packed = item.unpack(item.pack(merged))
+            lost[name] = _lost(merged, packed)
+            _write(compiled, model, name, packed)
+    return model, lost
+
+
+def _lost(merged: Tensor, packed: Tensor) -> Rounding:
+    difference, norm = merged.float() - packed.float(), float(merged.float().norm())
+    return Rounding(float(difference.abs().max()), float(difference.norm()) / norm if norm else 0.0)
+
+
+def _write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor) -> None:
+    """Sets a weight under every name that it has; in a base whose packed weights were let go of there is none yet."""
+    now = get_attribute(model, name)
+    if not now.is_meta:
+        now.copy_(weight)
+        return
+    made = nn.Parameter(weight.contiguous(), requires_grad=now.requires_grad)
+    for alias in compiled.plan.captured.aliases.get(name, [name]):
+        set_tensor(model, alias, made)
 
 
 def _problems(compiled: CompiledModule) -> list[Diagnostic]:
@@ -65,7 +112,7 @@ def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: lis
     """Folds all that stands on one weight, in the order in which it acts."""
     first = bindings[0].site
     assert isinstance(first, Projection)
-    stored: Tensor = get_attribute(compiled, weight).detach().clone()
+    stored = frozen_weight(compiled, compiled.plan, weight).clone()
     bias = get_attribute(compiled, first.bias).detach().clone() if first.bias else None
     for binding in bindings:
         site = binding.site

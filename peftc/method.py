@@ -85,6 +85,11 @@ class Method(Configured):
     folder = "methods"
 
     @property
+    def prepares(self) -> bool:
+        """Whether `prepare` may return another weight than it is given."""
+        return type(self).prepare is not Method.prepare
+
+    @property
     def label(self) -> str:
         """What the state lies under in the model, and what there may be once at a place."""
         return self.name

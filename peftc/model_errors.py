@@ -174,6 +174,15 @@ class Refused(Diagnostic):
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
 
 
+class CannotCheckpoint(Diagnostic):
+    code = "cannot-checkpoint"
+    block: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.block} cannot be computed again by itself: another part of the model runs between its operations"
+
+
 class NoPositions(Diagnostic):
     code = "no-positions"
     taken: int
@@ -290,6 +299,66 @@ class TrainsTied(Diagnostic):
     @property
     def label(self) -> str:
         return "name all of them to train them together"
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+class CannotStore(Diagnostic):
+    code = "cannot-store"
+    storage: str
+    site: str
+    reason: str
+    others: int
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more" if self.others else ""
+        return f"{self.storage} cannot store {self.site}{more}: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("leave it out, for example: quantize linear except head with nf4",)
+
+
+class StoredTwice(Diagnostic):
+    code = "stored-twice"
+    weight: str
+    others: int
+    first: Span
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more have" if self.others else " has"
+        return f"{self.weight}{more} two storages"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.first, "first here"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a weight is stored as a whole, and once: take it out of one of them with 'except'",)
+
+
+class StoredAndTrained(Diagnostic):
+    code = "stored-and-trained"
+    weight: str
+    others: int
+    first: Span
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more are" if self.others else " is"
+        return f"{self.weight}{more} to be stored frozen and to be trained"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.first, "trains it"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("packed numbers have no gradient: leave it out of one of them, or apply a method such as lora to it",)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -459,3 +528,26 @@ class UnknownPass(Diagnostic):
     def notes(self) -> tuple[str, ...]:
         near = suggest(self.name, self.known)
         return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+class CannotMeasure(Diagnostic):
+    code = "cannot-measure"
+    model: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"no step of {self.model} can be measured: {self.reason}"
+
+
+class NoDevice(Diagnostic):
+    code = "no-device"
+    name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"there is no device '{self.name}': {self.reason}"

@@ -23,10 +23,13 @@ from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
 from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
 from peftc.method import Method, Stage, State, kinds, methods
+from peftc.recomputing import recomputed
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.room import too_long
 from peftc.select import COMPARE, Selection
 from peftc.site import Attention, Block, Experts, Linear, Module, Projection, Sequence, Site, Sites
+from peftc.stored import Stored
+from peftc.storing import stored_weights
 from peftc.text import Span
 from peftc.upstream import never_learning
 
@@ -77,10 +80,13 @@ class Row:
     statement: str
     sites: int
     parameters: int
+    stored: int | None = None  # bytes that the packed weights take, of a statement that packs some
+    dense: int = 0  # and what they take in the base model
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
-        return {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
+        row = {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
+        return row if self.stored is None else row | {"bytes": self.stored, "dense_bytes": self.dense}
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Plan:
     bindings: tuple[Binding, ...]
     trained: dict[str, Span]
     rows: tuple[Row, ...]
+    stored: dict[str, Stored] = field(default_factory=dict)
+    checkpoints: dict[str, Span] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -150,6 +158,11 @@ class Plan:
                 for binding in self.bindings
             ],
             "trained": list(self.trained),
+            "checkpoints": list(self.checkpoints),
+            "stored": [
+                {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
+                for item in self.stored.values()
+            ],
         }
 
 
@@ -179,6 +192,7 @@ class _Planner:
         ]
         self._twice(bindings)
         trained = self._trained()
+        stored = self._stored(trained)
         self._claims(bindings, trained)
         self.problems += too_long(bindings)
         self.problems += never_learning(self.captured.module.graph, bindings, trained)
@@ -186,7 +200,14 @@ class _Planner:
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
-        plan = Plan(self.spec, self.captured, self.sites, tuple(ordered), trained, tuple(self.rows))
+        checkpoints = recomputed(self.intentions.recomputings, self._select, self.problems)
+        self.rows += [
+            Row(_one_line(item.span), sum(span == item.span for span in checkpoints.values()), 0)
+            for item in self.intentions.recomputings
+        ]
+        plan = Plan(
+            self.spec, self.captured, self.sites, tuple(ordered), trained, tuple(self.rows), stored, checkpoints
+        )
         if not self.problems:
             self.problems += [problem for budget in self.intentions.budgets if (problem := over(plan, budget))]
         if self.problems:
@@ -310,6 +331,19 @@ class _Planner:
                             other=others[0], span=one.span,
                         )
                     )  # fmt: skip
+
+    def _stored(self, trained: dict[str, Span]) -> dict[str, Stored]:
+        """What `quantize` packs. Its rows stand first, as the pass does that carries it out."""
+        statements = [(storing, self._select(storing.target, parameters=True)) for storing in self.intentions.storings]
+        stored, problems = stored_weights(self.captured, statements, trained)
+        self.problems += problems
+        rows = []
+        for number, (storing, _) in enumerate(statements):
+            mine = [item for item in stored.values() if item.statement == number]
+            packed, dense = (sum(sizes) for sizes in ([i.bytes for i in mine], [i.dense_bytes for i in mine]))
+            rows.append(Row(_one_line(storing.span), len(mine), 0, packed, dense))
+        self.rows[:0] = rows
+        return stored
 
     def _cannot_agree(self, bindings: list[Binding]) -> list[Diagnostic]:
         """Two passes can only be compared by logits."""

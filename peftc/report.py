@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable, Mapping
 from io import StringIO
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.tree import Tree
 
 from peftc.combinator import Combinator
 from peftc.cost import Memory, formatted_bytes
+from peftc.fusion import Fired
+from peftc.merge import Rounding
 from peftc.method import Method, kinds, methods
 from peftc.parameterisation import Parameterisation
 from peftc.params import registered
@@ -30,9 +33,10 @@ NOT_COMPILING = ("check", "load", "save", "merge")
 EXPORT = "torch.export"
 
 
-def report(plan: Plan) -> str:
-    """The plan's table as plain text."""
-    return rendered(plan_table(plan))
+def report(plan: Plan, fired: Iterable[Fired] = ()) -> str:
+    """The plan's table, and that of the fusions where there are any, as plain text."""
+    told = tuple(fired)
+    return rendered(plan_table(plan), *([fusions_table(told)] if told else []))
 
 
 def rendered(*items: RenderableType, width: int = 110) -> str:
@@ -51,11 +55,26 @@ def plan_table(plan: Plan) -> Table:
     for heading in ("sites", "trainable", "share"):
         table.add_column(heading, justify="right")
     for row in plan.rows:
-        table.add_row(
-            Text(row.statement), f"{row.sites:,}", f"{row.parameters:,}", f"{row.parameters / plan.total:.4%}"
-        )
+        if row.stored is None:
+            counts = f"{row.parameters:,}", f"{row.parameters / plan.total:.4%}"
+        else:
+            counts = f"{formatted_bytes(row.stored)}", f"of {formatted_bytes(row.dense)}"
+        table.add_row(Text(row.statement), f"{row.sites:,}", *counts)
     table.add_section()
     table.add_row("all", "", f"{plan.trainable:,}", f"{plan.share:.4%}")
+    return table
+
+
+def fusions_table(fired: Iterable[Fired]) -> Table:
+    """How often each fusion fired; of those that did not, where they came nearest and what stood in the way."""
+    table = Table(title="fusions", title_justify="left")
+    table.add_column("rule")
+    for heading in ("fired", "places"):
+        table.add_column(heading, justify="right")
+    table.add_column("nearest miss", overflow="fold")
+    for one in fired:
+        miss = "" if one.count else str(one.nearest or "nothing like it in the graph")
+        table.add_row(one.rule, f"{one.count:,}", f"{one.places:,}", Text(miss))
     return table
 
 
@@ -68,6 +87,17 @@ def memory_table(memory: Memory, batch: int, seq: int, optimizer: str) -> Table:
         table.add_row(name, formatted_bytes(size))
     table.add_section()
     table.add_row("all", formatted_bytes(memory.total))
+    return table
+
+
+def lost_table(lost: Mapping[str, Rounding]) -> Table:
+    """What packing a merged weight again loses."""
+    table = Table(title="merged, and rounded again", title_justify="left")
+    table.add_column("weight", overflow="fold")
+    for heading in ("largest error", "error / weight"):
+        table.add_column(heading, justify="right")
+    for name, rounding in lost.items():
+        table.add_row(name, f"{rounding.largest:.3g}", f"{rounding.relative:.4%}")
     return table
 
 

@@ -15,6 +15,7 @@ from peftc.errors import Diagnostic, PeftcError, in_file_order
 from peftc.groups import GROUPINGS, Group, InGroup
 from peftc.language import mistakes
 from peftc.method import Method, Stage, methods
+from peftc.storage import Storage
 from peftc.text import Span
 
 ROLES = (
@@ -52,6 +53,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Recomputing:
+    """`checkpoint SELECTOR`."""
+
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
+class Storing:
+    """`quantize SELECTOR with STORAGE`, with the storage built."""
+
+    storage: Storage
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
 class Budget:
     """`require QUANTITY OP VALUE`; `arguments` are memory's batch and sequence."""
 
@@ -68,6 +86,8 @@ class Intentions:
 
     applications: list[Application] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
+    storings: list[Storing] = field(default_factory=list)
+    recomputings: list[Recomputing] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
 
@@ -110,8 +130,12 @@ class _Resolver:
                 case ast.Require():
                     self._require(statement)
                 case ast.Quantize():
-                    self.selector(statement.target)
-                    self._later("quantize", statement.span)
+                    target = self.selector(statement.target)
+                    built = self.calls.build(statement.storage, Storage)
+                    if built is not None:
+                        self.found.storings.append(Storing(built, target, statement.span))
+                case ast.Checkpoint():
+                    self.found.recomputings.append(Recomputing(self.selector(statement.target), statement.span))
                 case ast.Group():
                     self._group(statement)
                 case ast.Task():

@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from peftc.errors import PeftcError
 from peftc.insert import prepare
 from peftc.ir import get_attribute
-from peftc.method import Method
 from peftc.model_errors import BadSchedule
 from peftc.site import Site
 
@@ -106,7 +105,7 @@ class Follower:
         for bindings in self.statements:
             places = [Place(binding.site, _tensors(self.compiled, binding)) for binding in bindings]
             changed = bindings[0].method.on_step(step, places)
-            if changed and type(bindings[0].method).prepare is not Method.prepare:
+            if changed and bindings[0].method.prepares:
                 prepare(self.compiled, self.compiled.plan)
 
 

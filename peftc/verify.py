@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from peftc.errors import PeftcError
 from peftc.ir import PROVENANCE, Provenance, computed, get_attribute
-from peftc.method import Method
 from peftc.model_errors import VerifierFailed
 from peftc.planning import Plan
 
@@ -27,13 +26,10 @@ class Verifier:
         self.frozen = {
             str(node.target): get_attribute(module, str(node.target))
             for node in module.graph.find_nodes(op="get_attr")
-            if str(node.target) not in plan.trained
+            if str(node.target) not in plan.trained and str(node.target) not in plan.stored
         }
         self.replaceable = {
-            parameter
-            for binding in plan.bindings
-            if type(binding.method).prepare is not Method.prepare
-            for parameter in binding.site.parameters
+            parameter for binding in plan.bindings if binding.method.prepares for parameter in binding.site.parameters
         }
 
     def check(self, module: fx.GraphModule, pass_name: str) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 import peftc
 from peftc.ir import get_attribute
+from peftc.planning import Binding
 from peftc.site import Projection
 from subjects import Compiled, close
 
 
 def starts_as_the_base(case: Compiled) -> None:
     with torch.no_grad():
-        close(case.subject.outputs(case.module), case.subject.outputs(case.subject.base), case.subject.tolerance)
+        close(case.subject.outputs(case.module), case.subject.outputs(case.frozen), case.subject.tolerance)
 
 
 def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
@@ -103,18 +104,33 @@ def merges_or_says_why_not(case: Compiled) -> None:
 
 
 def with_dense_weights(case: Compiled) -> nn.Module:
+    """The base model with each weight as the definitions have it: prepared, rounded by its storage, folded."""
     model = copy.deepcopy(case.subject.base)
-    for binding in case.module.plan.bindings:
-        site, method = binding.site, binding.method
-        assert isinstance(site, Projection)
-        state = {name: get_attribute(case.module, full) for name, full in binding.names.items()}
-        stored = get_attribute(model, site.owner)
-        weight = stored.transpose(-2, -1) if site.transposed else stored
-        bias = get_attribute(model, site.bias) if site.bias else None
-        rows = list(site.rows if site.rows is not None else range(site.n_out))
-        frozen = method.prepare(site, weight[..., rows, :], state)
-        weight[..., rows, :], shifted = method.fold(site, frozen, None if bias is None else bias[rows], state)
+    plan = case.module.plan
+    for binding in plan.bindings:
+        weight, _, rows, state = parts(case, model, binding)
+        weight[..., rows, :] = binding.method.prepare(binding.site, weight[..., rows, :], state)
+    for name, item in plan.stored.items():
+        stored = get_attribute(model, name)
+        stored.copy_(item.unpack(item.pack(stored)))
+    for binding in plan.bindings:
+        weight, bias, rows, state = parts(case, model, binding)
+        part = None if bias is None else bias[rows]
+        weight[..., rows, :], shifted = binding.method.fold(binding.site, weight[..., rows, :], part, state)
         if bias is not None:
             assert shifted is not None
             bias[rows] = shifted
     return model
+
+
+def parts(
+    case: Compiled, model: nn.Module, binding: Binding
+) -> tuple[Tensor, Tensor | None, list[int], dict[str, Tensor]]:
+    """A site's weight and bias in `model`, the rows of them that are its own, and its method's state."""
+    site = binding.site
+    assert isinstance(site, Projection)
+    stored = get_attribute(model, site.owner)
+    weight = stored.transpose(-2, -1) if site.transposed else stored
+    rows = list(site.rows if site.rows is not None else range(site.n_out))
+    state = {name: get_attribute(case.module, full) for name, full in binding.names.items()}
+    return weight, get_attribute(model, site.bias) if site.bias else None, rows, state

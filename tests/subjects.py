@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftc
+from peftc.ir import get_attribute
 from peftc.resolve import resolve
 from peftc.specs import as_spec
 from zoo import ZOO, inputs
@@ -110,6 +112,17 @@ class Compiled:
     subject: Subject
     module: peftc.CompiledModule
     start: dict[str, Tensor]
+
+    @cached_property
+    def frozen(self) -> nn.Module:
+        """What the method stands on: the base model, with what the spec quantises rounded."""
+        stored = self.module.plan.stored
+        model = copy.deepcopy(self.subject.base) if stored else self.subject.base
+        with torch.no_grad():
+            for name, item in stored.items():
+                weight = get_attribute(model, name)
+                weight.copy_(item.unpack(item.pack(weight)))
+        return model
 
     def reset(self) -> None:
         self.module.load_state_dict(self.start)

@@ -58,7 +58,12 @@ def test_passes_are_reached_through_the_registry_only() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "passes").rglob("*.py")), ids=lambda path: path.stem)
 def test_a_pass_needs_the_protocol_and_torch_alone(path: Path) -> None:
-    allowed = {"peftc.combinator", "peftc.method", "peftc.nf4", "peftc.parameterisation", "peftc.site"}
+    allowed = {
+        "peftc.combinator", "peftc.fourbit", "peftc.kernels.dequantize", "peftc.method", "peftc.parameterisation",
+        "peftc.site", "peftc.storage",
+    }  # fmt: skip
+    if path.parent.name == "fusions":  # a rule sees graphs, no sites
+        allowed = {"peftc.branches", "peftc.fusion", "peftc.ir", "peftc.patterns", "peftc.seeds"}
     assert {module for module in imports(path) if module.startswith("peftc")} <= allowed
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 import peftc
+from peftc.fourbit import rounded
 from peftc.ir import get_attribute
+from peftc.kernels.dequantize import LEVELS
 from peftc.method import methods
-from peftc.nf4 import VALUES, nf4_rounded
 from peftc.site import Linear
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
+nf4_rounded = partial(rounded, levels="nf4")
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 
@@ -25,7 +29,7 @@ def test_rounding_is_bitsandbytes(shape: tuple[int, int]) -> None:
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=False)
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[: weight.numel()].long()
     scales = state.absmax.repeat_interleave(64)[: weight.numel()]
-    assert torch.equal(nf4_rounded(weight), (torch.tensor(VALUES)[codes] * scales).view(shape))
+    assert torch.equal(nf4_rounded(weight), (torch.tensor(LEVELS["nf4"])[codes] * scales).view(shape))
 
 
 def test_zeros_and_extremes_round_to_themselves() -> None:

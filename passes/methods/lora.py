@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from peftc.fourbit import rounded
 from peftc.method import Data, Init, Method, State, method, param
-from peftc.nf4 import nf4_rounded
 from peftc.site import Experts, Linear, Projection
 
 # In HF PEFT's words: starts that leave the base model's weights alone, and options that make another method of it.
@@ -67,6 +67,10 @@ class LoRA(Method):
     def takes_from_weight(self) -> bool:
         """Whether the start is a part of W, and the frozen weight what is left."""
         return self.init in ("pissa", "olora", "loftq")
+
+    @property
+    def prepares(self) -> bool:
+        return self.takes_from_weight
 
     def refuses(self, site: Projection) -> str | None:
         if self.init == "eva" and isinstance(site, Experts):
@@ -127,7 +131,7 @@ class LoRA(Method):
             state["B"].copy_(b)
 
     def _rounded(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-        return nf4_rounded(weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype))
+        return rounded(weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype), "nf4")
 
     def calibrate(self, site: Projection, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""

@@ -1,0 +1,18 @@
+"""Four-bit floating-point numbers."""
+
+from __future__ import annotations
+
+from peftc.fourbit import FourBit
+from peftc.storage import param, storage
+
+
+@storage
+class FP4(FourBit):
+    """A sign, two bits of exponent and one of mantissa, and a scale for each block."""
+
+    name = "fp4"
+    formula = "W = level[code] * absmax of each block; double: absmax = code8 * absmax8 + mean"
+    paper = "Dettmers et al. 2023, arXiv:2305.14314"
+
+    double: bool = param(False, "whether the scales are quantised, too, to eight bits")
+    block: int = param(64, "how many numbers have a scale in common: 32, 64, 128, … 4096", min=32, max=4096)

@@ -1,0 +1,181 @@
+"""Packed weights -> dense ones, one operation each, so that a plan can have it done again in the backward pass.
+
+Frozen: there is no gradient. The results are those of bitsandbytes' definitions, bit for bit. Its own decoder for the
+CPU is twice as fast and not used: it is wrong for weights of fewer columns than a block (0.50.2). On one thread these
+take 4 to 8 % of the time of the product with 256 tokens in fp32; in bf16, where a CPU has instructions for it, the
+product takes a fifth of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+NESTED_BLOCK = 256
+INT8_STEP = 7.874015718698502e-3  # 1/127
+# Packed bytes, or rows' worth of int8, that are decoded at a time: what that takes stays in a core's cache.
+CHUNK = 1 << 17
+
+LEVELS = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # a twelfth of each: sign, two bits of exponent, one of mantissa
+    "fp4": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
+}  # fmt: skip
+
+
+@cache
+def levels_of(name: str, device: torch.device) -> Tensor:
+    """The sixteen levels by code, fp32, the largest 1."""
+    levels = torch.tensor(LEVELS[name], device=device)
+    return levels / levels.abs().max()
+
+
+@cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """256 fp32 numbers in [-1, 1], ascending: the fewer bits the exponent leaves, the coarser the fraction.
+
+    Dettmers et al. 2021, arXiv:2110.02861.
+    """
+    numbers = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        middles = (bounds[:-1] + bounds[1:]) / 2
+        for sign in (1, -1):
+            numbers += (sign * 10 ** (exponent - 6) * middles).tolist()
+    return torch.tensor(sorted(numbers), dtype=torch.float32, device=device)
+
+
+@cache
+def _pairs(name: str, device: torch.device) -> Tensor:
+    """Both levels of each byte, [256], two fp32 in the bits of an int64: one look-up decodes two numbers."""
+    levels = levels_of(name, device)
+    both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+    return both.contiguous().view(torch.int64).flatten()
+
+
+torch.library.define(
+    "peftc::dequantize_4bit",
+    "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str levels, int block, SymInt[] shape, "
+    "ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "peftc::dequantize_int8", "(Tensor values, Tensor scale, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    levels: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """levels[code] * absmax of the code's block in fp32, as `dtype`.
+
+    Args:
+        packed: uint8 [ceil(N / 2), 1], two codes each, the first in the high bits.
+        absmax: fp32 [ceil(N / block)]; uint8 where it is quantised itself.
+        nested_absmax: fp32 [ceil(blocks / 256)], the scales of absmax, or None.
+        offset: fp32 [], what is added to absmax, or None.
+        levels: a key of `LEVELS`.
+        block: how many numbers have a scale in common; a multiple of two.
+        shape: of the result, of N numbers.
+        dtype: of the result.
+    """
+    dense: Tensor = torch.ops.peftc.dequantize_4bit(packed, absmax, nested_absmax, offset, levels, block, shape, dtype)
+    return dense
+
+
+def dequantize_int8(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """values * scale / 127 in fp32, as `dtype`.
+
+    Args:
+        values: int8 [rows, n_in].
+        scale: fp32 [rows], each row's largest magnitude.
+        shape: of the result, [*batch, n_out, n_in].
+        dtype: of the result.
+    """
+    dense: Tensor = torch.ops.peftc.dequantize_int8(values, scale, shape, dtype)
+    return dense
+
+
+@torch.library.impl("peftc::dequantize_4bit", "CompositeExplicitAutograd")
+def _four_bits(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    levels: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    scales = absmax.float()
+    if nested_absmax is not None and offset is not None:
+        scales = dynamic_map(absmax.device).index_select(0, absmax.int())
+        _scale(scales, nested_absmax.float(), NESTED_BLOCK)
+        scales += offset
+    pairs, codes, numbers = _pairs(levels, packed.device), packed.view(-1), prod(shape)
+    whole = torch.empty(2 * len(codes), dtype=dtype, device=packed.device)
+    step = max(CHUNK // block, 1) * block  # packed bytes: two numbers each, so whole blocks
+    for start in range(0, len(codes), step):
+        part = whole[2 * start : 2 * (start + step)]
+        index = codes[start : start + step].int()
+        direct = part.view(torch.int64) if dtype is torch.float32 else None
+        two = torch.index_select(pairs, 0, index, out=direct).view(torch.float32)
+        _scale(two, scales[2 * start // block :], block)
+        if direct is None:
+            part.copy_(two)
+    return whole[:numbers].clone().view(shape) if numbers % 2 else whole.view(shape)
+
+
+def _scale(numbers: Tensor, scales: Tensor, block: int) -> None:
+    """Multiplies each block of `numbers` by its scale; the last block may be shorter."""
+    whole = len(numbers) // block
+    numbers[: whole * block].view(-1, block).mul_(scales[:whole, None])
+    if whole * block < len(numbers):
+        numbers[whole * block :].mul_(scales[whole])
+
+
+def _fake_of_four_bits(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    levels: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.impl("peftc::dequantize_int8", "CompositeExplicitAutograd")
+def _eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    whole = torch.empty(values.shape, dtype=dtype, device=values.device)
+    step = max(1, CHUNK // values.shape[1])
+    for start in range(0, len(values), step):
+        part, scales = values[start : start + step], scale[start : start + step, None]
+        out = whole[start : start + step]
+        product = torch.mul(part, scales, out=out) if dtype is torch.float32 else part * scales
+        torch.mul(product, INT8_STEP, out=out)
+    return whole.view(shape)
+
+
+def _fake_of_eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return values.new_empty(shape, dtype=dtype)
+
+
+torch.library.register_fake("peftc::dequantize_4bit", _fake_of_four_bits)
+torch.library.register_fake("peftc::dequantize_int8", _fake_of_eight_bits)
