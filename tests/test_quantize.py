@@ -6,7 +6,7 @@ import copy
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -151,7 +151,7 @@ def model_spec(model: peftc.CompiledModule) -> str:
 
 def test_a_cast_leaves_the_packed_numbers_alone() -> None:
     """`.to(dtype)` is for what computes; rounding the scales would change every weight."""
-    base = base_of("llama")
+    base = copy.deepcopy(base_of("llama"))
     model = compiled(base, f"quantize attn.* with nf4(double=true)\n{LORA}")
     item = next(iter(model.plan.stored.values()))
     before = {full: get_attribute(model, full).clone() for full in item.buffers}
@@ -184,6 +184,22 @@ def test_pissa_is_taken_out_before_the_rest_is_rounded() -> None:
         whole = item.unpack(item.pack(weight))
         kept = expected + binding.method.delta(binding.site, **state)
         assert (weight - kept).norm() < (weight - whole).norm()
+
+
+@pytest.mark.parametrize("storage", ["nf4(double=true)", "fp4", "int8"])
+def test_loftq_fits_what_its_storage_loses(storage: str) -> None:
+    base = base_of("llama")
+    model = compiled(base, f"quantize attn.q with {storage}\napply lora(r=8, init=loftq) to attn.q")
+    for binding in model.plan.bindings:
+        assert isinstance(binding.site, Projection)
+        item, method = model.plan.stored[binding.site.weight], cast(Any, binding.method)
+        weight = get_attribute(base, item.weight).detach()
+        state = {key: get_attribute(model, full).detach() for key, full in binding.names.items()}
+        rest = weight - method.scale * state["B0"] @ state["A0"]
+        packed = frozen_weight(model, model.plan, item.weight)
+        assert torch.equal(packed, item.storage.rounded(rest))
+        kept = packed + method.delta(binding.site, **state)
+        assert (weight - kept).norm() < 0.9 * (weight - item.storage.rounded(weight)).norm()
 
 
 def test_loftq_rounds_to_what_is_stored() -> None:
@@ -287,7 +303,7 @@ def test_bitsandbytes_optimizers_take_the_groups(name: str) -> None:
     device = "cuda" if "Paged" in name else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("paged memory is of CUDA")
-    base = copy.deepcopy(base_of("llama")).to(device)
+    base = cast(Any, copy.deepcopy(base_of("llama"))).to(device)
     batch = {key: tensor.to(device) for key, tensor in inputs(base).items()}
     spec = "quantize attn.*, mlp.* with nf4(double=true)\napply lora(r=160, lr_ratio=4) to attn.*, mlp.*"
     model = compiled(base, spec)
