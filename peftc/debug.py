@@ -45,6 +45,12 @@ def tell_pass(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> N
         _say(as_text(after))
 
 
+def tell(text: str) -> None:
+    """Level 1 and up: a decision that a user may wonder about."""
+    if level() >= 1:
+        _say(text)
+
+
 def _say(text: str) -> None:
     if text:
         print(f"[peftc] {text}", file=sys.stderr)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -93,7 +94,7 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
             missing.add(target)
     twin.tie_weights(missing_keys=missing, recompute_mapping=False)
     _fill_buffers(twin, checkpoint)
-    _fake_parameters(twin)
+    _fake_parameters(twin, checkpoint)
     return twin
 
 
@@ -111,19 +112,18 @@ def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         model.initialize_weights()
 
 
-def _fake_parameters(model: nn.Module) -> None:
-    """Replaces each by a fake one on the CPU, a tied one by the same."""
+def _fake_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Replaces each by a fake one on the CPU, in the precision it is read in; a tied one by the same."""
     mode = FakeTensorMode(  # as torch.export makes its own
         shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True
     )
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    with mode:
-                        fake = torch.empty_strided(
-                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu"
-                        )
-                        made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for parameter, group in names.items():
+        dtype = next(filter(None, map(checkpoint.precision, group)), parameter.dtype)
+        with mode:
+            fake = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device="cpu")
+            tensor = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name in group:
+            set_tensor(model, name, tensor)
