@@ -71,13 +71,19 @@ class _Reader:
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         left = {name for name in self.leave(skeleton(model, checkpoint)) if name in checkpoint} - tied
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
-        placeholders = {name: model.get_parameter_or_buffer(name) for name in left}
+        placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
         info, offloaded = load(model, to_read, files, config)
         for name, placeholder in placeholders.items():
-            placeholder._is_hf_initialized = True  # else it is given memory, and random numbers
             set_tensor(model, name, placeholder)
             info.missing_keys.discard(name)
         return info, offloaded
+
+
+def _placeholder(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter on the meta device that `from_pretrained` takes for a loaded one: it gives it no memory."""
+    placeholder = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+    return placeholder
 
 
 def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:

@@ -21,7 +21,7 @@ POOL = 1 << 20
 
 
 def write_llama(folder: Path, *, shard: int = 400 << 20, **settings: Any) -> int:
-    """A bf16 Llama in files of about `shard` bytes, which is the memory it takes; returns how many parameters it has."""
+    """A bf16 Llama in files of about `shard` bytes, which is what it takes of memory; returns how many parameters."""
     config = LlamaConfig(**settings, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -33,12 +33,14 @@ NARROW: dict[str, Any] = {**GROUPED}
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    hf.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    hf.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf.utils.logging.disable_progress_bar()
+    hf.utils.logging.set_verbosity_error()
 
 
-def saved(model: PreTrainedModel, folder: Path, **config: Any) -> Path:
+def saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None, **config: Any) -> Path:
     """The model in shards of a few tensors; `config` replaces entries of its config file."""
+    if dtype is not None:
+        model = cast(Any, model).to(dtype)
     model.save_pretrained(folder, max_shard_size="50KB")
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
@@ -97,7 +99,7 @@ def check_parts(folder: Path, dtype: str | None = None, least: int = 1) -> tuple
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_weight_is_what_from_pretrained_makes_it(name: str, tmp_path: Path) -> None:
-    check_parts(saved(ZOO[name]().to(torch.bfloat16), tmp_path), least=8)
+    check_parts(saved(ZOO[name](), tmp_path, torch.bfloat16), least=8)
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def test_every_weight_of_other_models(name: str, tmp_path: Path) -> None:
 )
 def test_another_precision(stored: str, asked: str, tmp_path: Path) -> None:
     """T5 keeps some weights in fp32 when the rest is in fp16."""
-    model, _ = check_parts(saved(ZOO["t5"]().to(getattr(torch, stored)), tmp_path), dtype=asked)
+    model, _ = check_parts(saved(ZOO["t5"](), tmp_path, getattr(torch, stored)), dtype=asked)
     kept = {tensor.dtype for tensor in tensors(model).values() if tensor.is_floating_point()}
     assert (torch.float32 in kept) == (asked != "bfloat16")
 
@@ -196,7 +198,7 @@ def seeded(model: Any, spec: str) -> peftc.CompiledModule:
     [*((name, SPEC) for name in ("llama", "gpt2", "bert", "t5", "gemma2")), ("llama", PARTS), ("mixtral", EXPERTS)],
 )
 def test_the_same_as_reading_everything_first(name: str, spec: str, tmp_path: Path) -> None:
-    folder = str(saved(ZOO[name]().to(torch.bfloat16), tmp_path / "model"))
+    folder = str(saved(ZOO[name](), tmp_path / "model", torch.bfloat16))
     base = load_model(parse_reference(folder))[0]
     whole, parts = seeded(base, spec), seeded(folder, spec)
     same(whole, parts)
