@@ -134,20 +134,24 @@ def _sites(given: argparse.Namespace) -> None:
 
 
 def _methods(given: argparse.Namespace) -> None:
-    """The registry, or one method of it."""
+    """The registry of methods and storages, or one of it."""
+    from peftc import report
     from peftc.method import methods
-    from peftc.report import described_methods, method_page, methods_table
     from peftc.spec_errors import UnknownMethod
+    from peftc.storage import storages
 
     known = methods()
-    if given.name and given.name not in known:
+    if given.name and given.name not in known and given.name not in storages():
         raise PeftcError(UnknownMethod(name=given.name, known=tuple(known)))
     if given.json:
-        _print_json([item for item in described_methods() if given.name in (None, item["name"])])
+        everything = [*report.described_methods(), *report.described_storages()]
+        _print_json([item for item in everything if given.name in (None, item["name"])])
+    elif given.name in known:
+        _print(report.method_page(known[given.name]))
     elif given.name:
-        _print(method_page(known[given.name]))
+        _print(report.storage_page(storages()[given.name]))
     else:
-        _print(methods_table())
+        _print(report.methods_table(), report.storages_table())
 
 
 def _show(given: argparse.Namespace) -> None:
@@ -267,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("sites", _sites, model=True, spec=False)
     made.add_argument("--all", action="store_true", help="every layer, not the first of each stack alone")
     made = command("methods", _methods, model=False, spec=False)
-    made.add_argument("name", nargs="?", metavar="NAME", help="one method, with its parameters")
+    made.add_argument("name", nargs="?", metavar="NAME", help="one method or storage, with its parameters")
     made = command("show", _show, model=True, spec=True)
     made.add_argument("--html", metavar="FILE", help="a self-contained page ('-' for standard output, as below)")
     made.add_argument("--dot", metavar="FILE", help="Graphviz")

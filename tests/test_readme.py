@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import peftc
-from peftc.report import methods_markdown, parameterisations_markdown
+from peftc.report import methods_markdown, parameterisations_markdown, storages_markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,7 +27,8 @@ def fenced(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "made"), [("methods", methods_markdown), ("parameterisations", parameterisations_markdown)]
+    ("name", "made"),
+    [("methods", methods_markdown), ("parameterisations", parameterisations_markdown), ("storages", storages_markdown)],
 )
 def test_its_tables_are_the_registry(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
