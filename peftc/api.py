@@ -31,6 +31,7 @@ def compile(
     *,
     example: Any = None,
     calibration: Iterable[Any] | None = None,
+    fuse: bool = True,
     dtype: str | None = None,
     timings: Timings | None = None,
 ) -> CompiledModule:
@@ -44,6 +45,8 @@ def compile(
             of keyword arguments, with a batch of two or more.
         calibration: batches, each as the model is called (with labels, where gradients are asked for), for methods
             that start from data: FISH, EVA, SNIP.
+        fuse: compute together what belongs together, and keep for the backward pass only what is dear to compute
+            again. Without it the graph runs operation by operation as its passes wrote it: slower, the same numbers.
         dtype: float32, float16 or bfloat16 for a reference; its checkpoint's own by default.
         timings: collects seconds by stage.
 
@@ -68,7 +71,7 @@ def compile(
         whole=calibration is not None,
     )
     data = None if calibration is None else pipeline.calibrate(plan, list(calibration), timings)
-    return pipeline.build(plan, timings, data=data)
+    return pipeline.build(plan, timings, data=data, fuse=fuse)
 
 
 def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:

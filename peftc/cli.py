@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -63,7 +64,7 @@ def _compile(given: argparse.Namespace) -> None:
     """Compiles, verifies, reports; with -o writes the artifact."""
     import peftc
     from peftc.calibration import read_batches
-    from peftc.report import plan_table, timings_table
+    from peftc.report import fusions_table, plan_table, timings_table
 
     with _progress(given) as timings:
         with timings.stage("check"):
@@ -83,9 +84,11 @@ def _compile(given: argparse.Namespace) -> None:
             with timings.stage("save"):
                 compiled.save(given.output)
     if given.json:
-        _print_json(compiled.plan.to_json() | {"seconds": timings.seconds, "artifact": given.output})
+        fusions = [fired.to_json() for fired in compiled.fired]
+        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output}
+        _print_json(compiled.plan.to_json() | told)
         return
-    _print(plan_table(compiled.plan))
+    _print(plan_table(compiled.plan), fusions_table(compiled.fired))
     if given.timings:
         _print(timings_table(timings.seconds))
     if given.output:
@@ -204,6 +207,33 @@ def _merge(given: argparse.Namespace) -> None:
         print(f"a plain {type(merged).__name__}, written to {given.output}")
 
 
+def _bench(given: argparse.Namespace) -> int:
+    """Measures a training step against the frozen base model and HF PEFT."""
+    import peftc
+    from peftc.bench import bench
+    from peftc.benchtable import bench_table
+    from peftc.calibration import read_batches
+
+    with _progress(given) as timings:
+        with timings.stage("check"):
+            problems = peftc.check(Path(given.spec))
+            if problems:
+                raise PeftcError(*problems)
+        with timings.stage("load"):
+            batches = read_batches(Path(given.calibration)) if given.calibration else None
+            model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
+            _move(model, given.device)
+        found = bench(
+            model, Path(given.spec), example=example, calibration=batches, batch=given.batch, seq=given.seq,
+            repeats=given.repeats, thread_count=given.threads, with_torch_compile=given.torch_compile, timings=timings,
+        )  # fmt: skip
+    if given.json:
+        _print_json(found.to_json())
+    else:
+        _print(bench_table(found))
+    return 0 if found.agrees else 1
+
+
 def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
     """The model and its example."""
     from peftc.references import load_model, parse_reference
@@ -212,14 +242,25 @@ def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
     return load_model(parse_reference(text), **options)
 
 
+def _move(model: Any, device: str) -> None:
+    """`model` on the device of that name."""
+    from peftc.model_errors import NoDevice
+
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise PeftcError(NoDevice(name=device, reason=str(error).splitlines()[0])) from error
+
+
 def _watched_only() -> None:
-    """The progress bar of weights being read shows only where somebody watches it."""
-    from transformers.utils import logging
+    """The progress bar of weights being read shows only where somebody watches it, and libraries keep to errors."""
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     if not debug.level():
-        logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 # --- the arguments -----------------------------------------------------------------------------------------------
@@ -251,14 +292,17 @@ def _parser() -> argparse.ArgumentParser:
     def dtype(made: Any) -> None:
         made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base model")
 
+    def calibration(made: Any) -> None:
+        made.add_argument(
+            "--calibration",
+            metavar="FILE",
+            help="a .safetensors file with one tensor [N, ...] for each input of the model, labels included, for "
+            "methods that start from data; it is run in batches of 8",
+        )
+
     made = command("compile", _compile, model=True, spec=True)
     made.add_argument("-o", "--output", metavar="DIR", help="write the artifact here")
-    made.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="a .safetensors file with one tensor [N, ...] for each input of the model, labels included, for methods "
-        "that start from data; it is run in batches of 8",
-    )
+    calibration(made)
     made.add_argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes")
     weights(made)
     dtype(made)
@@ -288,6 +332,16 @@ def _parser() -> argparse.ArgumentParser:
         "--requantize", action="store_true", help="round what was quantised again, and print what that loses"
     )
     made.add_argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}")
+    made = command("bench", _bench, model=True, spec=True)
+    made.add_argument("--batch", type=_positive, default=2, help="examples in a step")
+    made.add_argument("--seq", type=_positive, default=128, help="tokens in an example")
+    made.add_argument("--repeats", type=_positive, default=5, help="rounds, of which the fastest counts")
+    made.add_argument("--threads", type=_positive, default=1, help="threads to compute with on the CPU")
+    made.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    made.add_argument("--torch-compile", action="store_true", help="each also under torch.compile(fullgraph=True)")
+    calibration(made)
+    weights(made)
+    dtype(made)
     return parser
 
 

@@ -1,20 +1,23 @@
-"""PEFTC_DEBUG=1…4: what each pass did, told on standard error while the compiler runs.
+"""PEFTC_DEBUG=1…5: what each pass did, told on standard error while the compiler runs.
 
-1  seconds and inserted nodes by pass; tracebacks from the command line
+1  seconds and inserted nodes by pass, how often each fusion fired; tracebacks from the command line
 2  the plan's bindings too
 3  the difference each pass made too
 4  the whole graph after each pass too
+5  every place where a fusion nearly fitted too
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from peftc.fusion import Fired
     from peftc.planning import Plan
 
 VARIABLE = "PEFTC_DEBUG"
@@ -49,6 +52,19 @@ def tell(text: str) -> None:
     """Level 1 and up: a decision that a user may wonder about."""
     if level() >= 1:
         _say(text)
+
+
+def tell_fired(fired: Sequence[Fired]) -> None:
+    """Level 1: how often each fusion fired, and the nearest miss of those that did not."""
+    if level() >= 1:
+        for one in fired:
+            _say(f"fusion {one}")
+
+
+def tell_miss(rule: str, miss: str) -> None:
+    """Level 5: a place where a fusion nearly fitted."""
+    if level() >= 5:
+        _say(f"fusion {rule} not in {miss}")
 
 
 def _say(text: str) -> None:

@@ -23,8 +23,10 @@ class _Run:
     nodes: list[fx.Node]
 
 
-def fold_blocks(module: fx.GraphModule, blocks: tuple[str, ...]) -> fx.Graph:
-    """Replaces every block of `module` by a GraphModule in its place and returns the outer graph.
+def fold_blocks(
+    module: fx.GraphModule, blocks: tuple[str, ...], kind: type[fx.GraphModule] = fx.GraphModule
+) -> fx.Graph:
+    """Replaces every block of `module` by a GraphModule, of that `kind`, in its place and returns the outer graph.
 
     A block whose nodes cannot stand together, because another part of the model runs between them and needs them,
     stays as it is.
@@ -41,7 +43,7 @@ def fold_blocks(module: fx.GraphModule, blocks: tuple[str, ...]) -> fx.Graph:
             env[node] = _copied(outer.node_copy(node), node)
     for piece in pieces:
         if isinstance(piece, _Run):
-            _call_block(module, piece, outer, env, owned)
+            _call_block(module, piece, outer, env, owned, kind)
         else:
             env[piece] = _copied(outer.node_copy(piece, env.__getitem__), piece)
     outer.lint()
@@ -115,6 +117,7 @@ def _call_block(
     outer: fx.Graph,
     env: dict[fx.Node, fx.Node],
     owned: dict[fx.Node, str],
+    kind: type[fx.GraphModule],
 ) -> None:
     """Builds the block's own module, puts it in its place, and calls it from `outer`."""
     inner = fx.Graph()
@@ -135,7 +138,7 @@ def _call_block(
     leaving = [node for node in run.nodes if any(user not in members for user in node.users)]
     inner.output(known[leaving[0]] if len(leaving) == 1 else tuple(known[node] for node in leaving))
     owner = module.get_submodule(run.block)
-    folded = fx.GraphModule(owner, inner, class_name=_class_name(run))
+    folded = kind(owner, inner, class_name=_class_name(run))
     keep_unread(owner, folded)
     parent, _, leaf = run.block.rpartition(".")
     module.get_submodule(parent).add_module(leaf, folded)

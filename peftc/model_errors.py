@@ -174,6 +174,15 @@ class Refused(Diagnostic):
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
 
 
+class CannotCheckpoint(Diagnostic):
+    code = "cannot-checkpoint"
+    block: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.block} cannot be computed again by itself: another part of the model runs between its operations"
+
+
 class NoPositions(Diagnostic):
     code = "no-positions"
     taken: int
@@ -519,3 +528,26 @@ class UnknownPass(Diagnostic):
     def notes(self) -> tuple[str, ...]:
         near = suggest(self.name, self.known)
         return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+class CannotMeasure(Diagnostic):
+    code = "cannot-measure"
+    model: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"no step of {self.model} can be measured: {self.reason}"
+
+
+class NoDevice(Diagnostic):
+    code = "no-device"
+    name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"there is no device '{self.name}': {self.reason}"

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from peftc.calling import Convention, without_loss
 from peftc.consistency import two_passes
 from peftc.errors import PeftcError
+from peftc.fusion import Fired
 from peftc.insert import prepare
 from peftc.ir import get_attribute, keep_unread, set_tensor
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
 from peftc.room import room
+from peftc.training_entry import training_entry
 
 if TYPE_CHECKING:
     from peftc.merge import Rounding
@@ -32,26 +34,39 @@ class CompiledModule(fx.GraphModule):
     """A model with its adapters in the graph. Call it as the base model: `module(input_ids=…, labels=…)`.
 
     `state_dict()` holds what peftc added and what learns, not the frozen base, so a Trainer's checkpoints are small
-    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it.
+    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it,
+    `fired` says how often each fusion did, and how near the others came.
+
+    In `train()` a call with labels may return the loss with None for the logits, as their cross-entropy is computed
+    without ever holding all of them; `eval()` returns both. Set `logits_in_training` to have them in training, too.
     """
 
     plan: Plan
     history: dict[str, fx.Graph]
+    fired: tuple[Fired, ...]
     base: nn.Module
     convention: Convention
-    _pruned: dict[str, Callable[..., Any]]
+    logits_in_training: bool
+    _pruned: dict[str, Callable[..., Any] | None]
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
+    ) -> None:
+        """`fired`: what the fusions did; None where nothing is to be fused."""
         super().__init__(root, graph, class_name=plan.sites.model)
         # Plain values, set past nn.Module: the base model must not become a submodule.
         self.__dict__.update(
             plan=plan,
             history=dict(history),
+            fired=fired or (),
             base=plan.captured.model,
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
+            logits_in_training=fired is None,
             _pruned={},
         )
         keep_unread(root, self)
+        if fired is not None:
+            self.__dict__["fired"] += (self._make_training_entry(),)
         self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
@@ -74,7 +89,8 @@ class CompiledModule(fx.GraphModule):
         def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
-                step = partial(run, self, *given.values())
+                chunked = self._loss_alone() if self.training and not self.logits_in_training else None
+                step = partial(chunked or run, self, *given.values())
                 weight = self.convention.consistency if self.training else 0.0
                 leaves = two_passes(step, weight, self.convention.logits, given.get("labels")) if weight else step()
                 return self.convention.unflatten(leaves, with_loss=True)
@@ -93,7 +109,18 @@ class CompiledModule(fx.GraphModule):
             if graph is None:
                 raise PeftcError(NeedsLabels(model=self.plan.sites.model))
             self._pruned["entry"] = type(fx.GraphModule(self, graph)).forward
-        return self._pruned["entry"]
+        return cast(Callable[..., Any], self._pruned["entry"])
+
+    def _loss_alone(self) -> Callable[..., Any] | None:
+        """The code for a training step that returns no logits, where there is such."""
+        if "training" not in self._pruned:
+            self._make_training_entry()
+        return self._pruned["training"]
+
+    def _make_training_entry(self) -> Fired:
+        graph, fired = training_entry(self, self.graph, self.convention)
+        self._pruned["training"] = None if graph is None else type(fx.GraphModule(self, graph)).forward
+        return fired
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
         """nn.Module's; a graph names the device of the tensors it makes, so those names move too.
@@ -111,11 +138,16 @@ class CompiledModule(fx.GraphModule):
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
                     _move_constants(module, before, self.device)
+            if not self.logits_in_training:
+                self._make_training_entry()  # now: under torch.compile no graph can be made
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
-        shared = {name: self.__dict__[name] for name in ("plan", "history", "base", "convention")}
+        shared = {
+            name: self.__dict__[name]
+            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training")
+        }
         memo.update({id(value): value for value in (*shared.values(), self._pruned)})
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, CompiledModule)
@@ -155,10 +187,10 @@ class CompiledModule(fx.GraphModule):
         return [{"params": members, "lr": lr * rate} for rate, members in groups.items()]
 
     def report(self) -> str:
-        """The table that `peftc compile` prints: statement, sites, parameters, share."""
+        """What `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
         from peftc.report import report
 
-        return report(self.plan)
+        return report(self.plan, self.fired)
 
     # Schedules
 

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from peftc.ir import PROVENANCE, Provenance, fake_mode, is_tensor, value
+from peftc.ir import PROVENANCE, Provenance, computed, fake_mode, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -19,15 +19,6 @@ aten = torch.ops.aten
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 TRAINING_FLAG = {**dict.fromkeys(DROPOUTS, 2), **dict.fromkeys(RECURRENT, 6)}
-OUT_OF_PLACE = {
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.sub_.Tensor: aten.sub.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-    aten.div_.Tensor: aten.div.Tensor,
-    aten.relu_.default: aten.relu.default,
-    aten.silu_.default: aten.silu.default,
-    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
-}
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 
 
@@ -50,8 +41,9 @@ def normalise(module: fx.GraphModule) -> None:
             _attention_dropout(graph, node)
         elif node.target is aten.batch_norm.default and node.args[3] is not None:
             node.update_arg(5, False)
-        elif node.target in OUT_OF_PLACE and _is_private(node.args[0]):
-            node.target = OUT_OF_PLACE[node.target]
+        elif (instead := _out_of_place(node.target)) and _is_private(node):
+            node.target = instead
+            node.meta["val"] = computed(node)
     _drop_batch_counters(graph)
     graph.eliminate_dead_code()
     module.recompile()
@@ -89,14 +81,32 @@ def _is_identity(node: fx.Node) -> bool:
     return before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
 
 
-def _is_private(source: object) -> bool:
-    """Whether nobody else sees the tensor that an in-place operation overwrites."""
-    if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
+def _out_of_place(target: object) -> torch._ops.OpOverload | None:
+    """The operation that computes what `target` writes over its first operand, where ATen has one."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+        return None
+    packet = getattr(aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _is_private(node: fx.Node) -> bool:
+    """Whether nobody sees what `node` overwrites but by its result: no other view of it is read from there on."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_function":
         return False
     memory = value(source).untyped_storage()._cdata
-    return not any(
-        is_tensor(other) and value(other).untyped_storage()._cdata == memory for other in source.all_input_nodes
-    )
+    seen, after = {node}, False
+    for other in node.graph.nodes:
+        if after and any(operand not in seen and _lies_in(operand, memory) for operand in other.all_input_nodes):
+            return False
+        after = after or other is node
+        if any(operand in seen for operand in other.all_input_nodes):
+            seen.add(other)
+    return not any(operand.op != "call_function" and _lies_in(operand, memory) for operand in source.all_input_nodes)
+
+
+def _lies_in(node: fx.Node, memory: int) -> bool:
+    return is_tensor(node) and value(node).untyped_storage()._cdata == memory
 
 
 def training_tensor(graph: fx.Graph) -> fx.Node:

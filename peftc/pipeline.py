@@ -18,6 +18,7 @@ from peftc.attend import attend
 from peftc.capture import capture
 from peftc.fold import fold_blocks
 from peftc.frozen import unpack_in_graph
+from peftc.fusion import Fired, fuse
 from peftc.inputs import Example
 from peftc.insert import Inserter, materialise
 from peftc.method import Data, Stage
@@ -27,6 +28,7 @@ from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
 from peftc.positions import Rooms, make_room
 from peftc.prompting import insert_prompts
+from peftc.regions import Block, mark
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -42,7 +44,9 @@ class Work:
     state: dict[str, Tensor] | None
     data: Mapping[Binding, Any] | None
     inserter: Inserter
+    fuse: bool = True
     rooms: Rooms | None = None
+    fired: tuple[Fired, ...] | None = None
 
 
 Pass = Callable[[Work], bool]  # returns whether it changed the graph
@@ -104,6 +108,15 @@ def _tidy(work: Work) -> bool:
     return tidy(work.module)
 
 
+def _fuse(work: Work) -> bool:
+    """What belongs together is computed together."""
+    if not work.fuse:
+        return False
+    work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
+    debug.tell_fired(work.fired)
+    return any(fired.count for fired in work.fired)
+
+
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("materialise", _materialise),
     ("storage", _storage),
@@ -115,6 +128,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("sequence methods", _prompts),
     ("penalties", _penalties),
     ("tidy", _tidy),
+    ("fusions", _fuse),
 )
 
 
@@ -145,14 +159,16 @@ def build(
     timings: Timings,
     state: dict[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
+    fuse: bool = True,
 ) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
+    Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
     """
     with timings.stage("cost"):
         _ = plan.kept  # of the graph as captured, which the passes rewrite
-    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module))
+    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module), fuse)
     verifier = Verifier(work.module, plan)
     with timings.stage("history"):
         stages: Stages = [("capture", _copy(work.module.graph))]
@@ -166,9 +182,11 @@ def build(
             stages.append((name, _copy(work.module.graph) if changed else stages[-1][1]))
         debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
-        outer = fold_blocks(work.module, plan.sites.blocks)
+        outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
+        if fuse:
+            mark(work.module, plan.checkpoints)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, stages)
+        return CompiledModule(work.module, outer, plan, stages, work.fired)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

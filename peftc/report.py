@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import StringIO
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.tree import Tree
 
 from peftc.combinator import Combinator
 from peftc.cost import Memory, formatted_bytes
+from peftc.fusion import Fired
 from peftc.merge import Rounding
 from peftc.method import Method, kinds, methods
 from peftc.parameterisation import Parameterisation
@@ -34,9 +35,10 @@ NOT_COMPILING = ("check", "load", "save", "merge")
 EXPORT = "torch.export"
 
 
-def report(plan: Plan) -> str:
-    """The plan's table as plain text."""
-    return rendered(plan_table(plan))
+def report(plan: Plan, fired: Iterable[Fired] = ()) -> str:
+    """The plan's table, and that of the fusions where there are any, as plain text."""
+    told = tuple(fired)
+    return rendered(plan_table(plan), *([fusions_table(told)] if told else []))
 
 
 def rendered(*items: RenderableType, width: int = 110) -> str:
@@ -62,6 +64,19 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(Text(row.statement), f"{row.sites:,}", *counts)
     table.add_section()
     table.add_row("all", "", f"{plan.trainable:,}", f"{plan.share:.4%}")
+    return table
+
+
+def fusions_table(fired: Iterable[Fired]) -> Table:
+    """How often each fusion fired; of those that did not, where they came nearest and what stood in the way."""
+    table = Table(title="fusions", title_justify="left")
+    table.add_column("rule")
+    for heading in ("fired", "places"):
+        table.add_column(heading, justify="right")
+    table.add_column("nearest miss", overflow="fold")
+    for one in fired:
+        miss = "" if one.count else str(one.nearest or "nothing like it in the graph")
+        table.add_row(one.rule, f"{one.count:,}", f"{one.places:,}", Text(miss))
     return table
 
 

@@ -50,12 +50,21 @@ class DoRA(Method):
         self, site: Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,
         A: Tensor, B: Tensor, m: Tensor,
     ) -> Tensor:  # fmt: skip
-        directed = weight.to(A.dtype) + self.scale * (B.detach() @ A.detach())
-        length = m / directed.norm(dim=1)  # the norm is a constant to the gradient (section 4.3)
+        length = m / self._norm(weight, A.detach(), B.detach())  # a constant to the gradient (section 4.3)
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         base = y if bias is None else y - bias
         result: Tensor = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
         return (result if bias is None else result + bias).to(y.dtype)
+
+    def _norm(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """|W + s B A| of each row, [n_out], from |W|^2 + 2 s W . B A + s^2 |B A|^2: nothing of W's size is made.
+
+        Rounding is that of the three terms: it shows where s B A all but cancels a row of W.
+        """
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype)
+        cross = (B * linear(weight, A.to(weight.dtype))).sum(1)
+        added = (B * (B @ (A @ A.t()))).sum(1)
+        return (own * own + 2 * self.scale * cross + self.scale**2 * added).clamp_min(0).sqrt()
 
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "use_rslora": False, "bias": "none",

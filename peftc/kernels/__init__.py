@@ -1,1 +1,39 @@
-"""Operations that PyTorch has no single one for: one a file, with what they compute on each kind of device."""
+"""What a fusion computes in one piece: custom operations, each in a file with its definition, CPU path and gradient.
+
+They are `torch.ops.peftc.*` once this package is imported, on the CPU by ATen and on CUDA by Triton, which is imported
+when the first of them meets a CUDA tensor. Auxiliary outputs (rstd, S, z) have no gradient. [] is a list, ? is None or
+a tensor.
+
+- `rms_norm(x, weight?, eps, cast_first) -> (y, rstd)`
+- `gated_activation(gate, up, activation) -> y`; activations are silu, gelu, gelu_tanh, relu, tanh, identity
+- `lora_linear(x, weights[], biases?[], a[], b[], scales[], transposed, seed?, p, salt) -> [y_1 … y_n, S]`; biases may
+  be empty. Gradients of everything; of biases where each weight of the group has one
+- `dora_linear(x, weights[], biases?[], a[], b[], lengths[], scales[], transposed, seed?, p, salt) -> [y_1 … y_n, S]`:
+  y_i = length_i * (W_i x + s_i B_i S_i) + bias_i with gradients of x, a, b and lengths; keeps x, S and the y_i
+- `seeded_dropout(x, seed, p, salt) -> y`; p is resolved to 1/65536; p = 0 drops nothing, so `p * training` is fine
+- `cross_entropy(hidden, weight, bias?, labels, ignore_index, chunk) -> (loss_sum, count)`: is
+  `cross_entropy_with_gradient -> (loss_sum, count, dhidden)` where hidden needs a gradient, `cross_entropy_alone`
+  elsewhere. Tokens with ignored labels cost nothing; 128 to 256 tokens a chunk are as fast as all at once
+- `adapter(x, residual?, down, down_bias?, up, up_bias?, scale, activation) -> (y, z)`: y = h + s (U act(z) + c) with
+  z = D x + b, h = residual or x
+- `expert_linear(x, weight, ends) -> y`: as transformers' `grouped_mm_fallback`, but a frozen weight gets no gradient
+  and its x is not kept; weight [E, n_in, n_out], also as a transposed view
+- `expert_lora(x, weight, ends, a, b, scale) -> (y, S)`: the same with a branch: a [E, r, n_in], b [E, n_out, r]
+"""
+
+from peftc.kernels import (
+    adapter,
+    cross_entropy,
+    dora_linear,
+    expert_linear,
+    expert_lora,
+    gated_activation,
+    lora_linear,
+    rms_norm,
+    seeded_dropout,
+)
+
+__all__ = [
+    "adapter", "cross_entropy", "dora_linear", "expert_linear", "expert_lora", "gated_activation", "lora_linear",
+    "rms_norm", "seeded_dropout",
+]  # fmt: skip

@@ -1,0 +1,62 @@
+"""The inside of a gated feed-forward network: act(gate) * up (Shazeer 2020), without its activation kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.kernels.activations import activate, activate_into, check, differentiate_
+from peftc.kernels.operation import operation
+from peftc.kernels.shapes import like
+
+
+def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up, elementwise.
+
+    Args:
+        gate: [..., d].
+        up: as gate.
+        activation: one of `activations.ACTIVATIONS`.
+    """
+    return activate(gate, activation) * up
+
+
+@operation("gated_activation")
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Two passes, no temporary."""
+    return activate_into(gate, activation, like(gate)).mul_(up)
+
+
+@gated_activation.register_fake
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    check(activation)
+    return like(gate)
+
+
+@operation("gated_activation_backward")
+def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dgate = grad * up * act'(gate) and dup = grad * act(gate), with no temporary beside the two."""
+    dup = activate_into(gate, activation, like(gate)).mul_(grad)
+    dgate = torch.mul(grad, up, out=like(gate))
+    return differentiate_(dgate, gate, activation), dup
+
+
+@gated_activation_backward.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return like(gate), like(gate)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    gate, up = ctx.saved_tensors
+    dgate, dup = torch.ops.peftc.gated_activation_backward(grad, gate, up, ctx.activation)
+    return dgate, dup, None
+
+
+gated_activation.register_autograd(_backward, setup_context=_save)

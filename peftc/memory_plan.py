@@ -1,0 +1,184 @@
+"""What a training step keeps of a block, and what its backward pass computes again: one minimum cut of the graph.
+
+A value that the backward pass needs is kept, or computed again from values that are. Products with weights and
+attention are dear, and random numbers come only once: those are kept. All else, such as norms, activations, casts and
+dequantised weights, is computed again where that keeps fewer bytes. The cheapest choice is the minimum cut between the
+block's inputs and its backward pass, each value weighing its bytes (as in min-cut rematerialisation, Chen et al. 2016
+and `torch._functorch.partitioners`; here the costs are those of running operation by operation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from peftc.ir import is_tensor
+from peftc.joint import Joint, memory
+
+NOMINAL = 512  # a symbolic size, where bytes are compared
+SOURCE, SINK = "inputs", "backward"
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The two graphs of a step.
+
+    forward: inputs -> (*outputs, *kept). backward: (*kept, *tangents) -> a gradient, or None, for each input that needs
+    one. `kept` are the values' nodes in the joint graph.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph
+    kept: tuple[fx.Node, ...]
+
+
+def split(joint: Joint, free: Iterable[fx.Node], *, recompute_all: bool = False) -> Passes:
+    """Cuts `joint` in two.
+
+    Args:
+        joint: both passes.
+        free: inputs that are there anyway, such as weights: keeping them costs nothing.
+        recompute_all: whether products, too, are computed again (a checkpoint): only the inputs are kept.
+    """
+    behind = _behind(joint)
+    needed = _needed(joint, behind)
+    order = {node: place for place, node in enumerate(joint.graph.nodes)}
+    kept = sorted(_cheapest(joint, behind, needed, set(free), recompute_all), key=order.__getitem__)
+    return Passes(_forward(joint, kept), _backward(joint, kept, behind), tuple(kept))
+
+
+def _behind(joint: Joint) -> set[fx.Node]:
+    """What depends on the gradients that come in: the backward pass itself."""
+    behind = set(joint.tangents)
+    for node in joint.graph.nodes:
+        if any(operand in behind for operand in node.all_input_nodes) and node.op != "output":
+            behind.add(node)
+    return behind
+
+
+def _needed(joint: Joint, behind: set[fx.Node]) -> set[fx.Node]:
+    """What the backward pass reads of the forward pass."""
+    readers = [operand for node in behind for operand in node.all_input_nodes]
+    results = [node for node in joint.gradients if node is not None]
+    return {node for node in (*readers, *results) if node not in behind}
+
+
+def _cheapest(
+    joint: Joint, behind: set[fx.Node], needed: set[fx.Node], free: set[fx.Node], recompute_all: bool
+) -> set[fx.Node]:
+    """The values to keep: a minimum cut, the one nearest to the backward pass, which computes least again."""
+    gratis = {memory(node) for node in free if is_tensor(node)}
+    graph: nx.DiGraph[Any] = nx.DiGraph()
+    for node in joint.graph.nodes:
+        if node in behind or node.op == "output":
+            continue
+        weight = _weight(node, gratis)
+        graph.add_edge((node, "in"), (node, "out"), **({} if weight == inf else {"capacity": weight}))
+        if node.op == "placeholder" or not _again(node, recompute_all):
+            graph.add_edge(SOURCE, (node, "in"))
+        for operand in node.all_input_nodes:
+            graph.add_edge((operand, "out"), (node, "in"))
+        if node in needed:
+            graph.add_edge((node, "out"), SINK)
+    if not needed:
+        return set()
+    _, (_, near) = nx.minimum_cut(graph, SOURCE, SINK)  # of several, networkx finds the cut next to the sink
+    return {node for node, side in near - {SINK} if side == "out" and (node, "in") not in near}
+
+
+def _weight(node: fx.Node, gratis: set[int]) -> float:
+    """Bytes that keeping a value takes, of a view those of the whole tensor and one more: rather keep what it shows."""
+    given = node.meta.get("val")
+    if isinstance(given, torch.Tensor):
+        shown = any(is_tensor(operand) and memory(operand) == memory(node) for operand in node.all_input_nodes)
+        return shown + (0 if memory(node) in gratis else nominal(given.untyped_storage().nbytes()))
+    return 1 if isinstance(given, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) else inf
+
+
+def nominal(size: Any) -> int:
+    """A size with every symbol at its nominal value."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, NOMINAL)))
+
+
+def _again(node: fx.Node, recompute_all: bool) -> bool:
+    """Whether the backward pass may compute `node` again."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    return recompute_all or not is_dear(node)
+
+
+def is_dear(node: fx.Node) -> bool:
+    """Whether `node` multiplies matrices, attends, or is another library's and might."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    multiplies = target.overloadpacket in flop_registry or "scaled_dot_product" in target.name()
+    return multiplies or target.namespace not in ("aten", "prims", "peftc")
+
+
+def _forward(joint: Joint, kept: list[fx.Node]) -> fx.Graph:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {node: _placed(graph, node) for node in joint.inputs}
+    results = [*joint.outputs, *kept]
+    for node in _ancestors(joint, results):
+        env[node] = _copied(graph, node, env)
+    graph.output(tuple(env[node] for node in results))
+    return graph
+
+
+def _backward(joint: Joint, kept: list[fx.Node], behind: set[fx.Node]) -> fx.Graph:
+    """Values are computed again where they are first read, so that no more of them are there at once than must."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {node: _placed(graph, node) for node in (*kept, *joint.tangents)}
+
+    def place(node: fx.Node) -> None:
+        waiting = [node]
+        while waiting:
+            last = waiting[-1]
+            missing = [operand for operand in last.all_input_nodes if operand not in env]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if last not in env:
+                env[last] = _copied(graph, last, env)
+
+    results = [node for node in joint.gradients if node is not None]
+    for node in _ancestors(joint, results):
+        if node in behind:
+            place(node)
+    for node in results:
+        place(node)
+    graph.output(tuple(None if node is None else env[node] for node in joint.gradients))
+    return graph
+
+
+def _ancestors(joint: Joint, results: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The calls that `results` come from, themselves included, in the graph's order."""
+    reached = set(results)
+    for node in reversed(joint.graph.nodes):
+        if node in reached:
+            reached.update(node.all_input_nodes)
+    return (node for node in joint.graph.nodes if node in reached and node.op == "call_function")
+
+
+def _placed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    made = graph.placeholder(node.name)
+    made.meta = dict(node.meta)
+    return made
+
+
+def _copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    made = graph.node_copy(node, env.__getitem__)
+    made.meta = {"val": node.meta.get("val")}
+    return made

@@ -1,0 +1,63 @@
+"""What the kernels' tests share: numbers, comparison of an operation with its definition, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+F32, F64 = torch.float32, torch.float64
+
+
+def normal(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Of a sum that weighs every output's elements differently."""
+    loss = sum((output * normal(*output.shape, dtype=output.dtype, seed=7)).sum() for output in outputs)
+    assert isinstance(loss, Tensor)
+    return list(torch.autograd.grad(loss, inputs))
+
+
+def agree(
+    fast: Callable[..., list[Tensor]], slow: Callable[..., list[Tensor]], *inputs: Tensor, tolerance: float = 1e-5
+) -> None:
+    """Same values, same gradients of the inputs that are leaves with gradients."""
+    learned = [tensor for tensor in inputs if tensor.requires_grad]
+    ours, theirs = fast(*inputs), slow(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradients(ours, learned), gradients(theirs, learned), rtol=tolerance, atol=tolerance)
+
+
+def learns(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    return normal(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+
+def branches(
+    n_in: int, sizes: list[tuple[int, int]], transposed: bool, bias: bool, dtype: torch.dtype, inner: Any
+) -> Any:
+    """Arguments of `lora_linear` but x: a frozen weight and a trained pair for each (n_out, rank)."""
+    weights = [normal(*((n_in, o) if transposed else (o, n_in)), dtype=dtype, seed=i) for i, (o, _) in enumerate(sizes)]
+    biases = [normal(o, dtype=dtype, seed=5) if bias else None for o, _ in sizes]
+    a = [learns(r, n_in, dtype=inner, seed=i) for i, (_, r) in enumerate(sizes)]
+    b = [learns(o, r, dtype=inner, seed=i) for i, (o, r) in enumerate(sizes)]
+    return weights, biases, a, b, [0.5 + i for i in range(len(sizes))], transposed
+
+
+def dora_arguments(
+    sizes: list[tuple[int, int]], n_in: int, x: Tensor, transposed: bool, bias: bool, p: float | None
+) -> Any:
+    weights, biases, a, b, scales, _ = branches(n_in, sizes, transposed, bias, x.dtype, x.dtype)
+    lengths = [learns(o, dtype=x.dtype, seed=9) for o, _ in sizes]
+    return x, weights, biases, a, b, lengths, scales, transposed, None if p is None else torch.tensor(3), p or 0.0, 1
+
+
+def adapter_arguments(x: Tensor, residual: Tensor | None, bias: bool, activation: str, dtype: torch.dtype) -> Any:
+    width = x.shape[-1] if residual is None else residual.shape[-1]
+    biases = [learns(3, dtype=dtype), learns(width, dtype=dtype)] if bias else [None, None]
+    return (x, residual, learns(3, x.shape[-1], dtype=dtype), biases[0], learns(width, 3, dtype=dtype), biases[1], 0.7,
+            activation)  # fmt: skip
