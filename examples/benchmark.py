@@ -109,9 +109,9 @@ def recorded() -> str:
     first = next(iter(runs.values()))
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "python")
     dates = sorted({run["date"][:10] for run in runs.values()})
-    where = f"{first['dtype']}, batch {first['batch']} × {first['seq']}, one thread of {first['cpu']}"
+    where = f"In {first['dtype']}, batch {first['batch']} × {first['seq']}, one thread of {first['cpu']}"
     when = f"the fastest of {first['repeats']} rounds, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions}."
-    return f"{markdown(runs)}\n\n{where[0].upper() + where[1:]}, {when}"
+    return f"{markdown(runs)}\n\n{where}, {when}"
 
 
 def _cells(case: Case, rows: dict[str, Any]) -> Iterable[str]:

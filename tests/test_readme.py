@@ -1,4 +1,4 @@
-"""The README is run: its tables come from the registry and from one recorded run, its specs parse, its code and commands work."""
+"""The README is run: its tables come from the registry and from one recorded run, its specs parse, its code works."""
 
 from __future__ import annotations
 
