@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelcases import F32, F64, adapter_arguments, branches, dora_arguments, gradients, learns, normal
+from peftc.kernels.operation import cpu_function
 
 ops = torch.ops.peftc
 
@@ -140,3 +141,11 @@ def test_no_rows() -> None:
     assert ops.lora_linear(x, *rest, torch.tensor(1), 0.5, 0)[0].shape == (0, 7)
     assert ops.rms_norm(x, None, 1e-6, True)[0].shape == (0, 12)
     assert ops.seeded_dropout(x, torch.tensor(1), 0.5, 0).shape == (0, 12)
+
+
+def test_the_function_behind_an_operation() -> None:
+    x = normal(3, 8)
+    function = cpu_function(ops.rms_norm.default)
+    assert function is not None
+    assert torch.equal(function(x, None, 1e-6, True)[0], ops.rms_norm(x, None, 1e-6, True)[0])
+    assert cpu_function(torch.ops.aten.mm.default) is None

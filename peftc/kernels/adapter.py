@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels.activations import activate, check, differentiate_
 from peftc.kernels.lora_linear import accumulate_
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import like, rows
 
 
@@ -36,7 +36,7 @@ def reference(
     return base + (F.linear(activate(z, activation), up, up_bias) * scale).to(base.dtype), z
 
 
-@custom_op("peftc::adapter", mutates_args=(), device_types="cpu")
+@operation("adapter")
 def adapter(
     x: Tensor, residual: Tensor | None, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
     scale: float, activation: str,
@@ -64,7 +64,7 @@ def _(
     return like(x if residual is None else residual), x.new_empty((*x.shape[:-1], down.shape[0]), dtype=down.dtype)
 
 
-@custom_op("peftc::adapter_backward", mutates_args=(), device_types="cpu")
+@operation("adapter_backward")
 def adapter_backward(
     grad: Tensor, x: Tensor, z: Tensor, down: Tensor, up: Tensor, scale: float, activation: str, behind: bool,
     needs: list[bool],

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import wide
 
 
@@ -86,7 +86,7 @@ def _run(
     return loss, labels.new_tensor(used.shape[0])
 
 
-@custom_op("peftc::cross_entropy_alone", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("cross_entropy_alone", ("cpu", "cuda"))
 def cross_entropy_alone(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def _(
     return hidden.new_empty((), dtype=wide(hidden.dtype)), labels.new_empty(())
 
 
-@custom_op("peftc::cross_entropy_with_gradient", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("cross_entropy_with_gradient", ("cpu", "cuda"))
 def cross_entropy_with_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import lora_linear
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import rows
 
 
@@ -31,7 +31,7 @@ def reference(
     return [*scaled, hidden]
 
 
-@custom_op("peftc::dora_linear", mutates_args=(), device_types="cpu")
+@operation("dora_linear")
 def dora_linear(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
     lengths: list[Tensor], scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
@@ -53,7 +53,7 @@ def _(
     return lora_linear.shapes(x, weights, biases, a, b, scales)
 
 
-@custom_op("peftc::dora_linear_backward", mutates_args=(), device_types="cpu")
+@operation("dora_linear_backward")
 def dora_linear_backward(
     grads: list[Tensor | None], x: Tensor, outputs: list[Tensor], hidden: Tensor, weights: list[Tensor],
     biases: list[Tensor | None], a: list[Tensor], b: list[Tensor], lengths: list[Tensor], scales: list[float],

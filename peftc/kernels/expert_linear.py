@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
+
+from peftc.kernels.operation import operation
 
 
 def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def zeros_behind(result: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-@custom_op("peftc::expert_linear", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("expert_linear", ("cpu", "cuda"))
 def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """A product for each expert that has tokens, written where it belongs."""
     y = zeros_behind(x.new_empty(x.shape[0], weight.shape[2]), ends)
@@ -58,7 +59,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@custom_op("peftc::expert_linear_weight_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("expert_linear_weight_backward", ("cpu", "cuda"))
 def expert_linear_weight_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """dW_e = x_eᵀ dy_e of every expert, [E, n_in, n_out]; 0 where it has no token."""
     dweight = x.new_zeros(ends.shape[0], x.shape[1], grad.shape[1])

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import expert_linear
 from peftc.kernels.expert_linear import groups, zeros_behind
 from peftc.kernels.lora_linear import accumulate_
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import like
 
 
@@ -30,7 +30,7 @@ def reference(x: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, sca
     return expert_linear.reference(x, weight, ends) + branch.to(x.dtype), hidden
 
 
-@custom_op("peftc::expert_lora", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("expert_lora", ("cpu", "cuda"))
 def expert_lora(x: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Expert by expert, B's product accumulated into the base's."""
     y = zeros_behind(x.new_empty(x.shape[0], weight.shape[2]), ends)
@@ -47,7 +47,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, scale: floa
     return x.new_empty(x.shape[0], weight.shape[2]), x.new_empty(x.shape[0], a.shape[1], dtype=a.dtype)
 
 
-@custom_op("peftc::expert_lora_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operation("expert_lora_backward", ("cpu", "cuda"))
 def expert_lora_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, scale: float,
     needs: list[bool],

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from peftc.kernels.activations import activate, activate_into, check, differentiate_
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import like
 
 
@@ -23,7 +23,7 @@ def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return activate(gate, activation) * up
 
 
-@custom_op("peftc::gated_activation", mutates_args=(), device_types="cpu")
+@operation("gated_activation")
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Two passes, no temporary."""
     return activate_into(gate, activation, like(gate)).mul_(up)
@@ -35,7 +35,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return like(gate)
 
 
-@custom_op("peftc::gated_activation_backward", mutates_args=(), device_types="cpu")
+@operation("gated_activation_backward")
 def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dgate = grad * up * act'(gate) and dup = grad * act(gate), with no temporary beside the two."""
     dup = activate_into(gate, activation, like(gate)).mul_(grad)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import rows
 
 
@@ -52,15 +52,30 @@ def _stacked(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
-def _branch_input(x: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float, salt: int) -> tuple[Tensor, float]:
-    """What the A's multiply, and the factor left to apply: it is cheaper on the product."""
-    inner = x.to(dtype)
+def _dropped_pieces(
+    count: int, n_in: int, dtype: torch.dtype, seed: Tensor, p: float, salt: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a [count, n_in] mask: which, their bits, and room for as many numbers. Enough rows for a product."""
+    pieces = -(-count * n_in // dropout.PIECE)
+    height = -(-count // max(pieces, 1))
+    height += height % 2
+    room = torch.empty(height, n_in, dtype=dtype)
+    for start, stop, bits in dropout.numbers(count * n_in, int(seed), salt, dtype, height * n_in):
+        part = slice(start // n_in, stop // n_in)
+        yield part, bits.view(-1, n_in), room[: part.stop - part.start]
+
+
+def _hidden(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int) -> Tensor:
+    """S = dropout(x) Aᵀ [rows, r]; what is kept is scaled where it is narrow."""
     if seed is None or not dropout.dropped_levels(p):
-        return inner, 1.0
-    return dropout.masked(inner, seed, p, salt), dropout.kept_scale(p)
+        return x.to(a.dtype) @ a.t()
+    hidden = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
+    for part, bits, room in _dropped_pieces(*x.shape, a.dtype, seed, p, salt):
+        torch.mm(dropout.keep(x[part].to(a.dtype), bits, p, room), a.t(), out=hidden[part])
+    return hidden.mul_(dropout.kept_scale(p))
 
 
-@custom_op("peftc::lora_linear", mutates_args=(), device_types="cpu")
+@operation("lora_linear")
 def lora_linear(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int,
@@ -74,11 +89,7 @@ def forward(
 ) -> list[Tensor]:  # fmt: skip
     """The same with one product for all A's, and B's products accumulated into the base's."""
     flat = rows(x)
-    inner, factor = _branch_input(flat, a[0].dtype, seed, p, salt)
-    hidden = inner @ _stacked(a).t()
-    if factor != 1.0:
-        hidden.mul_(factor)
-    del inner
+    hidden = _hidden(flat, _stacked(a), seed, p, salt)
     outputs, start = [], 0
     for i, weight in enumerate(weights):
         columns = weight if transposed else weight.t()
@@ -111,7 +122,7 @@ def shapes(
     return [*outputs, x.new_empty((*x.shape[:-1], sum(A.shape[0] for A in a)), dtype=a[0].dtype)]
 
 
-@custom_op("peftc::lora_linear_backward", mutates_args=(), device_types="cpu")
+@operation("lora_linear_backward")
 def lora_linear_backward(
     grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
@@ -135,14 +146,12 @@ def backward(
             dhidden[:, piece] = 0
         else:
             torch.mm(grad.to(B.dtype), B, out=dhidden[:, piece]).mul_(scale)
-    factor = 1.0 if seed is None else dropout.kept_scale(p)
-    dhidden.mul_(factor) if factor != 1.0 else dhidden
-    results = []
-    if needs[0]:
-        results.append(_input_gradient(flat_grads, x, dhidden, weights, a, transposed, seed, p, salt))
-    if any(needs[1 : 1 + n]):
-        inner = _branch_input(rows(x), a[0].dtype, seed, p, salt)[0]
-        together = dhidden.t() @ inner
+    needs_a = any(needs[1 : 1 + n])
+    dx = _base_gradient(flat_grads, x, weights, transposed) if needs[0] else None
+    stacked = _stacked(a)
+    together = _branch_gradients(dx, rows(x) if needs_a else None, dhidden, stacked, seed, p, salt)
+    results = [] if dx is None else [dx.view(x.shape)]
+    if together is not None:
         results += [together[pieces[i]].clone() if n > 1 else together for i in range(n) if needs[1 + i]]
     for i in range(n):
         if needs[1 + n + i]:
@@ -150,23 +159,36 @@ def backward(
     return results
 
 
-def _input_gradient(
-    grads: Sequence[Tensor | None], x: Tensor, dhidden: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor],
-    transposed: bool, seed: Tensor | None, p: float, salt: int,
+def _base_gradient(
+    grads: Sequence[Tensor | None], x: Tensor, weights: Sequence[Tensor], transposed: bool
 ) -> Tensor:  # fmt: skip
+    """Σ dy_i W_i [rows, n_in], in one buffer."""
     dx: Tensor | None = None
     for grad, weight in zip(grads, weights, strict=True):
         if grad is not None:
             matrix = weight.t() if transposed else weight
             dx = torch.mm(grad, matrix) if dx is None else dx.addmm_(grad, matrix)
-    if dx is None:
-        dx = torch.zeros_like(rows(x))
+    return rows(x).new_zeros(rows(x).shape) if dx is None else dx
+
+
+def _branch_gradients(
+    dx: Tensor | None, x: Tensor | None, dhidden: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int
+) -> Tensor | None:
+    """Adds the branches' part to dx and returns dA, where x is given; both under one mask."""
     if seed is None or not dropout.dropped_levels(p):
-        accumulate_(dx, dhidden, _stacked(a))
-    else:
-        branch = dhidden @ _stacked(a)
-        dx += dropout.masked(branch, seed, p, salt, out=branch)
-    return dx.view(x.shape)
+        if dx is not None:
+            accumulate_(dx, dhidden, a)
+        return None if x is None else dhidden.t() @ x.to(a.dtype)
+    dhidden = dhidden * dropout.kept_scale(p)
+    da = None if x is None else torch.zeros_like(a, memory_format=torch.contiguous_format)
+    if dx is None and da is None:
+        return None
+    for part, bits, room in _dropped_pieces(dhidden.shape[0], a.shape[1], a.dtype, seed, p, salt):
+        if x is not None and da is not None:
+            da.addmm_(dhidden[part].t(), dropout.keep(x[part].to(a.dtype), bits, p, room))
+        if dx is not None:
+            dx[part] += dropout.keep(torch.mm(dhidden[part], a, out=room), bits, p, room)
+    return da
 
 
 def _output_factor_gradient(grad: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:

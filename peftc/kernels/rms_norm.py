@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from peftc.kernels.operation import operation
 from peftc.kernels.shapes import like, rows, wide
 
 
@@ -29,7 +29,7 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) ->
     return (wider * rstd * weight).to(x.dtype), rstd
 
 
-@custom_op("peftc::rms_norm", mutates_args=(), device_types="cpu")
+@operation("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> tuple[Tensor, Tensor]:
     """The same in three passes over x: its norm, two products in place."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
@@ -48,7 +48,7 @@ def _(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> tuple[T
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=wide(x.dtype))
 
 
-@custom_op("peftc::rms_norm_backward", mutates_args=(), device_types="cpu")
+@operation("rms_norm_backward")
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
     """dx = rstd (h − x rstd² mean(h x)), where h = grad * weight."""
     wider = x.to(rstd.dtype)
@@ -63,7 +63,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@custom_op("peftc::rms_norm_weight_backward", mutates_args=(), device_types="cpu")
+@operation("rms_norm_weight_backward")
 def rms_norm_weight_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """dweight = Σ over rows of grad x rstd."""
     product = grad.to(rstd.dtype) * x

@@ -7,18 +7,19 @@ to 1/65536, and what stays is scaled by one over the share that truly stays, so 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from peftc.kernels.shapes import wide
+from peftc.kernels.operation import operation
+from peftc.kernels.shapes import like, wide
 
 LEVELS = 1 << 16
-# Numbers are made in rows of this many words of 32 bits, two elements a word, and a few rows at a time, so that what is
-# worked on stays in the cache.
-WORDS, ROWS = 1024, 64
+# Numbers are made in rows of this many words of 32 bits, two elements a word, and some PIECE elements at a time: what
+# is worked on stays in a core's cache.
+WORDS, PIECE = 1024, 1 << 17
 # An odd constant near 2³² / φ spreads the counter; the multipliers are those of Wellons' `lowbias32`.
 GOLDEN, FIRST, SECOND = -1640531527, 2146121005, -2073254261
 
@@ -72,50 +73,59 @@ def reference(x: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
     return torch.where(bits >= dropped_levels(p), x * kept_scale(p), torch.zeros((), dtype=x.dtype))
 
 
-def numbers(count: int, seed: int, salt: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """The elements' bits as numbers of `dtype`, in pieces: where each starts and stops, and a buffer used again."""
+@cache
+def _counters(height: int) -> tuple[Tensor, Tensor]:
+    """Words' counters times GOLDEN, as those of the rows' first words [height, 1] and of a row's words [WORDS]."""
+    starts = torch.arange(height, dtype=torch.int32).mul_(WORDS).mul_(GOLDEN)
+    return starts[:, None], torch.arange(WORDS, dtype=torch.int32).mul_(GOLDEN)
+
+
+def numbers(
+    count: int, seed: int, salt: int, dtype: torch.dtype, step: int = PIECE
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The elements' bits as numbers of `dtype`, `step` at a time: where each piece starts and stops, and a buffer.
+
+    `step` is even, and the buffer is the same for all.
+    """
     first, second = keys(seed, salt)
-    height = max(1, min(ROWS, -(-count // (2 * WORDS))))
-    columns = torch.arange(WORDS, dtype=torch.int32).mul_(GOLDEN)
-    starts = torch.arange(height, dtype=torch.int32).mul_(WORDS).mul_(GOLDEN)[:, None]
+    step = max(2, min(step, count + count % 2))
+    height = -(-step // (2 * WORDS))
+    starts, columns = _counters(height)
     key = torch.tensor(second, dtype=torch.int32)
     words, shifted = (torch.empty(height, WORDS, dtype=torch.int32) for _ in range(2))
-    result = torch.empty(height * WORDS * 2, dtype=dtype)
-    for start in range(0, count, result.numel()):
+    result = torch.empty(step, dtype=dtype)
+    for start in range(0, count, step):
         offset = (start // 2 * GOLDEN + first + (1 << 31)) % (1 << 32) - (1 << 31)
         torch.add(starts + offset, columns, out=words)
         words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=shifted))
         torch.add(key, words, alpha=FIRST, out=words)
         words.bitwise_xor_(torch.bitwise_right_shift(words, 15, out=shifted))
         words.mul_(SECOND)
-        result.copy_(words.view(torch.int16).view(-1))
-        stop = min(count, start + result.numel())
+        result.copy_(words.view(torch.int16).view(-1)[:step])
+        stop = min(count, start + step)
         yield start, stop, result[: stop - start]
 
 
-def masked(x: Tensor, seed: Tensor, p: float, salt: int, out: Tensor | None = None) -> Tensor:
-    """x where it is kept, else 0, not scaled; contiguous. `out` may be x, and is contiguous."""
-    flat = x.reshape(-1)
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
-    target = out.view(-1)
+def keep(x: Tensor, bits: Tensor, p: float, out: Tensor) -> Tensor:
+    """x where its bits keep it, else 0, not scaled; all three of one shape, and bits and x of one dtype."""
     threshold = dropped_levels(p) - LEVELS // 2 - 0.5
-    exact = wide(x.dtype)
-    for start, stop, bits in numbers(flat.numel(), int(seed), salt, exact):
-        piece = target[start:stop]
-        if x.dtype == exact:
-            torch.ops.aten.threshold_backward.grad_input(flat[start:stop], bits, threshold, grad_input=piece)
-        else:
-            piece.copy_(torch.ops.aten.threshold_backward(flat[start:stop].to(exact), bits, threshold))
+    torch.ops.aten.threshold_backward.grad_input(x, bits, threshold, grad_input=out)
     return out
 
 
-@custom_op("peftc::seeded_dropout", mutates_args=(), device_types="cpu")
+@operation("seeded_dropout")
 def seeded_dropout(x: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
     """The same in pieces that stay in the cache."""
     if not dropped_levels(p):
         return x.clone(memory_format=torch.contiguous_format)
-    return masked(x, seed, p, salt).mul_(kept_scale(p))
+    flat, result = x.reshape(-1), like(x)
+    target = result.view(-1)
+    for start, stop, bits in numbers(x.numel(), int(seed), salt, wide(x.dtype)):
+        piece = flat[start:stop].to(bits.dtype)
+        # the bits' buffer takes the result of another dtype
+        kept = keep(piece, bits, p, target[start:stop] if x.dtype == bits.dtype else bits)
+        torch.mul(kept, kept_scale(p), out=target[start:stop])
+    return result
 
 
 @seeded_dropout.register_fake
