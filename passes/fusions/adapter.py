@@ -42,9 +42,9 @@ class Adapter(Fusion):
     def check(self, match: Match, editor: Editor) -> Miss | None:
         down, up, h = match["down"], match["up"], match["h"]
         if not (editor.learns(down) and editor.learns(up) and down.op == up.op == "get_attr"):
-            return Miss(match.root, f"{down.target} and {up.target} are no adapter's", (down, up), len(match.nodes))
+            return Miss(match.root, f"{down.target} and {up.target} are no adapter's", (down, up))
         if str(fake(h).shape) != str(fake(match.root).shape) or fake(h).dtype != fake(match.root).dtype:
-            return Miss(match.root, f"{h.name} has another shape than the sum", (h,), len(match.nodes))
+            return Miss(match.root, f"{h.name} has another shape than the sum", (h,))
         return read_elsewhere(match)
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:

@@ -80,4 +80,4 @@ class ChunkedLoss(Fusion):
 
 
 def _miss(match: Match, reason: str, culprit: fx.Node) -> Miss:
-    return Miss(match.root, reason, (culprit,), len(match.nodes))
+    return Miss(match.root, reason, (culprit,))

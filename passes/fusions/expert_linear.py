@@ -22,7 +22,7 @@ class ExpertLinear(Fusion):
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
         if editor.learns(match["weight"]):
-            return Miss(match.root, f"{match['weight'].name} learns", (match["weight"],), 2)
+            return Miss(match.root, f"{match['weight'].name} learns", (match["weight"],))
         return None
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:

@@ -31,7 +31,7 @@ class ExpertLora(Fusion):
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
         if any(one.p for one in branches(match)):
-            return Miss(match.root, "its branch has a dropout", (branches(match)[0].a,), len(match.nodes))
+            return Miss(match.root, "its branch has a dropout", (branches(match)[0].a,))
         return check_branches(match, editor, (match["weight"],)) or read_elsewhere(match)
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:
