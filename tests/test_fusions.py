@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+import peftc
 from golden import check
 from peftc.capture import capture
 from peftc.fusion import Fired, Fusion, fuse, fusions
@@ -25,6 +26,7 @@ from peftc.inputs import example_inputs
 from peftc.ir import get_attribute, set_tensor
 from peftc.normalise import tidy
 from peftc.report import fusions_table, rendered
+from zoo import ZOO, inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "fusions"
 # The same sums of at most a few hundred numbers of size 1, in another order: a few hundred roundings of 6e-8.
@@ -544,3 +546,115 @@ def test_the_table_of_fusions(request: pytest.FixtureRequest) -> None:
     told = fired[2].to_json()["nearest_miss"]
     assert told["reason"] == "w learns, too"
     assert told["nodes"] == ("w",)
+
+
+# ---- Whole models ----------------------------------------------------------------------------------------------
+
+LORA = "apply lora(r=4) to attn.*, mlp.*"
+# model, spec -> how often each rule fires; those that are not named never do
+COUNTS: list[tuple[str, str, dict[str, int]]] = [
+    ("llama", LORA, {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("gpt2", LORA, {"spelt_gelu": 2, "lora_rows": 6, "lora_linear": 8, "chunked_loss": 1}),
+]
+MORE: list[tuple[str, str, dict[str, int]]] = [
+    ("mistral", LORA, {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("qwen2", LORA, {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("qwen3", LORA, {"rms_norm": 9, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("gemma2", LORA, {"rms_norm": 9, "gated_activation": 2, "lora_linear": 8}),
+    ("gemma3", LORA, {"rms_norm": 13, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("phi", LORA, {"spelt_gelu": 2, "lora_linear": 6, "chunked_loss": 1}),
+    ("phi3", LORA, {"rms_norm": 5, "gated_activation": 2, "lora_rows": 10, "lora_linear": 8, "chunked_loss": 1}),
+    ("gpt_neox", LORA, {"lora_rows": 6, "lora_linear": 8, "chunked_loss": 1}),
+    ("opt", LORA, {"lora_linear": 8, "chunked_loss": 1}),
+    ("bloom", LORA, {"spelt_gelu": 2, "lora_rows": 6, "lora_linear": 8, "chunked_loss": 1}),
+    ("falcon", LORA, {"lora_rows": 6, "lora_linear": 6, "chunked_loss": 1}),
+    ("mixtral", LORA,
+     {"rms_norm": 5, "gated_activation": 2, "lora_rows": 4, "lora_linear": 4, "expert_lora": 4, "chunked_loss": 1}),
+    ("gpt_oss", LORA, {"rms_norm": 5, "lora_rows": 4, "lora_linear": 4, "expert_lora": 4, "chunked_loss": 1}),
+    ("llama4", LORA, {"rms_norm": 9, "gated_activation": 4, "lora_linear": 8, "chunked_loss": 1}),
+    ("bert", LORA, {"lora_linear": 8}),
+    ("modernbert", LORA, {"gated_activation": 2, "lora_rows": 10, "lora_linear": 8, "chunked_loss": 1}),
+    ("t5", LORA, {"rms_norm": 12, "lora_linear": 22, "chunked_loss": 1}),
+    ("t5_gated", LORA,
+     {"spelt_gelu": 4, "rms_norm": 12, "gated_activation": 4, "lora_linear": 22, "chunked_loss": 1}),
+    ("bart", LORA, {"lora_linear": 22, "chunked_loss": 1}),
+    ("vit", LORA, {"lora_linear": 8}),
+    ("mixtral", "apply adapter(size=8, at=parallel) to mlp",
+     {"rms_norm": 5, "gated_activation": 2, "adapter": 2, "expert_linear": 4, "chunked_loss": 1}),
+    ("bert", "apply adapter(size=8) to attn, mlp", {"adapter": 4}),
+    ("t5", "apply adapter(size=8) to attn, mlp", {"rms_norm": 12, "adapter": 10, "chunked_loss": 1}),
+    ("llama", "apply dora(r=4) to attn.*, mlp.*",
+     {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+    ("qwen2", "apply dora(r=4) to attn.*", {"rms_norm": 5, "gated_activation": 2, "lora_linear": 4, "chunked_loss": 1}),
+    ("llama", "apply loha(r=2) to attn.*, mlp.*",
+     {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
+]  # fmt: skip
+
+
+def marked(cases: list[tuple[str, str, dict[str, int]]], *marks: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(*case, id=f"{case[0]}-{case[1].split()[1]}", marks=marks) for case in cases]
+
+
+@pytest.mark.parametrize(("name", "spec", "counts"), [*marked(COUNTS), *marked(MORE, pytest.mark.slow)])
+@pytest.mark.usefixtures("one_capture_a_model")
+def test_whole_models(name: str, spec: str, counts: dict[str, int]) -> None:
+    """Losses and gradients in eval mode, where there is no dropout, and the loss that training computes in chunks."""
+    model = ZOO[name]()
+    batch = inputs(model)
+    plain, fused = (_at_random(peftc.compile(model, spec, fuse=fuse)).eval() for fuse in (False, True))
+    assert {one.rule: one.count for one in fused.fired if one.count} == counts
+    losses = [module(**batch).loss for module in (plain, fused)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=TOLERANCE, atol=TOLERANCE)
+    for loss in losses:
+        loss.backward()
+    learned = fused.trainable_parameters()
+    for key, parameter in plain.trainable_parameters().items():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max().clamp_min(1e-2))  # of the largest entry, 1e-2 where all are smaller
+        difference = learned[key].grad / scale - parameter.grad / scale  # type: ignore[operator]
+        assert difference.abs().max() < TOLERANCE, key
+
+
+def _at_random(module: peftc.CompiledModule) -> peftc.CompiledModule:
+    """Numbers that hide nothing, the same for modules whose parameters come in another order."""
+    with torch.no_grad():
+        for seed, (_, parameter) in enumerate(sorted(module.trainable_parameters().items())):
+            parameter.copy_(0.1 * number(*parameter.shape, seed=seed))
+    return module
+
+
+@pytest.fixture
+def llama() -> peftc.CompiledModule:
+    return _at_random(peftc.compile(ZOO["llama"](), LORA))
+
+
+def test_training_returns_the_loss_alone(llama: peftc.CompiledModule) -> None:
+    """The same loss and gradients as eval mode's, which has the logits, too."""
+    batch = inputs(llama.base)  # type: ignore[arg-type]
+    with_logits = llama.eval()(**batch)
+    without = llama.train()(**batch)
+    assert without.logits is None
+    assert with_logits.logits.shape == (2, 7, 97)
+    torch.testing.assert_close(without.loss, with_logits.loss, rtol=TOLERANCE, atol=TOLERANCE)
+    parameters = list(llama.trainable_parameters().values())
+    gradients = [torch.autograd.grad(result.loss, parameters) for result in (without, with_logits)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
+    del batch["labels"]
+    assert llama(**batch).logits is not None
+    assert llama(**batch).loss is None
+
+
+def test_training_returns_logits_to_who_asks(llama: peftc.CompiledModule) -> None:
+    batch = inputs(llama.base)  # type: ignore[arg-type]
+    llama.logits_in_training = True
+    assert llama(**batch).logits is not None
+    assert peftc.compile(llama.base, LORA, fuse=False)(**batch).logits is not None
+
+
+def test_a_head_that_learns_returns_logits() -> None:
+    model = ZOO["llama"]()
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.q\ntrain head")
+    assert compiled(**inputs(model)).logits is not None
+    told = {one.rule: str(one.nearest) for one in compiled.fired}
+    assert told["chunked_loss"] == "the head's lm_head.weight learns"
