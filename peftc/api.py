@@ -12,6 +12,7 @@ from peftc import pipeline
 from peftc.capture import capture
 from peftc.errors import PeftcError
 from peftc.inputs import example_inputs
+from peftc.loading import load_and_plan
 from peftc.model_errors import NeedsCalibration
 from peftc.module import CompiledModule
 from peftc.planning import Plan
@@ -31,6 +32,7 @@ def compile(
     example: Any = None,
     calibration: Iterable[Any] | None = None,
     fuse: bool = True,
+    dtype: str | None = None,
     timings: Timings | None = None,
 ) -> CompiledModule:
     """Compiles `spec` into `model`.
@@ -45,7 +47,11 @@ def compile(
             that start from data: FISH, EVA, SNIP.
         fuse: compute together what belongs together, and keep for the backward pass only what is dear to compute
             again. Without it the graph runs operation by operation as its passes wrote it: slower, the same numbers.
+        dtype: float32, float16 or bfloat16 for a reference; its checkpoint's own by default.
         timings: collects seconds by stage.
+
+    What a spec quantises of a reference with safetensors files is read and packed one weight at a time, and never there
+    as a whole. A module, a `.gguf` file, a `.bin` file, and any model that is to see calibration batches, is.
 
     Returns:
         A trainable `torch.fx.GraphModule`, called as the model is. Its frozen parameters are the model's own tensors.
@@ -56,9 +62,14 @@ def compile(
     timings = timings or Timings()
     parsed = as_spec(spec)
     _has_data(resolve(parsed), calibration)  # what a spec can be blamed for alone comes before the model is read
-    module, given = as_model(model)
-    inputs = example_inputs(module, given if example is None else example)
-    plan = pipeline.plan_model(module, parsed, inputs, timings)
+    plan = load_and_plan(
+        model,
+        parsed,
+        lambda module, given: example_inputs(module, given if example is None else example),
+        timings,
+        dtype=dtype,
+        whole=calibration is not None,
+    )
     data = None if calibration is None else pipeline.calibrate(plan, list(calibration), timings)
     return pipeline.build(plan, timings, data=data, fuse=fuse)
 

@@ -38,6 +38,23 @@ class NoWeights(Diagnostic):
         return ("peftc plan needs none; to compile, name the folder with the weights, or add --random-weights",)
 
 
+class ChangedCheckpoint(Diagnostic):
+    code = "changed-checkpoint"
+    weight: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"cannot read {self.weight} from the checkpoint: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "the weights that a spec quantises are read one by one, some of them again when a method asks: leave the "
+            "checkpoint's files alone meanwhile, or pass a model that is in memory",
+        )
+
+
 class BadArtifact(Diagnostic):
     code = "bad-artifact"
     folder: str

@@ -28,7 +28,7 @@ from peftc.savedbytes import saved_bytes
 from peftc.stopwatch import fastest, threads
 from peftc.syntax import Spec
 from peftc.timings import Timings
-from peftc.variants import FLOOR, FUSED, PLAIN, Variant, first_line, floor, hf_peft, torch_compiled
+from peftc.variants import FLOOR, FUSED, PLAIN, Variant, headline, floor, hf_peft, torch_compiled
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
 WARM_UP = 2  # steps before the clock runs
@@ -155,7 +155,7 @@ def _check_batch(model: nn.Module, arguments: Arguments, size: str) -> None:
         with torch.no_grad():
             Variant(FLOOR, model).loss(arguments)
     except Exception as error:  # a model is anybody's code
-        reason = f"it does not run on a batch of {size} ({first_line(error)})"
+        reason = f"it does not run on a batch of {size} ({headline(error)})"
         raise PeftcError(CannotMeasure(model=type(model).__name__, reason=reason)) from error
 
 
@@ -189,7 +189,7 @@ def _measured(
             except Exception as error:
                 if not variant.foreign:
                     raise
-                rows[variant.name] = Row(variant.name, note=first_line(error))
+                rows[variant.name] = Row(variant.name, note=headline(error))
                 continue
         working[variant.name] = variant
     with timings.stage("clock"):

@@ -12,24 +12,26 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext, tracing
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
 from peftc.errors import PeftcError
-from peftc.inputs import Example
+from peftc.inputs import Example, fake_mode_of
 from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotCapture, StaysRandom
 from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
+from peftc.weights import Checkpoint
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
@@ -38,7 +40,8 @@ LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch
 class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
-    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns.
+    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns. `checkpoint` has
+    the weights that were not read with the model.
     """
 
     module: fx.GraphModule
@@ -46,6 +49,12 @@ class Captured:
     result: pytree.TreeSpec
     model: nn.Module
     example: Example
+    checkpoint: Checkpoint | None = None
+
+    def frozen(self, name: str) -> torch.Tensor:
+        """A tensor of the model, which is read now if it was not before: then it is the caller's, to be let go of."""
+        own: torch.Tensor = get_attribute(self.model, name).detach()
+        return self.checkpoint.read(name) if own.is_meta and self.checkpoint is not None else own
 
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
@@ -80,6 +89,19 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         return _as_plain_graph(program, model, example)
 
 
+def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) -> Captured:
+    """The same graph over the tensors of `model`, for which the captured one stood; it is used up.
+
+    Where `model` is on the meta device the graph has its fake tensors still, and `checkpoint` the weights.
+    """
+    own = _tensors(model)
+    aliases: dict[int, torch.Tensor] = {}
+    for name in _tensors(captured.module):
+        if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
+            set_tensor(captured.module, name, _alias(own[name], aliases))
+    return replace(captured, model=model, checkpoint=checkpoint)
+
+
 def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:
     """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
     exported = program.module(check_guards=False)
@@ -109,6 +131,8 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
+        if (mode := fake_mode_of(model)) is not None:  # else torch.export makes another, which these do not mix with
+            stack.enter_context(tracing(TracingContext(mode)))
         model.train()
         if example.config is not None:
             if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
@@ -131,18 +155,29 @@ def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
     """The tensors the graph reads, as frozen parameters over the same storage: tied ones stay one object."""
-    root, seen = nn.Module(), {}
+    root = nn.Module()
+    seen: dict[int, torch.Tensor] = {}
     for node in exported.graph.find_nodes(op="get_attr"):
         tensor = get_attribute(exported, node.target)
         if isinstance(tensor, nn.Module):  # the body of a higher-order operator
             root.add_module(node.target, tensor)
             continue
-        if id(tensor) not in seen:
-            detached = tensor.detach()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
-        set_tensor(root, node.target, seen[id(tensor)])
+        set_tensor(root, node.target, _alias(tensor, seen))
     return root
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, a tied one under each of its names."""
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+
+
+def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A frozen tensor over the same memory, one for each that there is."""
+    if id(tensor) not in seen:
+        detached = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+    return seen[id(tensor)]
 
 
 def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:

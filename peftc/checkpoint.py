@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from types import UnionType
@@ -28,15 +29,17 @@ from peftc import pipeline
 from peftc import syntax as ast
 from peftc.artifact_errors import BadArtifact, WrongBase
 from peftc.errors import PeftcError
-from peftc.inputs import Example, example_inputs
+from peftc.inputs import Example, example_inputs, fake_mode_of
 from peftc.ir import get_attribute
+from peftc.loading import load_and_plan
 from peftc.module import CompiledModule, added_names
 from peftc.planning import Plan
-from peftc.references import load_model, parse_reference
+from peftc.references import parse_reference
 from peftc.text import Source
 from peftc.timings import Timings
+from peftc.weights import digest
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
 )}  # fmt: skip
@@ -103,25 +106,35 @@ def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     state = _read_tensors(folder, manifest)
-    base = model if model is not None else _base_model(folder, manifest)
-    _check_base(folder, manifest, base)
     spec = ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"]))
-    plan = pipeline.plan_model(base, spec, _example(folder, base, manifest), Timings())
+
+    def example(base: nn.Module, _given: Any) -> Example:
+        _check_base(folder, manifest, base)
+        return _example(folder, base, manifest)
+
+    base = model if model is not None else _base_reference(folder, manifest)
+    plan = load_and_plan(base, spec, example, Timings(), dtype=manifest["dtype"])
     check_tensors(folder, plan, state)
-    return pipeline.build(plan, Timings(), state)
+    compiled = pipeline.build(plan, Timings(), state)
+    if plan.captured.checkpoint is not None:
+        _check_weights(folder, manifest, compiled.base, plan.captured.checkpoint.digests)
+    return compiled
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over what a model computes with: its configuration, and every parameter and buffer."""
-    digest = hashlib.sha256()
+def fingerprint(model: nn.Module, digests: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over what a model computes with: its configuration, and the SHA-256 of every parameter and buffer.
+
+    `digests` has these of parameters that are not there any more, by name.
+    """
+    known = digests or {}
+    whole = hashlib.sha256()
     if isinstance(model, PreTrainedModel):
         settings = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        whole.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=itemgetter(0)):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
+        own = known[name] if tensor.is_meta else digest(tensor)
+        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {own}\n".encode())
+    return whole.hexdigest()
 
 
 def flattened(spec: ast.Spec) -> str:
@@ -141,7 +154,7 @@ def _manifest(compiled: CompiledModule, tensors: str) -> dict[str, Any]:
         "model": type(base).__name__,
         "reference": str(getattr(compiled.config, "_name_or_path", "") or "") or None,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
-        "base": fingerprint(base),
+        "base": fingerprint(base, plan.captured.checkpoint.digests if plan.captured.checkpoint else None),
         "tensors": tensors,
         "example": _described(plan.captured.example),
     }
@@ -215,19 +228,26 @@ def check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
 
 
-def _base_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
-    name = manifest["reference"]
-    reference = parse_reference(name) if name else None
-    if reference is None or reference.kind != "folder":
+def _base_reference(folder: Path, manifest: dict[str, Any]) -> str:
+    name: str | None = manifest["reference"]
+    if name is None or parse_reference(name).kind != "folder":
         raise PeftcError(WrongBase(folder=str(folder), reason="it does not say where its base model is"))
-    return load_model(reference, dtype=manifest["dtype"])[0]
+    return name
 
 
 def _check_base(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
+    """Of a model whose weights are not there yet they are checked later."""
     if type(model).__name__ != manifest["model"]:
         reason = f"it was made on a {manifest['model']}, and this is a {type(model).__name__}"
         raise PeftcError(WrongBase(folder=str(folder), reason=reason))
-    if fingerprint(model) != manifest["base"]:
+    if fake_mode_of(model) is None:
+        _check_weights(folder, manifest, model)
+
+
+def _check_weights(
+    folder: Path, manifest: dict[str, Any], model: nn.Module, digests: Mapping[str, str] | None = None
+) -> None:
+    if fingerprint(model, digests) != manifest["base"]:
         raise PeftcError(WrongBase(folder=str(folder), reason="the base model's weights are not the same"))
 
 

@@ -71,10 +71,15 @@ def _compile(given: argparse.Namespace) -> None:
             problems = peftc.check(Path(given.spec))
             if problems:
                 raise PeftcError(*problems)
-        with timings.stage("load"):
-            batches = read_batches(Path(given.calibration)) if given.calibration else None
-            model, example = _load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
-        compiled = peftc.compile(model, Path(given.spec), example=example, calibration=batches, timings=timings)
+        batches = read_batches(Path(given.calibration)) if given.calibration else None
+        _watched_only()
+        model, example = given.model, None
+        if given.random_weights:
+            with timings.stage("load"):
+                model, example = _load_model(given.model, random_weights=True, dtype=given.dtype)
+        compiled = peftc.compile(
+            model, Path(given.spec), example=example, calibration=batches, dtype=given.dtype, timings=timings
+        )
         if given.output:
             with timings.stage("save"):
                 compiled.save(given.output)

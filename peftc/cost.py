@@ -17,6 +17,7 @@ from torch import fx
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.linears import GROUPED
 from peftc.optimizers import STATE_BYTES
+from peftc.recomputing import block_of
 from peftc.room import extension
 from peftc.site import Block
 
@@ -134,12 +135,17 @@ def kept_for_backward(plan: Plan) -> tuple[Kept, ...]:
     for node in plan.captured.module.graph.nodes:
         if node.op != "call_function" or needs.isdisjoint(node.all_input_nodes):
             continue
+        if block := block_of(node, plan.checkpoints):
+            entering = (operand for operand in node.all_input_nodes if block_of(operand, {block}) is None)
+            kept |= {_storage(operand): _whole(operand) for operand in entering if operand in needs}
+            continue
         for tensor in _kept_by(node, needs):
             if tensor.op == "call_function" and is_tensor(tensor):
                 kept.setdefault(_storage(tensor), _whole(tensor))
         beside += _kept_beside(node)
     for binding in plan.bindings:
-        beside += _kept_by_branch(binding, kept)
+        if (binding.site.block or binding.site.path) not in plan.checkpoints:
+            beside += _kept_by_branch(binding, kept)
     return (*kept.values(), *beside)
 
 

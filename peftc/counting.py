@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.rows import hint, on_cpu, path_between
@@ -179,4 +180,4 @@ def evaluated(module: fx.GraphModule, node: fx.Node, tokens: Any, count: int) ->
 
     found = run(node)
     assert isinstance(found, torch.Tensor)
-    return None if found.is_meta else found
+    return None if found.is_meta or isinstance(found, FakeTensor) else found

@@ -23,8 +23,9 @@ from peftc.storage import Buffer, Storage
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Numbers that are rounded at a time, a multiple of every block: what that takes is no multiple of a large weight.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 SMALLEST = 1e-38  # bitsandbytes divides by this where a block is all zeros
+CELLS = 1024
 GRID = 65535  # steps of [-1, 1] that bitsandbytes rounds to before it looks up the nearest of 256 numbers
 
 
@@ -143,16 +144,38 @@ def _codes(numbers: Tensor, levels: str, block: int) -> tuple[Tensor, Tensor]:
         relative = torch.cat([relative, (numbers[whole:] / last).clamp_(-1, 1)])
     if len(relative) % 2:
         relative = torch.nn.functional.pad(relative, (0, 1))
-    middles, ascending = _between(levels, numbers.device)
-    return ascending[torch.bucketize(relative, middles, out_int32=True)], absmax
+    return _nearest(relative, levels), absmax
+
+
+def _nearest(relative: Tensor, levels: str) -> Tensor:
+    """fp32 [n] in [-1, 1] -> uint8 [n], the code of the nearest level, of two equally near ones the lower.
+
+    The range is cut into cells so narrow that at most one border between two levels falls in each: which side of that
+    a number is on tells its code. That takes a quarter of the time of a binary search over the borders.
+    """
+    border, codes = _cells(levels, relative.device)
+    cell = torch.add(relative, 1).mul_(CELLS / 2).to(torch.int32).clamp_(0, CELLS)  # of a NaN the first
+    above = relative > border.index_select(0, cell)
+    return codes.index_select(0, cell.mul_(2).add_(above))
 
 
 @cache
-def _between(levels: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What lies in the middle between two levels next to each other, and the codes in the order of their levels."""
+def _cells(levels: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The border in each cell, fp32 [CELLS + 1] (infinity for none), and the codes below and above it, [2 (CELLS + 1)].
+
+    A border on a cell's own edge is that cell's, so it does not matter into which of both its neighbours are rounded.
+    """
     ascending = torch.argsort(levels_of(levels, device))
     ordered = levels_of(levels, device)[ascending]
-    return (ordered[:-1] + ordered[1:]) / 2, ascending.to(torch.uint8)
+    borders = (ordered[:-1] + ordered[1:]) / 2
+    cell = ((borders.double() + 1) * (CELLS / 2)).long()
+    assert len(cell.unique()) == len(cell)
+    border = torch.full((CELLS + 1,), torch.inf, device=device)
+    border[cell] = borders
+    edges = torch.arange(CELLS + 1, device=device).double() * (2 / CELLS) - 1
+    below = torch.bucketize(edges, borders.double())
+    either = torch.stack([below, (below + 1).clamp(max=len(borders))], 1)
+    return border, ascending[either.flatten()].to(torch.uint8)
 
 
 def quantized_to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
     if item is None:
         found: Tensor = get_attribute(module, name).detach()
         return found
+    if not is_packed(module, item):
+        return plan.captured.frozen(name)
     return item.unpack({full: get_attribute(module, full) for full in item.buffers})
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
@@ -117,16 +118,26 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
     if model.can_generate():
         return torch.ones_like(given["input_ids"])
     main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
-    with FakeTensorMode() as fake, torch.no_grad():
+    with fake_mode_of(model) or FakeTensorMode() as fake, torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
-        state: dict[str, torch.Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
-        logits = torch.func.functional_call(model, state, kwargs={main: fake.from_tensor(given[main])}).logits
+        state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
+        logits = torch.func.functional_call(model, state, kwargs={main: _faked(given[main], fake)}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
     if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
         shape = logits.shape if logits.shape[-1] > 1 else logits.shape[:1]
         return torch.zeros(shape, dtype=model.dtype, device=model.device)
     return torch.zeros(logits.shape[0], dtype=torch.long, device=model.device)
+
+
+def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """The mode of the fake tensors that `model` is made of, or None if it is made of others."""
+    found: FakeTensorMode | None = detect_fake_mode([*model.parameters(), *model.buffers()])
+    return found
+
+
+def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 
 def _with_conventions(model: PreTrainedModel, kwargs: dict[str, torch.Tensor]) -> Example:

@@ -155,8 +155,7 @@ def _base(module: nn.Module, plan: Plan, weight: str) -> Tensor:
     """The base model's tensor, where the compiled model computes."""
     item = plan.stored.get(weight)
     device = get_attribute(module, weight if item is None or not is_packed(module, item) else item.first).device
-    base: Tensor = get_attribute(plan.captured.model, weight).detach().to(device)
-    return base
+    return plan.captured.frozen(weight).to(device)
 
 
 def _prepared(module: nn.Module, plan: Plan, weight: str) -> Tensor:

@@ -174,6 +174,15 @@ class Refused(Diagnostic):
         return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
 
 
+class CannotCheckpoint(Diagnostic):
+    code = "cannot-checkpoint"
+    block: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.block} cannot be computed again by itself: another part of the model runs between its operations"
+
+
 class NoPositions(Diagnostic):
     code = "no-positions"
     taken: int

@@ -28,7 +28,7 @@ from peftc.penalties import add_penalties
 from peftc.planning import Binding, Plan, make_plan
 from peftc.positions import Rooms, make_room
 from peftc.prompting import insert_prompts
-from peftc.regions import Block
+from peftc.regions import Block, mark
 from peftc.roles import find_sites
 from peftc.syntax import Spec
 from peftc.timings import Timings
@@ -183,6 +183,8 @@ def build(
         debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
+        if fuse:
+            mark(work.module, plan.checkpoints)
     with timings.stage("emit"):
         return CompiledModule(work.module, outer, plan, stages, work.fired)
 

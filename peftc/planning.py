@@ -23,6 +23,7 @@ from peftc.chains import linked
 from peftc.cost import Kept, Memory, estimate, formatted_bytes, kept_for_backward
 from peftc.errors import Diagnostic, PeftcError, choices, in_file_order
 from peftc.method import Method, Stage, State, kinds, methods
+from peftc.recomputing import recomputed
 from peftc.resolve import Application, Budget, Training, resolve
 from peftc.room import too_long
 from peftc.select import COMPARE, Selection
@@ -99,6 +100,7 @@ class Plan:
     trained: dict[str, Span]
     rows: tuple[Row, ...]
     stored: dict[str, Stored] = field(default_factory=dict)
+    checkpoints: dict[str, Span] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -156,6 +158,7 @@ class Plan:
                 for binding in self.bindings
             ],
             "trained": list(self.trained),
+            "checkpoints": list(self.checkpoints),
             "stored": [
                 {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
                 for item in self.stored.values()
@@ -197,7 +200,14 @@ class _Planner:
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
         ordered = sorted(bindings, key=lambda binding: binding.method.stage)
-        plan = Plan(self.spec, self.captured, self.sites, tuple(ordered), trained, tuple(self.rows), stored)
+        checkpoints = recomputed(self.intentions.recomputings, self._select, self.problems)
+        self.rows += [
+            Row(_one_line(item.span), sum(span == item.span for span in checkpoints.values()), 0)
+            for item in self.intentions.recomputings
+        ]
+        plan = Plan(
+            self.spec, self.captured, self.sites, tuple(ordered), trained, tuple(self.rows), stored, checkpoints
+        )
         if not self.problems:
             self.problems += [problem for budget in self.intentions.budgets if (problem := over(plan, budget))]
         if self.problems:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from torch import nn
 
 from peftc.artifact_errors import BadReference, NoWeights
 from peftc.errors import PeftcError
+from peftc.streaming import Leave, load_leaving, streams
+from peftc.weights import Checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (
@@ -88,8 +92,35 @@ def load_model(
     if reference.runs_code:
         model, example = _from_factory(reference)
         return (model.to(DTYPES[dtype]) if dtype else model), example
-    try:
+    with _readable(reference):
         return _from_transformers(reference, meta, random_weights, dtype), None
+
+
+def load_but(
+    reference: Reference, leave: Leave, *, dtype: str | None = None
+) -> tuple[nn.Module, Checkpoint | None] | None:
+    """Builds the model without the weights that `leave` names: they stay in the checkpoint, which it returns, too.
+
+    None for what can only be read as a whole: a factory's model, a `.gguf` file, a checkpoint that is packed already.
+
+    Raises:
+        PeftcError: as `load_model`, and whatever `leave` raises.
+    """
+    if reference.kind != "folder":
+        return None
+    with _readable(reference):
+        source = str(reference.path or reference.text)
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = _class_for(config)
+        if not streams(cls, config):
+            return None
+        return load_leaving(cls, source, leave, dtype=DTYPES[dtype] if dtype else "auto")
+
+
+@contextmanager
+def _readable(reference: Reference) -> Iterator[None]:
+    try:
+        yield
     except PeftcError:
         raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

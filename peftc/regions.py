@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
+from peftc.errors import PeftcError
 from peftc.ir import get_attribute, is_tensor
 from peftc.joint import Joint, Lifted, joint, lifted
 from peftc.memory_plan import Passes, split
+from peftc.model_errors import CannotCheckpoint
+from peftc.text import Span
 
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
 CHECKPOINT = "checkpoint"
@@ -86,6 +89,19 @@ class Block(fx.GraphModule):
         kind = Kind(text, needs, _autocast(inputs), bool(self.meta.get(CHECKPOINT)))
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
+
+
+def mark(module: fx.GraphModule, blocks: dict[str, Span]) -> None:
+    """Tells the folded blocks of `module` that `checkpoint` statements name.
+
+    Raises:
+        PeftcError: `cannot-checkpoint`, where a block is no part of the model that could be run again by itself.
+    """
+    for path, span in blocks.items():
+        block = module.get_submodule(path)
+        if not isinstance(block, Block) or lifted(block, block.graph, trains=True) is None:
+            raise PeftcError(CannotCheckpoint(block=path, span=span))
+        block.meta[CHECKPOINT] = True
 
 
 class _Holder:

@@ -53,6 +53,14 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Recomputing:
+    """`checkpoint SELECTOR`."""
+
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
 class Storing:
     """`quantize SELECTOR with STORAGE`, with the storage built."""
 
@@ -79,6 +87,7 @@ class Intentions:
     applications: list[Application] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     storings: list[Storing] = field(default_factory=list)
+    recomputings: list[Recomputing] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
 
@@ -125,6 +134,8 @@ class _Resolver:
                     built = self.calls.build(statement.storage, Storage)
                     if built is not None:
                         self.found.storings.append(Storing(built, target, statement.span))
+                case ast.Checkpoint():
+                    self.found.recomputings.append(Recomputing(self.selector(statement.target), statement.span))
                 case ast.Group():
                     self._group(statement)
                 case ast.Task():

@@ -14,6 +14,7 @@ from peftc.language.tree import (
     Arg,
     Bool,
     Call,
+    Checkpoint,
     Except,
     Filter,
     Freeze,
@@ -46,9 +47,9 @@ from peftc.language.unparse import unparse
 
 __all__ = [
     "LARGEST_FILE", "MOST_MISTAKES", "UNITS",
-    "Apply", "Arg", "Bool", "Call", "Except", "Filter", "Freeze", "Glob", "Group", "InLayers", "InStack", "Intersect",
-    "Let", "ListValue", "Name", "Node", "Number", "Quantize", "Regex", "Require", "Role", "Selector", "Spec",
-    "Statement", "String", "Task", "Train", "Union", "Use", "Value", "Where",
+    "Apply", "Arg", "Bool", "Call", "Checkpoint", "Except", "Filter", "Freeze", "Glob", "Group", "InLayers",
+    "InStack", "Intersect", "Let", "ListValue", "Name", "Node", "Number", "Quantize", "Regex", "Require", "Role",
+    "Selector", "Spec", "Statement", "String", "Task", "Train", "Union", "Use", "Value", "Where",
     "parse", "parse_file", "unparse",
 ]  # fmt: skip
 

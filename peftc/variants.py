@@ -75,8 +75,9 @@ def floor(model: nn.Module) -> Variant:
     """
     frozen = shared_copy(model)
     entries = _entries(frozen)
+    zero = torch.zeros((), dtype=next(frozen.parameters()).dtype, device=next(frozen.parameters()).device)
     for entry in entries:
-        entry.register_forward_hook(_needs_gradient)
+        entry.register_forward_hook(_adding(zero.requires_grad_()))
     if not entries:
         frozen.register_forward_pre_hook(_inputs_need_gradient, with_kwargs=True)
     return Variant(FLOOR, frozen.train())
@@ -97,7 +98,7 @@ def hf_peft(model: nn.Module, compiled: CompiledModule) -> Variant:
         except PeftcError as error:
             return Variant(HF_PEFT, missing=error.diagnostics[0].title)
         except Exception as error:  # whatever another library may raise on a model it does not take
-            return Variant(HF_PEFT, missing=f"peft {peft.__version__}: {first_line(error)}")
+            return Variant(HF_PEFT, missing=f"peft {peft.__version__}: {headline(error)}")
     return Variant(HF_PEFT, theirs.train())
 
 
@@ -117,10 +118,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def first_line(error: Exception) -> str:
-    """The kind of an exception and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def headline(error: Exception) -> str:
+    """The kind of an exception and the first line of what it says, with the next one where that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _entries(model: nn.Module) -> list[nn.Module]:
@@ -136,8 +138,9 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return [first, *(table for table in tables if table is not first and table.weight is weight)]
 
 
-def _needs_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_()
+def _adding(zero: Tensor) -> Callable[..., Tensor]:
+    """A hook that adds a zero with a gradient: torch.compile takes it, and no `requires_grad_` in a graph's middle."""
+    return lambda _module, _args, output: output + zero
 
 
 def _inputs_need_gradient(_module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -170,6 +170,7 @@ def test_the_table_says_what_is_missing_and_what_differs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_torch_compile_takes_the_compiled_module_and_the_floor_whole() -> None:
     found = bench(ZOO["llama"](), LORA, seq=16, repeats=1, with_torch_compile=True)
     rows = [row for row in found.rows if row.name.startswith("torch.compile")]

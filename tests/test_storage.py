@@ -174,8 +174,8 @@ def test_the_operations_keep_the_rules(double: bool) -> None:
     arguments = (four["packed"], four["absmax"], *nested, "nf4", 64, (24, 80), torch.bfloat16)
     torch.library.opcheck(torch.ops.peftc.dequantize_4bit.default, arguments)
     eight = made("int8").pack(weight)
-    arguments = (eight["values"], eight["scale"], (24, 80), torch.float32)
-    torch.library.opcheck(torch.ops.peftc.dequantize_int8.default, arguments)
+    others = (eight["values"], eight["scale"], (24, 80), torch.float32)
+    torch.library.opcheck(torch.ops.peftc.dequantize_int8.default, others)
 
 
 @pytest.mark.parametrize("text", EVERY)

@@ -148,7 +148,6 @@ def _scale(numbers: Tensor, scales: Tensor, block: int) -> None:
         numbers[whole * block :].mul_(scales[whole])
 
 
-@torch.library.register_fake("peftc::dequantize_4bit")
 def _fake_of_four_bits(
     packed: Tensor,
     absmax: Tensor,
@@ -174,6 +173,9 @@ def _eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torc
     return whole.view(shape)
 
 
-@torch.library.register_fake("peftc::dequantize_int8")
 def _fake_of_eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return values.new_empty(shape, dtype=dtype)
+
+
+torch.library.register_fake("peftc::dequantize_4bit", _fake_of_four_bits)
+torch.library.register_fake("peftc::dequantize_int8", _fake_of_eight_bits)

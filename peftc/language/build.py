@@ -22,6 +22,7 @@ from peftc.language.tree import (
     Arg,
     Bool,
     Call,
+    Checkpoint,
     Except,
     Freeze,
     Glob,
@@ -73,6 +74,8 @@ class Builder:
                 return Train(self.selector(parts[0]), span=span)
             case "freeze":
                 return Freeze(self.selector(parts[0]), span=span)
+            case "checkpoint":
+                return Checkpoint(self.selector(parts[0]), span=span)
             case "let":
                 is_call = parts[1].data == "call"
                 return Let(self.name(parts[0]), (self.call if is_call else self.selector)(parts[1]), span=span)

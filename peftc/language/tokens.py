@@ -10,7 +10,7 @@ from lark import Lark, Token
 
 from peftc.text import Source, Span
 
-VERBS = ("APPLY", "QUANTIZE", "TRAIN", "FREEZE", "LET", "TASK", "GROUP", "REQUIRE", "USE")
+VERBS = ("APPLY", "QUANTIZE", "TRAIN", "FREEZE", "CHECKPOINT", "LET", "TASK", "GROUP", "REQUIRE", "USE")
 WORDS = (*VERBS, "TO", "WITH", "IN", "WHERE", "EXCEPT", "TRUE", "FALSE")
 NEWLINE, END = "_NEWLINE", "$END"
 CLOSING = {"(": ")", "[": "]", "{": "}"}

@@ -192,6 +192,13 @@ class Freeze(Statement):
 
 
 @dataclass(frozen=True)
+class Checkpoint(Statement):
+    """Blocks of which a training step keeps the input alone."""
+
+    target: Selector
+
+
+@dataclass(frozen=True)
 class Let(Statement):
     """A name for a selector or a method. A bare word on the right is a `Role` until the plan knows better."""
 

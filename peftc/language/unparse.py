@@ -10,6 +10,7 @@ from peftc.language.tree import (
     Arg,
     Bool,
     Call,
+    Checkpoint,
     Except,
     Freeze,
     Glob,
@@ -65,6 +66,8 @@ def _statement_text(statement: Statement) -> str:
             return f"train {unparse(target)}"
         case Freeze(target):
             return f"freeze {unparse(target)}"
+        case Checkpoint(target):
+            return f"checkpoint {unparse(target)}"
         case Let(name, value):
             return f"let {name.text} = {unparse(value)}"
         case Task(name, body):

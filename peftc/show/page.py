@@ -18,7 +18,7 @@ HUES = 8
 Stages = list[tuple[str, Drawing]]
 
 _WORDS = re.compile(
-    r"(?P<em>#.*)|(?P<b>\b(?:apply|to|quantize|with|train|freeze|let|task|group|require|use|in|where|except)\b)"
+    r"(?P<em>#.*)|(?P<b>\b(?:apply|to|quantize|with|train|freeze|checkpoint|let|task|group|require|use|in|where|except)\b)"
     r"|\"[^\"\n]*\"|."
 )
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

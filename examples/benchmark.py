@@ -1,0 +1,127 @@
+"""Steps of six specs against the frozen model's own and HF PEFT's, in one table.
+
+    python examples/benchmark.py [--only lora dora] [--repeats 8] [--output examples/benchmarks/results.json]
+
+SmolLM2-135M in fp32, and a small Mixtral for the experts; batch 2 × 128, one thread. Each line is one run of
+`peftc bench examples/benchmarks/NAME.peft examples/models.py:MODEL`. The README's table is made from the file that
+`--output` writes; tests/test_readme.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from models import mixtral, smollm2
+from peftc.bench import bench
+from peftc.variants import FLOOR, FUSED, HF_PEFT, PLAIN
+
+FOLDER = Path(__file__).parent / "benchmarks"
+RESULTS = FOLDER / "results.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: the name is its spec's; targets are in units of the frozen model's step and bytes."""
+
+    name: str
+    title: str
+    time: float
+    saved: float | None
+    model: Callable[[], PreTrainedModel] = smollm2
+    against: str = FLOOR  # what `time` is a multiple of
+
+
+CASES = (
+    Case("lora", "lora r=16, seven projections", 1.08, 0.75),
+    Case("lora_dropout", "the same, dropout 0.05", 1.12, 0.80),
+    Case("dora", "dora r=16", 1.15, 0.80),
+    Case("loha", "loha r=8", 1.40, 0.90),
+    Case("lokr", "lokr r=8", 1.20, 0.90),
+    Case("experts", "lora r=8 on Mixtral's experts", 0.50, None, mixtral, HF_PEFT),
+)
+HEADINGS = ("spec", "step time", "target", "saved bytes", "target", "unfused", "HF PEFT")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="some of the specs")
+    parser.add_argument("--repeats", type=int, default=8, help="rounds, of which the fastest counts")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--torch-compile", action="store_true", help="each also under torch.compile")
+    parser.add_argument("--output", type=Path, help="keep all figures in this .json file; others' lines in it stay")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kept = json.loads(given.output.read_text())["runs"] if given.output and given.output.exists() else {}
+    runs: dict[str, Any] = {}
+    for case in CASES:
+        if given.only is None or case.name in given.only:
+            print(f"{case.name} …", file=sys.stderr, flush=True)
+            runs[case.name] = measured(case, given)
+            if given.output:
+                given.output.write_text(json.dumps({"runs": kept | runs}, indent=2) + "\n")
+    print(markdown(runs))
+
+
+def measured(case: Case, given: argparse.Namespace) -> dict[str, Any]:
+    """One run, with where and when it was."""
+    found = bench(
+        case.model(),
+        FOLDER / f"{case.name}.peft",
+        batch=given.batch,
+        seq=given.seq,
+        repeats=given.repeats,
+        with_torch_compile=given.torch_compile,
+    )
+    when = datetime.now(UTC).isoformat(timespec="minutes")
+    command = f"python examples/benchmark.py --only {case.name} --repeats {given.repeats}"
+    return {"command": command, "date": when, "cpu": cpu(), "cores": os.cpu_count(), **found.to_json()}
+
+
+def markdown(runs: dict[str, Any]) -> str:
+    """The table: ratios to the frozen model's step and saved bytes, time · bytes where two stand together."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    for case in CASES:
+        if case.name in runs:
+            rows = {row["name"]: row for row in runs[case.name]["rows"]}
+            lines.append(f"| {' | '.join(_cells(case, rows))} |")
+    return "\n".join(lines)
+
+
+def _cells(case: Case, rows: dict[str, Any]) -> Iterable[str]:
+    own, unit = rows[FUSED], rows[case.against]
+    of = "" if case.against == FLOOR else f" × {case.against}"
+    yield case.title
+    yield f"{own['seconds'] / unit['seconds']:.2f}{of}"
+    yield f"≤ {case.time:.2f}"
+    yield f"{own['ratio']['saved']:.2f}"
+    yield "" if case.saved is None else f"≤ {case.saved:.2f}"
+    for name in (PLAIN, HF_PEFT):
+        ratio = rows[name]["ratio"]
+        yield f"{ratio['seconds']:.2f} · {ratio['saved']:.2f}" if ratio["seconds"] else rows[name]["note"]
+
+
+def cpu() -> str:
+    """The processor's own name, where the system tells it."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
