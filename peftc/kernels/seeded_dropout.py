@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.scratch import scratch
 from peftc.kernels.shapes import like, wide
 
 LEVELS = 1 << 16
 # Numbers are made in rows of this many words of 32 bits, two elements a word, and some PIECE elements at a time: what
 # is worked on stays in a core's cache.
-WORDS, PIECE = 1024, 1 << 17
+WORDS, PIECE = 1024, 1 << 18
 # An odd constant near 2³² / φ spreads the counter; the multipliers are those of Wellons' `lowbias32`.
 GOLDEN, FIRST, SECOND = -1640531527, 2146121005, -2073254261
 
@@ -85,15 +86,15 @@ def numbers(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The elements' bits as numbers of `dtype`, `step` at a time: where each piece starts and stops, and a buffer.
 
-    `step` is even, and the buffer is the same for all.
+    `step` is even. The buffer is the same for all, and for the next caller in this thread.
     """
     first, second = keys(seed, salt)
     step = max(2, min(step, count + count % 2))
     height = -(-step // (2 * WORDS))
     starts, columns = _counters(height)
     key = torch.tensor(second, dtype=torch.int32)
-    words, shifted = (torch.empty(height, WORDS, dtype=torch.int32) for _ in range(2))
-    result = torch.empty(step, dtype=dtype)
+    words, shifted = (scratch(name, (height, WORDS), torch.int32) for name in ("words", "shifted"))
+    result = scratch("numbers", (step,), dtype)
     for start in range(0, count, step):
         offset = (start // 2 * GOLDEN + first + (1 << 31)) % (1 << 32) - (1 << 31)
         torch.add(starts + offset, columns, out=words)
