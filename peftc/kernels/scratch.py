@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import threading
-from math import prod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-class _Rooms(threading.local):
-    def __init__(self) -> None:
-        self.known: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_ROOMS = _Rooms()
+KEPT = 16  # rooms; none is larger than a piece of dropout's work
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor with whatever numbers the last caller of this name left in it; one a thread, kept for the next.
+    """A CPU tensor with whatever the last caller of this name and shape in this thread left in it.
 
     For small pieces of what an operation works on, never for what it returns.
     """
-    count = prod(shape)
-    room = _ROOMS.known.get((name, dtype))
-    if room is None or room.numel() < count:
-        with torch.inference_mode(False):  # or nobody could write to it outside that mode
-            room = _ROOMS.known[name, dtype] = torch.empty(count, dtype=dtype)
-    return room[:count].view(shape)
+    return _room(name, shape, dtype, threading.get_ident())
+
+
+@lru_cache(maxsize=KEPT)
+def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype, thread: int) -> Tensor:
+    with torch.inference_mode(False):  # or nobody could write to it outside that mode
+        return torch.empty(shape, dtype=dtype)
