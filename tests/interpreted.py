@@ -145,9 +145,11 @@ def four_bits(dtype: torch.dtype) -> None:
         blocks = -(-count // block)
         packed = torch.randint(256, (-(-count // 2), 1), dtype=torch.uint8)
         coded, nested = torch.randint(256, (blocks,), dtype=torch.uint8), normal(-(-blocks // 256)).abs()
-        for scales in ((normal(blocks).abs(), None, None), (coded, nested, torch.tensor(0.25))):
-            ours = gpu_dequantize.dequantize_4bit(packed, *scales, *tables, block, (count,), dtype)
-            assert torch.equal(ours, dequantize_4bit(packed, *scales, "nf4", block, (count,), dtype))
+        cases = ((normal(blocks).abs(), None, None), (coded, nested, torch.tensor(0.25)))
+        for absmax, outer, offset in cases:
+            arguments = packed, absmax, outer, offset
+            ours = gpu_dequantize.dequantize_4bit(*arguments, *tables, block, (count,), dtype)
+            assert torch.equal(ours, dequantize_4bit(*arguments, "nf4", block, (count,), dtype))
 
 
 if __name__ == "__main__":
