@@ -52,7 +52,7 @@ def trained(spec: str, batches: torch.Tensor, args: argparse.Namespace) -> tuple
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - start)
     return losses, sum(tensor.nbytes for tensor in frozen), sorted(seconds)[len(seconds) // 2]
 

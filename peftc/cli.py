@@ -20,6 +20,7 @@ from rich.status import Status
 from peftc import debug
 from peftc.errors import PeftcError
 from peftc.text import render
+from peftc.timings import Timings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +73,7 @@ def _compile(given: argparse.Namespace) -> None:
             if problems:
                 raise PeftcError(*problems)
         batches = read_batches(Path(given.calibration)) if given.calibration else None
-        _watched_only()
-        model, example = given.model, None
-        if given.random_weights:
-            with timings.stage("load"):
-                model, example = _load_model(given.model, random_weights=True, dtype=given.dtype)
+        model, example = _model_to_compile(given, timings, dtype=given.dtype)
         compiled = peftc.compile(
             model, Path(given.spec), example=example, calibration=batches, dtype=given.dtype, timings=timings
         )
@@ -137,20 +134,24 @@ def _sites(given: argparse.Namespace) -> None:
 
 
 def _methods(given: argparse.Namespace) -> None:
-    """The registry, or one method of it."""
+    """The registry of methods and storages, or one of it."""
+    from peftc import report
     from peftc.method import methods
-    from peftc.report import described_methods, method_page, methods_table
     from peftc.spec_errors import UnknownMethod
+    from peftc.storage import storages
 
     known = methods()
-    if given.name and given.name not in known:
+    if given.name and given.name not in known and given.name not in storages():
         raise PeftcError(UnknownMethod(name=given.name, known=tuple(known)))
     if given.json:
-        _print_json([item for item in described_methods() if given.name in (None, item["name"])])
+        everything = [*report.described_methods(), *report.described_storages()]
+        _print_json([item for item in everything if given.name in (None, item["name"])])
+    elif given.name in known:
+        _print(report.method_page(known[given.name]))
     elif given.name:
-        _print(method_page(known[given.name]))
+        _print(report.storage_page(storages()[given.name]))
     else:
-        _print(methods_table())
+        _print(report.methods_table(), report.storages_table())
 
 
 def _show(given: argparse.Namespace) -> None:
@@ -159,8 +160,7 @@ def _show(given: argparse.Namespace) -> None:
     from peftc.show import Format, render_show
 
     with _progress(given) as timings:
-        with timings.stage("load"):
-            model, example = _load_model(given.model, random_weights=given.random_weights)
+        model, example = _model_to_compile(given, timings)
         compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
     wanted: dict[Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
@@ -228,6 +228,15 @@ def _bench(given: argparse.Namespace) -> int:
     else:
         _print(bench_table(found))
     return 0 if found.agrees else 1
+
+
+def _model_to_compile(given: argparse.Namespace, timings: Timings, **options: Any) -> tuple[Any, Any]:
+    """The reference itself, which `peftc.compile` reads in its own way, or a model of random weights."""
+    _watched_only()
+    if not given.random_weights:
+        return given.model, None
+    with timings.stage("load"):
+        return _load_model(given.model, random_weights=True, **options)
 
 
 def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
@@ -311,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("sites", _sites, model=True, spec=False)
     made.add_argument("--all", action="store_true", help="every layer, not the first of each stack alone")
     made = command("methods", _methods, model=False, spec=False)
-    made.add_argument("name", nargs="?", metavar="NAME", help="one method, with its parameters")
+    made.add_argument("name", nargs="?", metavar="NAME", help="one method or storage, with its parameters")
     made = command("show", _show, model=True, spec=True)
     made.add_argument("--html", metavar="FILE", help="a self-contained page ('-' for standard output, as below)")
     made.add_argument("--dot", metavar="FILE", help="Graphviz")
@@ -365,7 +374,6 @@ def _positive(text: str) -> int:
 @contextmanager
 def _progress(given: argparse.Namespace) -> Iterator[Any]:
     """Timings whose stages show as they run: a spinner on a terminal, nothing elsewhere."""
-    from peftc.timings import Timings
 
     console = Console(stderr=True)
     if not console.is_terminal or given.json:

@@ -17,7 +17,7 @@ from peftc.consistency import two_passes
 from peftc.errors import PeftcError
 from peftc.fusion import Fired
 from peftc.insert import prepare
-from peftc.ir import keep_unread
+from peftc.ir import get_attribute, keep_unread, set_tensor
 from peftc.model_errors import NeedsLabels
 from peftc.planning import Plan
 from peftc.room import room
@@ -123,9 +123,16 @@ class CompiledModule(fx.GraphModule):
         return fired
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
-        """nn.Module's; a graph names the device of the tensors it makes, so those names move too."""
+        """nn.Module's; a graph names the device of the tensors it makes, so those names move too.
+
+        Packed numbers keep their precision: to round their scales would be to change every weight.
+        """
         before = self.device
+        packed = {full: get_attribute(self, full) for item in self.plan.stored.values() for full in item.buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for full, tensor in packed.items():
+            if get_attribute(self, full).dtype != tensor.dtype:
+                set_tensor(self, full, tensor.to(get_attribute(self, full).device))
         if self.device != before:
             self._pruned.clear()
             for module in self.modules():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -199,7 +199,7 @@ class _Planner:
         self.problems += self._cannot_agree(bindings)
         if not bindings and not trained and not self.problems:
             self.problems.append(say.NothingTrains())
-        ordered = sorted(bindings, key=lambda binding: binding.method.stage)
+        ordered = sorted(_knowing(stored, bindings), key=lambda binding: binding.method.stage)
         checkpoints = recomputed(self.intentions.recomputings, self._select, self.problems)
         self.rows += [
             Row(_one_line(item.span), sum(span == item.span for span in checkpoints.values()), 0)
@@ -394,6 +394,16 @@ class _Planner:
             trains = tuple(site.name for site in readers if site.name in named)
             if missing and trains:
                 self.problems.append(say.TrainsTied(trains=trains, missing=missing, span=span))
+
+
+def _knowing(stored: dict[str, Stored], bindings: list[Binding]) -> list[Binding]:
+    """The bindings, with the storage of the weight told to each that takes something out of it."""
+    return [
+        replace(binding, site=replace(binding.site, storage=stored[binding.site.weight].storage))
+        if isinstance(binding.site, Projection) and binding.method.prepares and binding.site.weight in stored
+        else binding
+        for binding in bindings
+    ]
 
 
 def over(plan: Plan, budget: Budget) -> Diagnostic | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from io import StringIO
 from typing import Any
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +20,10 @@ from peftc.fusion import Fired
 from peftc.merge import Rounding
 from peftc.method import Method, kinds, methods
 from peftc.parameterisation import Parameterisation
-from peftc.params import registered
+from peftc.params import Configured, registered
 from peftc.planning import Plan
 from peftc.site import Attention, Block, Experts, Linear, Module, Sequence, Site, Sites
+from peftc.storage import Storage, storages
 
 # What a spec says for each kind of site.
 PLACES: dict[type[Site], str] = {
@@ -155,6 +157,37 @@ def parameterisations_markdown() -> str:
     return "\n".join(lines)
 
 
+def storages_table() -> Table:
+    """Every storage with its formula, parameters and paper."""
+    table = Table(title="quantize SELECTOR with", title_justify="left", show_lines=True)
+    for heading in ("storage", "formula", "parameters", "paper"):
+        table.add_column(heading, overflow="fold")
+    for name, cls in storages().items():
+        table.add_row(name, cls.formula, ", ".join(cls.parameters), cls.paper)
+    return table
+
+
+def storages_markdown() -> str:
+    """How frozen weights may lie in memory, as the README's table; the bits are those of a weight of 4096 by 4096."""
+    lines = ["| storage | formula | parameters | bits a weight | paper |", "|---|---|---|---|---|"]
+    for name, cls in storages().items():
+        parameters = ", ".join(f"`{parameter}`" for parameter in cls.parameters)
+        settings = [{}, *({each: True} for each, parameter in cls.parameters.items() if parameter.kind is bool)]
+        packed = [cls(**given).buffers((4096, 4096), torch.bfloat16).values() for given in settings]
+        bits = ", ".join(f"{8 * sum(buffer.bytes for buffer in buffers) / 4096**2:.2f}" for buffers in packed)
+        lines.append(f"| `{name}` | {cls.formula} | {parameters} | {bits} | {cls.paper} |")
+    return "\n".join(lines)
+
+
+def described_storages() -> list[dict[str, Any]]:
+    """The storages as plain data."""
+    return [
+        {"name": name, "summary": inspect.getdoc(cls), "formula": cls.formula, "paper": cls.paper,
+         "parameters": _described_parameters(cls)}
+        for name, cls in storages().items()
+    ]  # fmt: skip
+
+
 def described_methods() -> list[dict[str, Any]]:
     """The registry as plain data."""
     return [
@@ -166,30 +199,42 @@ def described_methods() -> list[dict[str, Any]]:
             "site": kinds(cls)[0].kind,
             "sites": [kind.kind for kind in kinds(cls)],
             "merges": cls.unmergeable is None,
-            "parameters": {
-                parameter.name: {
-                    "default": None if parameter.required else parameter.default,
-                    "required": parameter.required,
-                    "doc": parameter.doc,
-                    "expects": parameter.expects,
-                    **({"alias": parameter.alias} if parameter.alias else {}),
-                }
-                for parameter in cls.parameters.values()
-            },
+            "parameters": _described_parameters(cls),
         }
         for name, cls in methods().items()
     ]
 
 
+def _described_parameters(cls: type[Configured]) -> dict[str, dict[str, Any]]:
+    return {
+        parameter.name: {
+            "default": None if parameter.required else parameter.default,
+            "required": parameter.required,
+            "doc": parameter.doc,
+            "expects": parameter.expects,
+            **({"alias": parameter.alias} if parameter.alias else {}),
+        }
+        for parameter in cls.parameters.values()
+    }
+
+
 def method_page(cls: type[Method]) -> Group:
     """One method: what it is, and each parameter."""
+    merges = "can be merged" if cls.unmergeable is None else f"cannot be merged: {cls.unmergeable}"
+    return _page(cls, (cls.formula, cls.paper, f"attaches to {_places(cls)}", merges))
+
+
+def storage_page(cls: type[Storage]) -> Group:
+    """One storage: what it is, and each parameter."""
+    return _page(cls, (cls.formula, cls.paper))
+
+
+def _page(cls: type[Configured], facts: tuple[str, ...]) -> Group:
     table = Table("parameter", "default", "meaning", "expects")
     for parameter in cls.parameters.values():
         name = f"{parameter.name} ({parameter.alias})" if parameter.alias else parameter.name
         shown = "required" if parameter.required else _default(parameter.default)
         table.add_row(name, shown, parameter.doc, parameter.expects)
-    merges = "can be merged" if cls.unmergeable is None else f"cannot be merged: {cls.unmergeable}"
-    facts = (cls.formula, cls.paper, f"attaches to {_places(cls)}", merges)
     lines = (f"{cls.name}: {inspect.getdoc(cls)}", *(f"  {fact}" for fact in facts))
     return Group(*(Text(line) for line in lines), table)
 

@@ -14,6 +14,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 if TYPE_CHECKING:
     from peftc.flow import AttentionPattern
+    from peftc.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Projection(Site):
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
     its transpose, so that no one change of it is a change of this layer. `product` is how the base multiplies here,
-    for the matrices of a branch: set in the site that a rewrite gets.
+    for the matrices of a branch: set in the site that a rewrite gets. `storage` is what the weight is packed in once a
+    method has taken its part out: set in the site that such a method gets.
     """
 
     n_in: int = 0
@@ -82,6 +84,7 @@ class Projection(Site):
     mixed: bool = False
     uses: tuple[Use, ...] = ()
     product: Multiply = F.linear
+    storage: Storage | None = None
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}

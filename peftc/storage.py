@@ -61,6 +61,10 @@ class Storage(Configured):
         """The weight as it is computed with. It is traced into the graph: one operation, without a gradient."""
         raise NotImplementedError
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """`weight` as it comes back from being packed."""
+        return self.unpack(tuple(weight.shape), weight.dtype, **self.pack(weight))
+
     def to_bitsandbytes(
         self, shape: tuple[int, ...], dtype: torch.dtype, buffers: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -117,6 +117,40 @@ def test_check_is_silent_about_a_good_spec(run: Run, spec: Path) -> None:
     assert "no errors" in out
 
 
+def test_what_is_quantised_is_counted_merged_and_rounded_again(run: Run, model: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "qlora.peft"
+    spec.write_text(f"quantize linear except head with nf4(double=true)\n{SPEC}")
+    status, out, err = run("compile", spec, model, "-o", tmp_path / "qlora")
+    assert (status, err) == (0, "")
+    assert "kB │ of " in out
+    status, out, err = run("merge", tmp_path / "qlora", "-o", tmp_path / "dense")
+    assert (status, err) == (0, "")
+    assert "error / weight" not in out
+    status, out, err = run("merge", tmp_path / "qlora", "-o", tmp_path / "rounded", "--requantize")
+    assert (status, err) == (0, "")
+    assert "error / weight" in out
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    status, out, _ = run("merge", tmp_path / "qlora", "-o", tmp_path / "again", "--requantize", "--json")
+    lost = json.loads(out)["lost"]
+    assert len(lost) == 14
+    dense, rounded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "rounded")
+    )
+    for name, rounding in lost.items():
+        assert rounding["largest"] == float((dense[name] - rounded[name]).abs().max())
+
+
+def test_storages_are_listed(run: Run) -> None:
+    status, out, _ = run("methods")
+    assert status == 0
+    assert "quantize SELECTOR with" in out
+    status, out, _ = run("methods", "nf4")
+    assert status == 0
+    assert "whether the scales are quantised" in out
+    status, out, _ = run("methods", "int8", "--json")
+    assert [item["name"] for item in json.loads(out)] == ["int8"]
+
+
 def test_sites_and_methods(run: Run, model: Path) -> None:
     status, out, _ = run("sites", model)
     assert status == 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,16 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 LORA = "apply lora(r=4, alpha=8) to attn.*, mlp.*"
+SLOW = pytest.mark.slow
+STACKED = ["mixtral", "gpt_oss"]  # experts, in the second transposed
+OTHERS = ["gpt2", "falcon", "t5", *STACKED]  # transposed, by a matmul, tied
 STORAGES = ["nf4", "nf4(double=true)", "fp4(double=true)", "int8"]
+
+
+@cache
+def base_of(name: str) -> PreTrainedModel:
+    """One for all tests of a process, which share its capture; compiling leaves it as it is."""
+    return ZOO[name]()
 
 
 def compiled(base: nn.Module, spec: str, seed: int = 0) -> peftc.CompiledModule:
@@ -51,10 +61,10 @@ def randomise(model: peftc.CompiledModule) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(name, marks=SLOW) for name in STACKED)])
 def test_the_plan_counts_the_bytes_that_are_there(name: str, storage: str) -> None:
-    base = ZOO[name]()
-    spec = f"quantize linear except head with {storage}\n{LORA} except expert"
+    base = base_of(name)
+    spec = f"quantize linear except head with {storage}\napply lora(r=4) to attn.*"
     planned = peftc.plan(base, spec)
     model = compiled(base, spec)
     tensors = {id(t): t for t in (*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n))}
@@ -69,7 +79,7 @@ def test_the_plan_counts_the_bytes_that_are_there(name: str, storage: str) -> No
 
 
 def test_a_fused_weight_is_stored_once_and_as_a_whole() -> None:
-    model = compiled(ZOO["gpt2"](), f"quantize attn.q with nf4\nquantize mlp.up with int8\n{LORA}")
+    model = compiled(base_of("gpt2"), f"quantize attn.q with nf4\nquantize mlp.up with int8\n{LORA}")
     assert [*model.plan.stored] == [
         f"transformer.h.{layer}.{leaf}.weight" for leaf in ("attn.c_attn", "mlp.c_fc") for layer in (0, 1)
     ]
@@ -79,12 +89,12 @@ def test_a_fused_weight_is_stored_once_and_as_a_whole() -> None:
     assert {"peftc.dequantize_4bit.default", "peftc.dequantize_int8.default"} <= code
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mixtral", "gpt_oss", "t5"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=SLOW) for name in OTHERS)])
 def test_it_computes_with_the_rounded_weights(name: str) -> None:
     """Outputs and gradients of a plain model whose weights the test itself has rounded."""
-    base = ZOO[name]()
+    base = base_of(name)
     batch = inputs(base)
-    model = compiled(base, "quantize linear except head with nf4(double=true)\ntrain norm\ntrain embed\n")
+    model = compiled(base, "quantize linear except head with nf4(double=true)\ntrain norm")
     plain = rounded(model)
     for mode in (model, plain):
         mode.train()
@@ -97,7 +107,7 @@ def test_it_computes_with_the_rounded_weights(name: str) -> None:
 
 
 def test_storage_stands_first_wherever_it_is_written() -> None:
-    base = ZOO["llama"]()
+    base = base_of("llama")
     outputs = []
     for lines in ([LORA, "quantize attn.* with nf4"], ["quantize attn.* with nf4", LORA]):
         model = compiled(base, "\n".join(lines)).eval()
@@ -111,7 +121,8 @@ def test_storage_stands_first_wherever_it_is_written() -> None:
 
 @pytest.mark.parametrize("method", ["lora(r=4)", "lora(r=4, init=pissa)", "relora(every=2)", "dora(r=4)"])
 def test_saved_loaded_and_copied(method: str, tmp_path: Path) -> None:
-    base = ZOO["llama"]()
+    base = base_of("llama")
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     batch = inputs(base)
     model = compiled(base, f"quantize attn.*, mlp.* with nf4(double=true)\napply {method} to attn.q, mlp.down")
     optimizer = torch.optim.AdamW(model.param_groups(1e-2))
@@ -129,7 +140,7 @@ def test_saved_loaded_and_copied(method: str, tmp_path: Path) -> None:
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(**batch).logits, expected)
     assert not any("nf4" in key for key in model.state_dict())
-    assert all(torch.equal(tensor, ZOO["llama"]().state_dict()[key]) for key, tensor in base.state_dict().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
 
 
 def model_spec(model: peftc.CompiledModule) -> str:
@@ -140,7 +151,7 @@ def model_spec(model: peftc.CompiledModule) -> str:
 
 def test_a_cast_leaves_the_packed_numbers_alone() -> None:
     """`.to(dtype)` is for what computes; rounding the scales would change every weight."""
-    base = ZOO["llama"]()
+    base = copy.deepcopy(base_of("llama"))
     model = compiled(base, f"quantize attn.* with nf4(double=true)\n{LORA}")
     item = next(iter(model.plan.stored.values()))
     before = {full: get_attribute(model, full).clone() for full in item.buffers}
@@ -151,7 +162,7 @@ def test_a_cast_leaves_the_packed_numbers_alone() -> None:
 
 def test_dora_starts_from_the_lengths_of_what_is_stored() -> None:
     """As in HF PEFT, which dequantises: the start is what the model computes, not what it was before."""
-    model = compiled(ZOO["llama"](), "quantize attn.* with fp4\napply dora(r=4) to attn.q")
+    model = compiled(base_of("llama"), "quantize attn.* with fp4\napply dora(r=4) to attn.q")
     for binding in model.plan.bindings:
         assert isinstance(binding.site, Projection)
         weight = frozen_weight(model, model.plan, binding.site.weight)
@@ -160,7 +171,7 @@ def test_dora_starts_from_the_lengths_of_what_is_stored() -> None:
 
 def test_pissa_is_taken_out_before_the_rest_is_rounded() -> None:
     """As the paper's QPiSSA: the residual is quantised, so that it loses less than the whole weight would."""
-    base = ZOO["llama"]()
+    base = base_of("llama")
     model = compiled(base, "quantize attn.q with nf4\napply lora(r=8, alpha=8, init=pissa) to attn.q")
     for binding in model.plan.bindings:
         assert isinstance(binding.site, Projection)
@@ -175,8 +186,24 @@ def test_pissa_is_taken_out_before_the_rest_is_rounded() -> None:
         assert (weight - kept).norm() < (weight - whole).norm()
 
 
+@pytest.mark.parametrize("storage", ["nf4(double=true)", "fp4", "int8"])
+def test_loftq_fits_what_its_storage_loses(storage: str) -> None:
+    base = base_of("llama")
+    model = compiled(base, f"quantize attn.q with {storage}\napply lora(r=8, init=loftq) to attn.q")
+    for binding in model.plan.bindings:
+        assert isinstance(binding.site, Projection)
+        item, method = model.plan.stored[binding.site.weight], cast(Any, binding.method)
+        weight = get_attribute(base, item.weight).detach()
+        state = {key: get_attribute(model, full).detach() for key, full in binding.names.items()}
+        rest = weight - method.scale * state["B0"] @ state["A0"]
+        packed = frozen_weight(model, model.plan, item.weight)
+        assert torch.equal(packed, item.storage.rounded(rest))
+        kept = packed + method.delta(binding.site, **state)
+        assert (weight - kept).norm() < 0.9 * (weight - item.storage.rounded(weight)).norm()
+
+
 def test_loftq_rounds_to_what_is_stored() -> None:
-    base = ZOO["llama"]()
+    base = base_of("llama")
     spec = "apply lora(r=4, init=loftq) to attn.q, mlp.down"
     with torch.random.fork_rng():
         plain, packed = (compiled(base, text).eval() for text in (spec, f"quantize attn.q, mlp.down with nf4\n{spec}"))
@@ -189,10 +216,10 @@ def test_loftq_rounds_to_what_is_stored() -> None:
 # ---- Merging -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("mixtral", marks=SLOW)])
 @pytest.mark.parametrize("storage", ["nf4(double=true)", "int8"])
 def test_merging_dequantises_or_rounds_again(name: str, storage: str) -> None:
-    base = ZOO[name]()
+    base = base_of(name)
     batch = inputs(base)
     model = compiled(base, f"quantize linear except head with {storage}\n{LORA}").eval()
     randomise(model)
@@ -202,11 +229,13 @@ def test_merging_dequantises_or_rounds_again(name: str, storage: str) -> None:
     assert lost.keys() == model.plan.stored.keys()
     for weight, rounding in lost.items():
         item = model.plan.stored[weight]
-        plain, packed = get_attribute(merged, weight), get_attribute(again, weight)
+        plain, packed = get_attribute(merged, weight).detach(), get_attribute(again, weight).detach()
         assert torch.equal(packed, item.unpack(item.pack(plain)))
         assert rounding.largest == float((plain - packed).abs().max())
         assert rounding.relative == pytest.approx(float((plain - packed).norm() / plain.norm()))
-        assert 0 < rounding.relative < (0.02 if storage == "int8" else 0.2)
+        touched = any(binding.site.parameters[0] == weight for binding in model.plan.bindings)
+        assert rounding.relative < (0.02 if storage == "int8" else 0.2)
+        assert rounding.relative > 0 or not touched
 
 
 # ---- Beside HF PEFT ----------------------------------------------------------------------------------------------
@@ -223,7 +252,7 @@ def test_outputs_and_gradients_are_hf_pefts(
 ) -> None:
     """On a model of the dequantised weights: bitsandbytes' modules must not be run on some CPUs."""
     peft = pytest.importorskip("peft")
-    base = ZOO["llama"]()
+    base = base_of("llama")
     batch = inputs(base)
     spec = f"quantize linear except head with {storage}\napply {method} to attn.q, attn.v, mlp.down"
     model = compiled(base, spec)
@@ -245,7 +274,7 @@ def test_outputs_and_gradients_are_hf_pefts(
 
 def test_an_adapter_of_hf_peft_goes_onto_a_quantised_base(tmp_path: Path) -> None:
     """The folder holds the adapter alone; what it stands on is the reader's."""
-    base = ZOO["llama"]()
+    base = base_of("llama")
     model = compiled(base, f"quantize attn.* with nf4\n{LORA}")
     randomise(model)
     model.save_pretrained(tmp_path)
@@ -274,7 +303,7 @@ def test_bitsandbytes_optimizers_take_the_groups(name: str) -> None:
     device = "cuda" if "Paged" in name else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("paged memory is of CUDA")
-    base = ZOO["llama"]().to(device)
+    base = cast(Any, copy.deepcopy(base_of("llama"))).to(device)
     batch = {key: tensor.to(device) for key, tensor in inputs(base).items()}
     spec = "quantize attn.*, mlp.* with nf4(double=true)\napply lora(r=160, lr_ratio=4) to attn.*, mlp.*"
     model = compiled(base, spec)
@@ -287,9 +316,8 @@ def test_bitsandbytes_optimizers_take_the_groups(name: str) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     if "8bit" in name:
-        assert any(
-            t.dtype is torch.uint8 for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)
-        )
+        tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        assert any(tensor.dtype is torch.uint8 for tensor in tensors)

@@ -100,7 +100,7 @@ class LoRA(Method):
         if not self.takes_from_weight:
             return
         if self.init == "loftq":
-            self._start_from_rounding(weight, state)
+            self._start_from_rounding(site, weight, state)
             return
         if self.init == "pissa":
             b, a = self._leading(weight)
@@ -116,22 +116,24 @@ class LoRA(Method):
         root = (singular[..., : self.r] / self.scale).sqrt()
         return left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
 
-    def _start_from_rounding(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def _start_from_rounding(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Q = NF4(W - B A) and B A = svd_r(W - Q) in turn (LoftQ, Li 2023, arXiv:2310.08659, algorithm 1).
 
-        A0 and B0 are those that the last Q was made with.
+        A0 and B0 are those that the last Q was made with. Where a storage packs the weight, it rounds, not NF4.
         """
         state["A"].zero_()
         state["B"].zero_()
         for _ in range(self.loftq_iterations):
             state["A0"].copy_(state["A"])
             state["B0"].copy_(state["B"])
-            b, a = self._leading(weight.float() - self._rounded(weight.float(), state))
+            rest = self._rest(weight.float(), state)
+            kept = rounded(rest, "nf4") if site.storage is None else site.storage.rounded(rest)
+            b, a = self._leading(weight.float() - kept)
             state["A"].copy_(a)
             state["B"].copy_(b)
 
-    def _rounded(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-        return rounded(weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype), "nf4")
+    def _rest(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
 
     def calibrate(self, site: Projection, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""
@@ -141,9 +143,8 @@ class LoRA(Method):
     def prepare(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
         if not self.takes_from_weight:
             return weight
-        if self.init == "loftq":
-            return self._rounded(weight, state)
-        return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
+        rest = self._rest(weight, state)
+        return rounded(rest, "nf4") if self.init == "loftq" and site.storage is None else rest
 
     def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
