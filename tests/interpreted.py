@@ -22,6 +22,7 @@ from peftc.kernels import (
     seeded_dropout,
 )
 from peftc.kernels.activations import ACTIVATIONS
+from peftc.kernels.dequantize import dequantize_4bit, dynamic_map, levels_of
 from peftc.kernels.gpu import adapter as gpu_adapter
 from peftc.kernels.gpu import dequantize as gpu_dequantize
 from peftc.kernels.gpu import gated_activation as gpu_gated
@@ -138,21 +139,17 @@ def bottleneck(dtype: torch.dtype) -> None:
 
 @case
 def four_bits(dtype: torch.dtype) -> None:
-    levels, dynamic = normal(16), normal(256)
-    for count, block in ((128, 64), (4097, 64), (6000, 128), (2, 64)):
-        packed = torch.randint(256, (-(-count // 2), 1), dtype=torch.uint8)
-        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:count].long()
+    """Bit for bit what the operation makes on the CPU."""
+    tables = levels_of("nf4", torch.device("cpu")), dynamic_map(torch.device("cpu"))
+    for count, block in ((128, 64), (4097, 64), (40000, 128), (2, 64)):
         blocks = -(-count // block)
-        absmax = normal(blocks).abs()
-        theirs = (levels[codes] * absmax.repeat_interleave(block)[:count]).to(dtype)
-        ours = gpu_dequantize.dequantize_4bit(packed, absmax, None, None, levels, dynamic, block, (count,), dtype)
-        assert torch.equal(ours, theirs)
-        coded = torch.randint(256, (blocks,), dtype=torch.uint8)
-        nested, offset = normal(-(-blocks // 256)).abs(), torch.tensor(0.25)
-        scales = dynamic[coded.long()] * nested.repeat_interleave(256)[:blocks] + offset
-        theirs = (levels[codes] * scales.repeat_interleave(block)[:count]).to(dtype)
-        ours = gpu_dequantize.dequantize_4bit(packed, coded, nested, offset, levels, dynamic, block, (count,), dtype)
-        assert torch.equal(ours, theirs)
+        packed = torch.randint(256, (-(-count // 2), 1), dtype=torch.uint8)
+        coded, nested = torch.randint(256, (blocks,), dtype=torch.uint8), normal(-(-blocks // 256)).abs()
+        cases = ((normal(blocks).abs(), None, None), (coded, nested, torch.tensor(0.25)))
+        for absmax, outer, offset in cases:
+            arguments = packed, absmax, outer, offset
+            ours = gpu_dequantize.dequantize_4bit(*arguments, *tables, block, (count,), dtype)
+            assert torch.equal(ours, dequantize_4bit(*arguments, "nf4", block, (count,), dtype))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ops = torch.ops.peftc
 SUBJECTS = list(subjects(F32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_opcheck(name: str) -> None:
     op, arguments = subjects(F32)[name]

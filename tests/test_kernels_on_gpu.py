@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import peftc.kernels
 from kernelcases import F32, agree_values, normal, subjects
+from peftc.kernels.dequantize import dequantize_4bit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-assert peftc.kernels
 
 
 def _results(op: Any, arguments: tuple[Any, ...], device: str) -> list[Tensor]:
@@ -45,13 +44,11 @@ def test_masks_are_those_of_the_cpu(p: float) -> None:
     assert torch.equal(ours.cpu(), torch.ops.peftc.seeded_dropout(x, seed, p, 1))
 
 
-def test_four_bits_are_decoded_bit_for_bit() -> None:
-    from peftc.kernels.gpu.dequantize import dequantize_4bit
-
-    levels, dynamic, absmax = normal(16), normal(256), normal(90).abs()
-    packed = torch.randint(256, (90 * 32, 1), dtype=torch.uint8)
-    codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
-    theirs = (levels[codes].view(90, 64) * absmax[:, None]).view(45, 128)
-    packed, absmax, levels, dynamic = (tensor.cuda() for tensor in (packed, absmax, levels, dynamic))
-    ours = dequantize_4bit(packed, absmax, None, None, levels, dynamic, 64, (45, 128), F32)
-    assert torch.equal(ours.cpu(), theirs)
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_four_bits_are_decoded_bit_for_bit(dtype: torch.dtype) -> None:
+    packed, absmax = torch.randint(256, (90 * 32, 1), dtype=torch.uint8), normal(90).abs()
+    ours, theirs = (
+        dequantize_4bit(packed.to(device), absmax.to(device), None, None, "nf4", 64, (45, 128), dtype).cpu()
+        for device in ("cuda", "cpu")
+    )
+    assert torch.equal(ours, theirs)

@@ -179,3 +179,20 @@ def _fake_of_eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dty
 
 torch.library.register_fake("peftc::dequantize_4bit", _fake_of_four_bits)
 torch.library.register_fake("peftc::dequantize_int8", _fake_of_eight_bits)
+
+
+@torch.library.impl("peftc::dequantize_4bit", "CUDA")
+def _four_bits_on_cuda(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    levels: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    from peftc.kernels.gpu import dequantize as gpu
+
+    tables = levels_of(levels, packed.device), dynamic_map(packed.device)
+    return gpu.dequantize_4bit(packed, absmax, nested_absmax, offset, *tables, block, shape, dtype)

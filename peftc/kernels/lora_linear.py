@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
 from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.scratch import scratch
 from peftc.kernels.shapes import rows
 
 
@@ -59,7 +60,7 @@ def _dropped_pieces(
     pieces = -(-count * n_in // dropout.PIECE)
     height = -(-count // max(pieces, 1))
     height += height % 2
-    room = torch.empty(height, n_in, dtype=dtype)
+    room = scratch("dropped", (height, n_in), dtype)
     for start, stop, bits in dropout.numbers(count * n_in, int(seed), salt, dtype, height * n_in):
         part = slice(start // n_in, stop // n_in)
         yield part, bits.view(-1, n_in), room[: part.stop - part.start]

@@ -7,19 +7,18 @@ to 1/65536, and what stays is scaled by one over the share that truly stays, so 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.scratch import scratch
 from peftc.kernels.shapes import like, wide
 
 LEVELS = 1 << 16
-# Numbers are made in rows of this many words of 32 bits, two elements a word, and some PIECE elements at a time: what
-# is worked on stays in a core's cache.
-WORDS, PIECE = 1024, 1 << 17
+PIECE = 1 << 18  # elements whose bits are made at a time: few calls, and what is worked on stays near a core
 # An odd constant near 2³² / φ spreads the counter; the multipliers are those of Wellons' `lowbias32`.
 GOLDEN, FIRST, SECOND = -1640531527, 2146121005, -2073254261
 
@@ -73,11 +72,11 @@ def reference(x: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
     return torch.where(bits >= dropped_levels(p), x * kept_scale(p), torch.zeros((), dtype=x.dtype))
 
 
-@cache
-def _counters(height: int) -> tuple[Tensor, Tensor]:
-    """Words' counters times GOLDEN, as those of the rows' first words [height, 1] and of a row's words [WORDS]."""
-    starts = torch.arange(height, dtype=torch.int32).mul_(WORDS).mul_(GOLDEN)
-    return starts[:, None], torch.arange(WORDS, dtype=torch.int32).mul_(GOLDEN)
+@lru_cache(maxsize=4)
+def _counters(count: int) -> Tensor:
+    """The counters of so many words, times GOLDEN."""
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32).mul_(GOLDEN)
 
 
 def numbers(
@@ -85,25 +84,21 @@ def numbers(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The elements' bits as numbers of `dtype`, `step` at a time: where each piece starts and stops, and a buffer.
 
-    `step` is even, and the buffer is the same for all.
+    `step` is even. The buffer is the same for all, and for the next caller in this thread. Behind a large product, with
+    the caches full of something else, it is the number of calls that takes the time, more than what they do.
     """
     first, second = keys(seed, salt)
     step = max(2, min(step, count + count % 2))
-    height = -(-step // (2 * WORDS))
-    starts, columns = _counters(height)
-    key = torch.tensor(second, dtype=torch.int32)
-    words, shifted = (torch.empty(height, WORDS, dtype=torch.int32) for _ in range(2))
-    result = torch.empty(step, dtype=dtype)
+    counters = _counters(step // 2)
+    words, shifted = scratch("words", (step // 2,), torch.int32), scratch("shifted", (step // 2,), torch.int32)
+    halves, result = words.view(torch.int16), scratch("numbers", (step,), dtype)
     for start in range(0, count, step):
-        offset = (start // 2 * GOLDEN + first + (1 << 31)) % (1 << 32) - (1 << 31)
-        torch.add(starts + offset, columns, out=words)
-        words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=shifted))
-        torch.add(key, words, alpha=FIRST, out=words)
-        words.bitwise_xor_(torch.bitwise_right_shift(words, 15, out=shifted))
-        words.mul_(SECOND)
-        result.copy_(words.view(torch.int16).view(-1)[:step])
+        torch.add(counters, (start // 2 * GOLDEN + first + (1 << 31)) % (1 << 32) - (1 << 31), out=words)
+        words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=shifted)).mul_(FIRST).add_(second)
+        words.bitwise_xor_(torch.bitwise_right_shift(words, 15, out=shifted)).mul_(SECOND)
+        result.copy_(halves)
         stop = min(count, start + step)
-        yield start, stop, result[: stop - start]
+        yield start, stop, result if stop - start == step else result[: stop - start]
 
 
 def keep(x: Tensor, bits: Tensor, p: float, out: Tensor) -> Tensor:
