@@ -103,6 +103,17 @@ def markdown(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recorded() -> str:
+    """The README's table: the runs that are kept, with where and how they were made."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    first = next(iter(runs.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if name != "python")
+    dates = sorted({run["date"][:10] for run in runs.values()})
+    where = f"In {first['dtype']}, batch {first['batch']} × {first['seq']}, one thread of {first['cpu']}"
+    when = f"the fastest of {first['repeats']} rounds, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions}."
+    return f"{markdown(runs)}\n\n{where}, {when}"
+
+
 def _cells(case: Case, rows: dict[str, Any]) -> Iterable[str]:
     own, unit = rows[FUSED], rows[case.against]
     of = "" if case.against == FLOOR else f" × {case.against}"

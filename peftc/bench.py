@@ -31,7 +31,7 @@ from peftc.timings import Timings
 from peftc.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, hf_peft, torch_compiled
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
-WARM_UP = 2  # steps before the clock runs
+WARM_UP = 1  # steps after the one that is looked into, before the clock runs
 SEED = 0
 
 

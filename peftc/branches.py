@@ -98,4 +98,4 @@ def joined(match: Match, editor: Editor, before: fx.Node) -> Branch:
 
 
 def _miss(match: Match, reason: str, *culprits: fx.Node) -> Miss:
-    return Miss(match.root, reason, culprits, len(match.nodes))
+    return Miss(match.root, reason, culprits)

@@ -20,6 +20,7 @@ from rich.status import Status
 from peftc import debug
 from peftc.errors import PeftcError
 from peftc.text import render
+from peftc.timings import Timings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +73,7 @@ def _compile(given: argparse.Namespace) -> None:
             if problems:
                 raise PeftcError(*problems)
         batches = read_batches(Path(given.calibration)) if given.calibration else None
-        _watched_only()
-        model, example = given.model, None
-        if given.random_weights:
-            with timings.stage("load"):
-                model, example = _load_model(given.model, random_weights=True, dtype=given.dtype)
+        model, example = _model_to_compile(given, timings, dtype=given.dtype)
         compiled = peftc.compile(
             model, Path(given.spec), example=example, calibration=batches, dtype=given.dtype, timings=timings
         )
@@ -163,8 +160,7 @@ def _show(given: argparse.Namespace) -> None:
     from peftc.show import Format, render_show
 
     with _progress(given) as timings:
-        with timings.stage("load"):
-            model, example = _load_model(given.model, random_weights=given.random_weights)
+        model, example = _model_to_compile(given, timings)
         compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
     wanted: dict[Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
@@ -232,6 +228,15 @@ def _bench(given: argparse.Namespace) -> int:
     else:
         _print(bench_table(found))
     return 0 if found.agrees else 1
+
+
+def _model_to_compile(given: argparse.Namespace, timings: Timings, **options: Any) -> tuple[Any, Any]:
+    """The reference itself, which `peftc.compile` reads in its own way, or a model of random weights."""
+    _watched_only()
+    if not given.random_weights:
+        return given.model, None
+    with timings.stage("load"):
+        return _load_model(given.model, random_weights=True, **options)
 
 
 def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
@@ -369,7 +374,6 @@ def _positive(text: str) -> int:
 @contextmanager
 def _progress(given: argparse.Namespace) -> Iterator[Any]:
     """Timings whose stages show as they run: a spinner on a terminal, nothing elsewhere."""
-    from peftc.timings import Timings
 
     console = Console(stderr=True)
     if not console.is_terminal or given.json:

@@ -6,6 +6,7 @@ that a gradient needs. Sizes are the captured ones with batch and sequence put i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from torch import fx
 
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.linears import GROUPED
+from peftc.memory_plan import cheapest, is_dear, may_repeat, weight_of
 from peftc.optimizers import STATE_BYTES
 from peftc.recomputing import block_of
 from peftc.room import extension
@@ -128,25 +130,54 @@ class Kept:
 
 
 def kept_for_backward(plan: Plan) -> tuple[Kept, ...]:
-    """Everything a training step of `plan` keeps from the forward pass: each tensor's memory once."""
+    """Everything a training step of `plan` keeps from the forward pass: each tensor's memory once.
+
+    Of what the backward pass reads in a block, those values that `peftc.memory_plan` keeps.
+    """
     needs = _needing_gradients(plan)
-    kept: dict[int, Kept] = {}
+    needed: dict[str | None, dict[fx.Node, None]] = defaultdict(dict)
     beside: list[Kept] = []
     for node in plan.captured.module.graph.nodes:
+        block = block_of(node, plan.sites.blocks)
         if node.op != "call_function" or needs.isdisjoint(node.all_input_nodes):
             continue
-        if block := block_of(node, plan.checkpoints):
-            entering = (operand for operand in node.all_input_nodes if block_of(operand, {block}) is None)
-            kept |= {_storage(operand): _whole(operand) for operand in entering if operand in needs}
-            continue
-        for tensor in _kept_by(node, needs):
-            if tensor.op == "call_function" and is_tensor(tensor):
-                kept.setdefault(_storage(tensor), _whole(tensor))
-        beside += _kept_beside(node)
+        needed[block] |= dict.fromkeys(tensor for tensor in _kept_by(node, needs) if is_tensor(tensor))
+        if block not in plan.checkpoints:
+            beside += _kept_beside(node)
+    replaced: dict[int, Kept] = {}
     for binding in plan.bindings:
-        if (binding.site.block or binding.site.path) not in plan.checkpoints:
-            beside += _kept_by_branch(binding, kept)
-    return (*kept.values(), *beside)
+        block = _block_of_site(binding.site, plan)
+        if block not in plan.checkpoints:
+            beside += _kept_by_branch(binding, needed[block], replaced)
+    chosen = {node for block, wanted in needed.items() for node in _chosen(plan, block, wanted, needs)}
+    kept = {_storage(node): _whole(node) for node in chosen if node.op == "call_function" and is_tensor(node)}
+    return (*kept.values(), *replaced.values(), *beside)
+
+
+def _block_of_site(site: Any, plan: Plan) -> str | None:
+    """The block whose backward pass a branch at the site belongs to; that of a block's own branch is its own."""
+    return site.path if isinstance(site, Block) else site.block if site.block in plan.sites.blocks else None
+
+
+def _chosen(plan: Plan, block: str | None, wanted: dict[fx.Node, None], needs: set[fx.Node]) -> Iterable[fx.Node]:
+    """What is kept so that the backward pass of a block has what it wants; outside of blocks that is all of it."""
+    if block is None:
+        return wanted
+    members = [node for node in plan.captured.module.graph.nodes if block_of(node, {block}) is not None]
+    inside = set(members)
+    entering = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in inside)
+    all_again = block in plan.checkpoints
+
+    def weight(node: fx.Node) -> float:
+        own = node in inside or node in needs or block_of(node, plan.sites.blocks) is not None
+        return weight_of(node, set()) if own else 0  # masks, positions and weights are there anyway
+
+    def again(node: fx.Node) -> bool:
+        return node in inside and node.op == "call_function" and may_repeat(node) and (all_again or not is_dear(node))
+
+    return cheapest(
+        [*entering, *members], {node for node in wanted if node in inside or node in entering}, weight, again
+    )
 
 
 def _kept_beside(node: fx.Node) -> list[Kept]:
@@ -162,7 +193,7 @@ def _kept_beside(node: fx.Node) -> list[Kept]:
     return []
 
 
-def _kept_by_branch(binding: Binding, kept: dict[int, Kept]) -> list[Kept]:
+def _kept_by_branch(binding: Binding, needed: dict[fx.Node, None], replaced: dict[int, Kept]) -> list[Kept]:
     """What an inserted branch keeps: the site's input, which branches share, and each narrow product of it."""
     site = binding.site
     shapes = [state.shape for state in binding.state.values() if state.trainable]
@@ -171,10 +202,11 @@ def _kept_by_branch(binding: Binding, kept: dict[int, Kept]) -> list[Kept]:
         narrow = sum(shape[-2] for shape in shapes if len(shape) > 1 and shape[-2] < shape[-1])
     read = _read_by_branch(site)
     for node in read:
-        if node.op == "call_function":
-            # What a block's branch reads is the hidden state as it was, not the sum that goes on.
-            replaced = isinstance(site, Block) and node is site.h and binding.method.changes(site)
-            kept.setdefault(-_storage(node) if replaced else _storage(node), _whole(node))
+        # What a block's branch reads is the hidden state as it was, not the sum that goes on.
+        if isinstance(site, Block) and node is site.h and binding.method.changes(site):
+            replaced[_storage(node)] = _whole(node)
+        else:
+            needed[node] = None
     # At a block all that is read goes into one product after the other; elsewhere each use is a branch of its own.
     branches = read[:1] if isinstance(site, Block) else read
     return [Kept((*value(x).shape[:-1], narrow), max(value(x).element_size(), 4)) for x in branches if narrow]

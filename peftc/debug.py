@@ -48,6 +48,12 @@ def tell_pass(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> N
         _say(as_text(after))
 
 
+def tell(text: str) -> None:
+    """Level 1 and up: a decision that a user may wonder about."""
+    if level() >= 1:
+        _say(text)
+
+
 def tell_fired(fired: Sequence[Fired]) -> None:
     """Level 1: how often each fusion fired, and the nearest miss of those that did not."""
     if level() >= 1:

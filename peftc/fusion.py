@@ -73,7 +73,8 @@ class Fired:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self)
+        miss = None if self.nearest is None else asdict(self.nearest)
+        return {"rule": self.rule, "fired": self.count, "places": self.places, "nearest_miss": miss}
 
     def __str__(self) -> str:
         if self.count:
@@ -193,7 +194,7 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
         matches = [editor.current(match) for match in found_together]
         for match, new in zip(matches, rule.rewrite(matches, editor), strict=True):
             editor.replace(match, new)
-    nearest = None if groups or not misses else _in_words(max(misses, key=lambda miss: miss.depth))
+    nearest = None if groups or not misses else _in_words(max(misses, key=lambda miss: (miss.refused, miss.depth)))
     return Fired(rule.name, len(groups), sum(map(len, groups.values())), nearest)
 
 
@@ -205,11 +206,11 @@ def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
             continue
         found = rule.pattern.match(node)
         if isinstance(found, Match) and (miss := rule.check(found, editor)) is not None:
-            found = miss
+            found = replace(miss, refused=True)
         if isinstance(found, Match):
             taken.update(found.nodes)
             yield found
-        elif found.depth > 1 and 2 * found.depth >= rule.pattern.size:
+        elif found.refused or (found.depth > 1 and 2 * found.depth >= rule.pattern.size):
             yield found
 
 

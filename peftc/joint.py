@@ -9,7 +9,8 @@ the frozen weights. The block's tensors are inputs like the others, so that equa
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from peftc.ir import fake_mode, get_attribute, is_tensor, value
 from peftc.shorten import shorten
 
+aten = torch.ops.aten
 TRAINING = "training"
 
 
@@ -38,10 +40,24 @@ class Lifted:
         return list(self.graph.find_nodes(op="placeholder"))
 
     @property
+    def constants(self) -> list[int]:
+        """The places of inputs that are no tensor and no symbol, such as a probability: a trace is for their values."""
+        values = [node.meta["val"] for node in self.inputs]
+        return [place for place, item in enumerate(values) if not isinstance(item, (Tensor, torch.SymInt))]
+
+    @property
     def outputs(self) -> list[fx.Node]:
         """What the block returns."""
         returned = self.graph.output_node().args[0]
         return [returned] if isinstance(returned, fx.Node) else list(returned)  # type: ignore[arg-type]
+
+    def reached(self, needs: tuple[bool, ...]) -> set[int]:
+        """Which outputs depend on the inputs that need a gradient, by a way that gradients take back."""
+        learning = {node for node, needed in zip(self.inputs, needs, strict=True) if needed}
+        for node in self.graph.nodes:
+            if node.target is not aten.detach.default and any(source in learning for source in node.all_input_nodes):
+                learning.add(node)
+        return {place for place, node in enumerate(self.outputs) if node in learning}
 
     def text(self) -> str:
         """The graph without its names: the same for blocks that compute the same on tensors of the same kind."""
@@ -76,6 +92,18 @@ class Joint:
     outputs: list[fx.Node]
     gradients: list[fx.Node | None]
     differentiable: tuple[int, ...]
+
+    def narrowed(self, outputs: set[int], wanted: tuple[bool, ...]) -> Joint:
+        """The same with tangents of these outputs alone, and those gradients alone that are wanted."""
+        ends = [
+            (place, node) for place, node in zip(self.differentiable, self.tangents, strict=True) if place in outputs
+        ]
+        return replace(
+            self,
+            tangents=[node for _, node in ends],
+            gradients=list(compress(self.gradients, wanted)),
+            differentiable=tuple(place for place, _ in ends),
+        )
 
 
 def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
@@ -133,15 +161,23 @@ def kind(given: Any) -> str:
     return f"{tuple(given.shape)} {given.stride()} {given.dtype} {given.device}"
 
 
-def joint(graph: Lifted, needs: tuple[bool, ...], autocast: tuple[str, torch.dtype] | None = None) -> Joint:
+def joint(
+    graph: Lifted,
+    needs: tuple[bool, ...],
+    constants: tuple[Any, ...] = (),
+    autocast: tuple[str, torch.dtype] | None = None,
+) -> Joint:
     """Traces both passes of `graph`.
 
     Args:
         graph: what is differentiated; its fake values say for which shapes, symbolic ones stay symbolic.
         needs: which inputs need a gradient, in order.
+        constants: the values of the inputs that `graph.constants` names.
         autocast: device type and dtype, where autocast is on.
     """
     inputs = [node.meta["val"] for node in graph.inputs]
+    for place, constant in zip(graph.constants, constants, strict=True):
+        inputs[place] = constant
     mode = fake_mode(graph.graph)
     assert mode.shape_env is not None
     module = fx.GraphModule(nn.Module(), graph.graph)

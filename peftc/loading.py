@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import pipeline
+from peftc import debug, pipeline
 from peftc.capture import over
 from peftc.inputs import Example
 from peftc.planning import Plan
@@ -53,10 +53,11 @@ def load_and_plan(
     module, given = model, None
     if not isinstance(module, nn.Module):
         reference = parse_reference(str(module))
-        if resolve(spec).storings and not whole:
-            plan = _without_what_is_packed(reference, spec, make_example, timings, dtype)
+        if resolve(spec).storings:
+            plan = None if whole else _without_what_is_packed(reference, spec, make_example, timings, dtype)
             if plan is not None:
                 return plan
+            debug.tell(f"{reference.text} is read as a whole, and packed then")
         with timings.stage("load"):
             module, given = load_model(reference, dtype=dtype)
     return pipeline.plan_model(module, spec, make_example(module, given), timings)
@@ -78,7 +79,8 @@ def _without_what_is_packed(
     if found is None:
         return None
     model, checkpoint = found
-    if checkpoint is None:  # files of another kind, which were read as a whole
+    if checkpoint is None:
+        debug.tell(f"{reference.text} has no safetensors files: it was read as a whole")
         return pipeline.plan_model(model, spec, make_example(model, None), timings)
     (plan,) = plans
     _tell(checkpoint, len(plan.stored), timings)

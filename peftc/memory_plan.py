@@ -9,7 +9,7 @@ and `torch._functorch.partitioners`; here the costs are those of running operati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -22,7 +22,10 @@ from torch.utils.flop_counter import flop_registry
 from peftc.ir import is_tensor
 from peftc.joint import Joint, memory
 
+aten = torch.ops.aten
 NOMINAL = 512  # a symbolic size, where bytes are compared
+# Products as the captured graph spells them, before autograd takes them apart.
+COMPOSITE = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default}
 SOURCE, SINK = "inputs", "backward"
 
 
@@ -50,7 +53,14 @@ def split(joint: Joint, free: Iterable[fx.Node], *, recompute_all: bool = False)
     behind = _behind(joint)
     needed = _needed(joint, behind)
     order = {node: place for place, node in enumerate(joint.graph.nodes)}
-    kept = sorted(_cheapest(joint, behind, needed, set(free), recompute_all), key=order.__getitem__)
+    gratis = {memory(node) for node in free if is_tensor(node)}
+    chosen = cheapest(
+        (node for node in joint.graph.nodes if node not in behind and node.op != "output"),
+        needed,
+        lambda node: weight_of(node, gratis),
+        lambda node: node.op != "placeholder" and may_repeat(node) and (recompute_all or not is_dear(node)),
+    )
+    kept = sorted(chosen, key=order.__getitem__)
     return Passes(_forward(joint, kept), _backward(joint, kept, behind), tuple(kept))
 
 
@@ -70,21 +80,28 @@ def _needed(joint: Joint, behind: set[fx.Node]) -> set[fx.Node]:
     return {node for node in (*readers, *results) if node not in behind}
 
 
-def _cheapest(
-    joint: Joint, behind: set[fx.Node], needed: set[fx.Node], free: set[fx.Node], recompute_all: bool
+def cheapest(
+    nodes: Iterable[fx.Node],
+    needed: set[fx.Node],
+    weight: Callable[[fx.Node], float],
+    again: Callable[[fx.Node], bool],
 ) -> set[fx.Node]:
-    """The values to keep: a minimum cut, the one nearest to the backward pass, which computes least again."""
-    gratis = {memory(node) for node in free if is_tensor(node)}
+    """Which of `nodes` to keep so that all that are `needed` can be had: the fewest bytes, computing least again.
+
+    Args:
+        nodes: in the graph's order, with all that they read; what reads nothing is an input.
+        needed: what the backward pass reads.
+        weight: bytes that keeping a node's value takes; inf where it cannot be kept.
+        again: whether it can be computed again from what it reads.
+    """
     graph: nx.DiGraph[Any] = nx.DiGraph()
-    for node in joint.graph.nodes:
-        if node in behind or node.op == "output":
-            continue
-        weight = _weight(node, gratis)
-        graph.add_edge((node, "in"), (node, "out"), **({} if weight == inf else {"capacity": weight}))
-        if node.op == "placeholder" or not _again(node, recompute_all):
+    for node in nodes:
+        bytes_ = weight(node)
+        graph.add_edge((node, "in"), (node, "out"), **({} if bytes_ == inf else {"capacity": bytes_}))
+        if again(node):
+            graph.add_edges_from(((operand, "out"), (node, "in")) for operand in node.all_input_nodes)
+        else:
             graph.add_edge(SOURCE, (node, "in"))
-        for operand in node.all_input_nodes:
-            graph.add_edge((operand, "out"), (node, "in"))
         if node in needed:
             graph.add_edge((node, "out"), SINK)
     if not needed:
@@ -93,7 +110,7 @@ def _cheapest(
     return {node for node, side in near - {SINK} if side == "out" and (node, "in") not in near}
 
 
-def _weight(node: fx.Node, gratis: set[int]) -> float:
+def weight_of(node: fx.Node, gratis: set[int]) -> float:
     """Bytes that keeping a value takes, of a view those of the whole tensor and one more: rather keep what it shows."""
     given = node.meta.get("val")
     if isinstance(given, torch.Tensor):
@@ -110,11 +127,9 @@ def nominal(size: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, NOMINAL)))
 
 
-def _again(node: fx.Node, recompute_all: bool) -> bool:
-    """Whether the backward pass may compute `node` again."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return False
-    return recompute_all or not is_dear(node)
+def may_repeat(node: fx.Node) -> bool:
+    """Whether `node` computes the same when it is computed again."""
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
 def is_dear(node: fx.Node) -> bool:
@@ -122,7 +137,7 @@ def is_dear(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    multiplies = target.overloadpacket in flop_registry or "scaled_dot_product" in target.name()
+    multiplies = target.overloadpacket in flop_registry or target in COMPOSITE or "scaled_dot_product" in target.name()
     return multiplies or target.namespace not in ("aten", "prims", "peftc")
 
 

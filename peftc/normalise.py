@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from peftc.ir import PROVENANCE, Provenance, computed, fake_mode, is_tensor, value
+from peftc.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -139,7 +139,7 @@ def _attention_dropout(graph: fx.Graph, node: fx.Node) -> None:
         return
     with graph.inserting_before(node):
         scaled = graph.call_function(operator.mul, (training_node(graph), probability))
-    scaled.meta["val"] = probability
+    scaled.meta = {"val": probability, STACK: node.meta.get(STACK)}  # in the same block: a block's inputs are tensors
     if len(node.args) > 4:
         node.update_arg(4, scaled)
     else:

@@ -18,6 +18,8 @@ from peftc.ir import is_tensor
 
 aten = torch.ops.aten
 
+CASTS = {aten.to.dtype, aten.type_as.default}
+
 
 @dataclass(frozen=True, eq=False)
 class Match:
@@ -38,12 +40,16 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Where something nearly fitted, what stood in the way, and how many nodes fitted before it did."""
+    """Where something nearly fitted, and what stood in the way.
+
+    `depth` nodes fitted before it did; where all did, and the rule refused the place, it is `refused`.
+    """
 
     root: fx.Node
     reason: str
     culprits: tuple[fx.Node, ...] = ()
     depth: int = 0
+    refused: bool = False
 
     def __str__(self) -> str:
         return f"{self.root.name}: {self.reason}"
@@ -64,9 +70,10 @@ class _State:
         return False
 
     def attempt(self, pattern: Pattern, found: object) -> bool:
-        """Tries `pattern`, and forgets what it named where it does not fit."""
-        inner, named = list(self.inner), dict(self.named)
+        """Tries `pattern`, and forgets what it named where it does not fit, and what did not fit where it does."""
+        inner, named, nearest = list(self.inner), dict(self.named), self.nearest
         if pattern.fits(found, self):
+            self.nearest = nearest
             return True
         self.inner, self.named = inner, named
         return False
@@ -145,7 +152,7 @@ class _Op(Pattern):
 
     @property
     def size(self) -> int:
-        return 1 + sum(argument.size for argument in self.arguments if isinstance(argument, Pattern))
+        return 1 + sum(map(_size, self.arguments))
 
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, fx.Node) or not (found.target in self.targets or str(found.target) in self.targets):
@@ -167,7 +174,8 @@ class _Arguments(Pattern):
 
     def fits(self, found: object, state: _State) -> bool:
         assert isinstance(found, fx.Node)
-        for given, wanted in zip(found.args, self.wanted, strict=True):
+        pairs = zip(found.args, self.wanted, strict=True)
+        for given, wanted in sorted(pairs, key=lambda pair: -_size(pair[1])):  # what says most first: misses tell more
             if isinstance(wanted, Pattern):
                 if not wanted.fits(given, state):
                     return False
@@ -185,7 +193,11 @@ class _Either(Pattern):
         return min(choice.size for choice in self.choices)
 
     def fits(self, found: object, state: _State) -> bool:
-        return any(state.attempt(choice, found) for choice in self.choices)
+        before = state.nearest
+        if not any(state.attempt(choice, found) for choice in self.choices):
+            return False
+        state.nearest = before
+        return True
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ class _Cast(Pattern):
         return self.pattern.size
 
     def fits(self, found: object, state: _State) -> bool:
-        if isinstance(found, fx.Node) and found.target is aten.to.dtype and state.attempt(_Through(self), found):
+        if isinstance(found, fx.Node) and found.target in CASTS and state.attempt(_Through(self), found):
             return True
         return self.pattern.fits(found, state)
 
@@ -267,9 +279,13 @@ def read_elsewhere(match: Match, free: Iterable[fx.Node] = ()) -> Miss | None:
     own = set(match.nodes)
     for node in match.inner:
         others = [user for user in node.users if user not in own]
-        if others and node.target is not aten.to.dtype and node not in free:
-            return Miss(match.root, f"{node.name} is read by {others[0].name}, too", (node, *others), len(own))
+        if others and node.target not in CASTS and node not in free:
+            return Miss(match.root, f"{node.name} is read by {others[0].name}, too", (node, *others))
     return None
+
+
+def _size(argument: Any) -> int:
+    return argument.size if isinstance(argument, Pattern) else 0
 
 
 def _short(target: Any) -> str:

@@ -43,7 +43,7 @@ def prompt_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, T
     if kind in WITH_HEAD:
         heads = _heads(compiled.base)
         settings["modules_to_save"] = sorted({name.partition(".")[0] for name in heads})
-        tensors |= {ROOT + name: tensor.detach() for name, tensor in heads.items()}
+        tensors |= {ROOT + name: compiled.plan.captured.frozen(name) for name in heads}
     return settings, tensors
 
 

@@ -45,6 +45,7 @@ class Kind:
 
     text: str
     needs: tuple[bool, ...]
+    constants: tuple[Any, ...]
     autocast: tuple[str, torch.dtype] | None
     checkpoint: bool
 
@@ -86,7 +87,8 @@ class Block(fx.GraphModule):
         needs = tuple(isinstance(item, Tensor) and item.requires_grad for item in inputs)
         if not any(needs):
             return None
-        kind = Kind(text, needs, _autocast(inputs), bool(self.meta.get(CHECKPOINT)))
+        constants = tuple(inputs[place] for place in graph.constants)
+        kind = Kind(text, needs, constants, _autocast(inputs), bool(self.meta.get(CHECKPOINT)))
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
 
@@ -123,8 +125,8 @@ def _autocast(inputs: tuple[Any, ...]) -> tuple[str, torch.dtype] | None:
 
 
 @lru_cache(maxsize=MOST)
-def _traced(text: str, needs: tuple[bool, ...], autocast: tuple[str, torch.dtype] | None, holder: _Holder) -> Joint:
-    return joint(holder.graph, needs, autocast)
+def _traced(kind: Kind, holder: _Holder) -> Joint:
+    return joint(holder.graph, kind.needs, kind.constants, kind.autocast)
 
 
 @lru_cache(maxsize=MOST)
@@ -134,12 +136,11 @@ def program(kind: Kind, holder: _Holder) -> Program:
     # The first block of a frozen model gets no gradient for the hidden state: with it, its trace is that of the others.
     streams = {_shape(node) for node in graph.outputs}
     wide = tuple(need or (_shape(node) or 0) in streams for need, node in zip(kind.needs, graph.inputs, strict=True))
-    both = _traced(kind.text, wide, kind.autocast, holder)
-    gradients = [one for one, wanted in zip(both.gradients, compress(kind.needs, wide), strict=True) if wanted]
-    both = replace(both, gradients=gradients)
+    both = _traced(replace(kind, needs=wide, checkpoint=False), holder)
+    both = both.narrowed(graph.reached(kind.needs), tuple(compress(kind.needs, wide)))
     own = len(both.inputs) - len(graph.names)
-    # The block's own tensors are there anyway, and so is what no gradient flows to: other blocks read it, too.
-    free = [node for place, node in enumerate(both.inputs) if place >= own or not kind.needs[place]]
+    # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
+    free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
     passes = split(both, free, recompute_all=kind.checkpoint)
     empty = nn.Module()
     return Program(

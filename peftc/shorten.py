@@ -40,6 +40,9 @@ def _same(node: fx.Node) -> fx.Node | None:
     if not isinstance(first, fx.Node):
         return None
     alike = node.target in SAME
+    if node.target is aten.clone.default:  # as of a dropout that drops nothing; what is returned is its own tensor
+        returned = any(user.op == "output" for user in node.users)
+        alike = not returned and first.op == "call_function" and value(first).stride() == value(node).stride()
     if node.target in BY_ONE:
         alike = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and value(first).dtype == value(node).dtype
     if node.target in (aten.slice.Tensor, aten.slice_backward.default):

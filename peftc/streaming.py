@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -70,13 +71,19 @@ class _Reader:
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         left = {name for name in self.leave(skeleton(model, checkpoint)) if name in checkpoint} - tied
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
-        placeholders = {name: model.get_parameter_or_buffer(name) for name in left}
+        placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
         info, offloaded = load(model, to_read, files, config)
         for name, placeholder in placeholders.items():
-            placeholder._is_hf_initialized = True  # else it is given memory, and random numbers
             set_tensor(model, name, placeholder)
             info.missing_keys.discard(name)
         return info, offloaded
+
+
+def _placeholder(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter on the meta device that `from_pretrained` takes for a loaded one: it gives it no memory."""
+    placeholder = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+    return placeholder
 
 
 def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -93,7 +100,7 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
             missing.add(target)
     twin.tie_weights(missing_keys=missing, recompute_mapping=False)
     _fill_buffers(twin, checkpoint)
-    _fake_parameters(twin)
+    _fake_parameters(twin, checkpoint)
     return twin
 
 
@@ -111,19 +118,18 @@ def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         model.initialize_weights()
 
 
-def _fake_parameters(model: nn.Module) -> None:
-    """Replaces each by a fake one on the CPU, a tied one by the same."""
+def _fake_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Replaces each by a fake one on the CPU, in the precision it is read in; a tied one by the same."""
     mode = FakeTensorMode(  # as torch.export makes its own
         shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True
     )
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    with mode:
-                        fake = torch.empty_strided(
-                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu"
-                        )
-                        made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for parameter, group in names.items():
+        dtype = next(filter(None, map(checkpoint.precision, group)), parameter.dtype)
+        with mode:
+            fake = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device="cpu")
+            tensor = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name in group:
+            set_tensor(model, name, tensor)

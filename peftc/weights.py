@@ -97,6 +97,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._makers
 
+    def precision(self, name: str) -> torch.dtype | None:
+        """The dtype that a parameter is read in; None for one that the checkpoint does not have."""
+        return self._makers[name].dtype if name in self else None
+
     def keys_without(self, left: set[str]) -> list[str]:
         """What has to be read of the checkpoint for a model that does without the parameters `left`."""
         unread = {key for recipe in self._recipes if left.issuperset(recipe.makes) for _pattern, key in recipe.sources}

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 POOL = 1 << 20
 
 
-def write_llama(folder: Path, *, shard: int = 400 << 20, **settings: int) -> int:
-    """A bf16 Llama whose files are about `shard` bytes long; returns its parameters' count. Needs little more memory."""
+def write_llama(folder: Path, *, shard: int = 400 << 20, **settings: Any) -> int:
+    """A bf16 Llama in files of about `shard` bytes, which is what it takes of memory; returns how many parameters."""
     config = LlamaConfig(**settings, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -52,7 +53,7 @@ def _shards(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[list[str
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers, a million of which are drawn for each tensor: the rest repeats them, which packing does not see."""
+    """Normal numbers. A million are drawn for each tensor, and repeated, which packing does not see."""
     count = torch.Size(shape).numel()
     pool = torch.empty(min(count, POOL)).normal_(std=0.02, generator=generator).to(torch.bfloat16)
     return pool.repeat(-(-count // POOL))[:count].view(shape)
@@ -81,7 +82,7 @@ def measure(folder: str, spec: str) -> dict[str, float]:
     compiled = peftc.compile(folder, spec)
     seconds = time.perf_counter() - started
     tensors = {id(t): t for t in (*compiled.parameters(), *compiled.buffers())}.values()
-    base = [t for t in compiled.base.parameters()]
+    base = list(compiled.base.parameters())
     return {
         "own": before,
         "peak": memory("VmHWM") - before,

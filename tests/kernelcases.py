@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 F32, F64 = torch.float32, torch.float64
+
+
+ops = torch.ops.peftc
 
 
 def normal(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
@@ -61,3 +64,50 @@ def adapter_arguments(x: Tensor, residual: Tensor | None, bias: bool, activation
     biases = [learns(3, dtype=dtype), learns(width, dtype=dtype)] if bias else [None, None]
     return (x, residual, learns(3, x.shape[-1], dtype=dtype), biases[0], learns(width, 3, dtype=dtype), biases[1], 0.7,
             activation)  # fmt: skip
+
+
+def agree_values(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor]) -> None:
+    """To what sums of a few hundred products of the dtype allow, relative to the largest number."""
+    for mine, right in zip(_tensors(ours), _tensors(theirs), strict=True):
+        assert mine.shape == right.shape
+        assert mine.dtype == right.dtype
+        largest = float(right.abs().max()) if right.numel() else 1.0
+        tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(mine.dtype, 1e-5)
+        torch.testing.assert_close(mine, right, rtol=0, atol=tolerance * max(largest, 1e-3))
+
+
+def _tensors(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else list(values)
+
+
+def _lora_arguments(seed: Tensor | None = None, dtype: torch.dtype = F32) -> tuple[Any, ...]:
+    rest = branches(12, [(7, 2), (5, 3)], False, True, dtype, dtype)
+    return (learns(2, 3, 12, dtype=dtype), *rest, seed, 0.3 if seed is not None else 0.0, 4)
+
+
+def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Operation and example arguments, by name."""
+    seed = torch.tensor(5)
+    return {
+        "rms_norm": (ops.rms_norm, (learns(2, 3, 8, dtype=dtype), learns(8, dtype=dtype), 1e-6, True)),
+        "gated_activation": (
+            ops.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
+        ),
+        "seeded_dropout": (ops.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
+        "lora_linear": (ops.lora_linear, _lora_arguments(dtype=dtype)),
+        "lora_linear_dropout": (ops.lora_linear, _lora_arguments(seed, dtype)),
+        "dora_linear": (
+            ops.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
+        ),
+        "adapter": (ops.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
+        "expert_linear": (
+            ops.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),
+        ),
+        "expert_lora": (
+            ops.expert_lora, (learns(6, 8, dtype=dtype), normal(2, 8, 5, dtype=dtype), torch.tensor([2, 5]),
+                              learns(2, 3, 8, dtype=dtype), learns(2, 5, 3, dtype=dtype), 0.5),
+        ),
+        "cross_entropy": (
+            ops.cross_entropy, (learns(6, 8, dtype=dtype), normal(11, 8, dtype=dtype), None, torch.arange(6), -100, 4),
+        ),
+    }  # fmt: skip

@@ -10,43 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelcases import F32, F64, adapter_arguments, branches, dora_arguments, gradients, learns, normal
+from kernelcases import F32, F64, branches, gradients, learns, normal, subjects
 from peftc.kernels.operation import cpu_function
 
 ops = torch.ops.peftc
-
-
-def _lora_arguments(seed: Tensor | None = None, dtype: torch.dtype = F32) -> tuple[Any, ...]:
-    rest = branches(12, [(7, 2), (5, 3)], False, True, dtype, dtype)
-    return (learns(2, 3, 12, dtype=dtype), *rest, seed, 0.3 if seed is not None else 0.0, 4)
-
-
-def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Operation and example arguments, by name."""
-    seed = torch.tensor(5)
-    return {
-        "rms_norm": (ops.rms_norm, (learns(2, 3, 8, dtype=dtype), learns(8, dtype=dtype), 1e-6, True)),
-        "gated_activation": (
-            ops.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
-        ),
-        "seeded_dropout": (ops.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
-        "lora_linear": (ops.lora_linear, _lora_arguments(dtype=dtype)),
-        "lora_linear_dropout": (ops.lora_linear, _lora_arguments(seed, dtype)),
-        "dora_linear": (
-            ops.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
-        ),
-        "adapter": (ops.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
-        "expert_linear": (
-            ops.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),
-        ),
-        "expert_lora": (
-            ops.expert_lora, (learns(6, 8, dtype=dtype), normal(2, 8, 5, dtype=dtype), torch.tensor([2, 5]),
-                              learns(2, 3, 8, dtype=dtype), learns(2, 5, 3, dtype=dtype), 0.5),
-        ),
-        "cross_entropy": (
-            ops.cross_entropy, (learns(6, 8, dtype=dtype), normal(11, 8, dtype=dtype), None, torch.arange(6), -100, 4),
-        ),
-    }  # fmt: skip
 
 
 SUBJECTS = list(subjects(F32))

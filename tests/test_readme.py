@@ -1,4 +1,4 @@
-"""The README is run: its table comes from the registry, its specs parse, its code and commands work."""
+"""The README is run: its tables come from the registry and from one recorded run, its specs parse, its code works."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import peftc
+from benchmark import recorded
 from peftc.report import methods_markdown, parameterisations_markdown, storages_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +29,14 @@ def fenced(language: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "made"),
-    [("methods", methods_markdown), ("parameterisations", parameterisations_markdown), ("storages", storages_markdown)],
+    [
+        ("methods", methods_markdown),
+        ("parameterisations", parameterisations_markdown),
+        ("storages", storages_markdown),
+        ("benchmarks", recorded),
+    ],
 )
-def test_its_tables_are_the_registry(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
+def test_its_tables_are_what_makes_them(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     text = README.read_text()
     before, rest = text.split(begin)
@@ -97,10 +103,19 @@ def test_its_plans_come_out(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_its_benchmark_runs() -> None:
+@pytest.mark.parametrize(
+    ("command", "begins"),
+    [
+        ("compile_time.py --layers 2 --repeat 1", "2"),
+        ("benchmark.py --only experts --repeats 1 --batch 1 --seq 16", "|---"),
+    ],
+)
+def test_its_benchmarks_run(command: str, begins: str) -> None:
     """examples/train.py, the other script it names, is run by test_examples.py."""
-    command = [sys.executable, "examples/compile_time.py", "--layers", "2", "--repeat", "1"]
+    script, *arguments = command.split()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].split()[0] == "2"
+    assert done.stdout.splitlines()[1].split()[0].startswith(begins)

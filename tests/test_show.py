@@ -50,7 +50,8 @@ NASTY = "a\"b<c>&d\\e'f#g;h|i]j`k\u202el"
 
 @cache
 def compiled(name: str) -> CompiledModule:
-    return peftc.compile(ZOO[name](), SPECS[name])
+    """Without fusions, so that what is drawn is the methods' own; `test_after_the_fusions` has them."""
+    return peftc.compile(ZOO[name](), SPECS[name], fuse=False)
 
 
 def last(name: str) -> fx.Graph:
@@ -101,6 +102,15 @@ def test_diff_of_each_pass(pytestconfig: pytest.Config) -> None:
     stages = list(compiled("bert").history.items())
     text = "".join(f"== {name}\n{diff(before, after)}" for (_, before), (name, after) in pairwise(stages))
     check(GOLDEN / "bert-diff.txt", text, pytestconfig)
+
+
+def test_after_the_fusions(pytestconfig: pytest.Config) -> None:
+    """What belongs together is one node, which says which statement it serves."""
+    fused = peftc.compile(ZOO["llama"](), SPECS["llama"])
+    text = render_show(fused, block=BLOCKS["llama"], after="fusions")
+    check(GOLDEN / "llama-fusions.txt", text, pytestconfig)
+    before, after = fused.history["tidy"], fused.history["fusions"]
+    assert "+ lora model.layers.0.self_attn.q_proj" in diff(before, after)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +272,7 @@ def test_the_page_is_well_formed_and_needs_no_network(name: str, whole: bool) ->
 
 
 def test_the_same_bytes_from_another_compilation() -> None:
-    again = peftc.compile(ZOO["llama"](), SPECS["llama"])
+    again = peftc.compile(ZOO["llama"](), SPECS["llama"], fuse=False)
     formats: tuple[Format, ...] = ("text", "dot", "mermaid", "html")
     for format in formats:
         for block in (None, BLOCKS["llama"]):

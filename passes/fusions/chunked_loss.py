@@ -13,7 +13,7 @@ from peftc.ir import value as fake
 from peftc.patterns import add, anything, cast, either, mul, number, op, read_elsewhere, value
 
 aten = torch.ops.aten
-ENTRIES = 1 << 22  # of the logits that exist at a time
+TOKENS, ENTRIES = 128, 1 << 22  # as many tokens a chunk as are fast, and more where their logits are small
 
 _head = either(
     op(aten.linear.default, value("hidden"), value("weight")),
@@ -67,7 +67,7 @@ class ChunkedLoss(Fusion):
         if bias is not None and fake(bias).dim() > 1:
             bias = editor.emit(match, here, aten.reshape.default, bias, [vocabulary])
         ignored = -100 if match["ignored"] is None else match["ignored"]
-        chunk = max(1, ENTRIES // vocabulary)
+        chunk = max(TOKENS, ENTRIES // vocabulary)
         loss = torch.ops.peftc.cross_entropy.default
         both = editor.emit(match, here, loss, hidden, weight, bias, match["labels"], ignored, chunk)
         result = editor.emit(match, here, operator.getitem, both, 0)
@@ -80,4 +80,4 @@ class ChunkedLoss(Fusion):
 
 
 def _miss(match: Match, reason: str, culprit: fx.Node) -> Miss:
-    return Miss(match.root, reason, (culprit,), len(match.nodes))
+    return Miss(match.root, reason, (culprit,))

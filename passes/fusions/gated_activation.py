@@ -36,7 +36,7 @@ class GatedActivation(Fusion):
         gate, up = fake(match["gate"]), fake(match["up"])
         if str(gate.shape) != str(up.shape) or gate.dtype != up.dtype:
             reason = f"what is gated is {tuple(up.shape)} {up.dtype}, the gate {tuple(gate.shape)} {gate.dtype}"
-            return Miss(match.root, reason, (match["up"],), len(match.nodes))
+            return Miss(match.root, reason, (match["up"],))
         return read_elsewhere(match)
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:

@@ -48,9 +48,9 @@ class LoraLinear(Fusion):
     def check(self, match: Match, editor: Editor) -> Miss | None:
         weight, bias = match["weight"], match["bias"]
         if fake(weight).dim() != 2 or any(fake(one.a).dim() != 2 for one in branches(match)):
-            return Miss(match.root, f"{weight.name} is no matrix", (weight,), len(match.nodes))
+            return Miss(match.root, f"{weight.name} is no matrix", (weight,))
         if bias is not None and fake(bias).dim() != 1:
-            return Miss(match.root, f"{bias.name} is no vector", (bias,), len(match.nodes))
+            return Miss(match.root, f"{bias.name} is no vector", (bias,))
         free = [match["transposition"]] if match["transposition"] else []
         return check_branches(match, editor, (weight,)) or read_elsewhere(match, free)
 

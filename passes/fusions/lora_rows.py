@@ -62,5 +62,5 @@ class LoraRows(Fusion):
         if match["scale0"] is not None:
             result = editor.emit(match, here, aten.mul.Tensor, result, match["scale0"])
         if match["cast0"] is not None:
-            result = editor.emit(match, here, aten.to.dtype, result, *match["cast0"].args[1:])
+            result = editor.emit(match, here, match["cast0"].target, result, *match["cast0"].args[1:])
         return editor.emit(match, here, aten.add.Tensor, match["whole"], result)

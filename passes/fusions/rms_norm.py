@@ -56,7 +56,7 @@ class RMSNorm(Fusion):
 
 def _miss(match: Match, reason: str, culprit: fx.Node) -> Miss:
     assert is_tensor(culprit)
-    return Miss(match.root, reason, (culprit,), len(match.nodes))
+    return Miss(match.root, reason, (culprit,))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels.activations import activate, check, differentiate_
 from peftc.kernels.lora_linear import accumulate_
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import like, rows
 
 
@@ -64,7 +64,7 @@ def _(
     return like(x if residual is None else residual), x.new_empty((*x.shape[:-1], down.shape[0]), dtype=down.dtype)
 
 
-@operation("adapter_backward")
+@operation("adapter_backward", ("cpu", "cuda"))
 def adapter_backward(
     grad: Tensor, x: Tensor, z: Tensor, down: Tensor, up: Tensor, scale: float, activation: str, behind: bool,
     needs: list[bool],
@@ -140,3 +140,6 @@ def _backward_flops(
 ) -> int:  # fmt: skip
     products = prod(up) * (1 + needs[3]) + prod(down) * (needs[0] + needs[1])
     return 2 * prod(x[:-1]) * products
+
+
+on_cuda(adapter, "adapter", "forward")

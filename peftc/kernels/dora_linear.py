@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import lora_linear
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import rows
 
 
@@ -53,7 +53,7 @@ def _(
     return lora_linear.shapes(x, weights, biases, a, b, scales)
 
 
-@operation("dora_linear_backward")
+@operation("dora_linear_backward", ("cpu", "cuda"))
 def dora_linear_backward(
     grads: list[Tensor | None], x: Tensor, outputs: list[Tensor], hidden: Tensor, weights: list[Tensor],
     biases: list[Tensor | None], a: list[Tensor], b: list[Tensor], lengths: list[Tensor], scales: list[float],
@@ -61,7 +61,7 @@ def dora_linear_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Those of [dx, dA_1 … dA_n, dB_1 … dB_n, dlength_1 … dlength_n] whose entry in `needs` is set.
 
-    What is inside the brackets is not kept: it is (y − bias) / length, and made again where a length is 0.
+    What is inside the brackets is not kept: it is (y − bias) / length, and made again where a length is 0 (on the CPU).
     """
     n = len(weights)
     inner_grads: list[Tensor | None] = []
@@ -80,9 +80,10 @@ def dora_linear_backward(
             if biases and (bias := biases[i]) is not None:
                 total -= flat.sum(0, dtype=total.dtype) * bias
             total /= lengths[i]
-            dead = (lengths[i] == 0).nonzero()[:, 0]
-            if len(dead):
-                total[dead] = _at_zero(flat[:, dead], x, hidden, weights, a, b, scales, transposed, i, dead)
+            if not total.is_cuda:  # which would have to wait for the answer: there it is NaN
+                dead = (lengths[i] == 0).nonzero()[:, 0]
+                if len(dead):
+                    total[dead] = _at_zero(flat[:, dead], x, hidden, weights, a, b, scales, transposed, i, dead)
             dlengths.append(total)
         inner_grads.append(torch.mul(flat, lengths[i].to(flat.dtype), out=product))
     results = lora_linear.backward(
@@ -158,3 +159,6 @@ def _backward_flops(
     scales: Any, transposed: Any, seed: Any, p: Any, salt: Any, needs: Any, *, out_shape: Any = None, **_: Any,
 ) -> int:  # fmt: skip
     return lora_linear.backward_flops(grads, x, weights, a, b, needs[: 1 + 2 * len(weights)])
+
+
+on_cuda(dora_linear, "lora_linear", "dora_forward")

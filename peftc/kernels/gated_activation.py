@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftc.kernels.activations import activate, activate_into, check, differentiate_
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import like
 
 
@@ -60,3 +60,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 gated_activation.register_autograd(_backward, setup_context=_save)
+
+on_cuda(gated_activation, "gated_activation", "forward")
+on_cuda(gated_activation_backward, "gated_activation", "backward")

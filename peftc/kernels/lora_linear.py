@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import rows
 
 
@@ -69,8 +69,11 @@ def _hidden(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int) -> T
     """S = dropout(x) Aᵀ [rows, r]; what is kept is scaled where it is narrow."""
     if seed is None or not dropout.dropped_levels(p):
         return x.to(a.dtype) @ a.t()
+    if x.is_cuda:
+        kept: Tensor = torch.ops.peftc.seeded_dropout(x.to(a.dtype), seed, p, salt)
+        return kept @ a.t()
     hidden = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
-    for part, bits, room in _dropped_pieces(*x.shape, a.dtype, seed, p, salt):
+    for part, bits, room in _dropped_pieces(x.shape[0], x.shape[1], a.dtype, seed, p, salt):
         torch.mm(dropout.keep(x[part].to(a.dtype), bits, p, room), a.t(), out=hidden[part])
     return hidden.mul_(dropout.kept_scale(p))
 
@@ -122,7 +125,7 @@ def shapes(
     return [*outputs, x.new_empty((*x.shape[:-1], sum(A.shape[0] for A in a)), dtype=a[0].dtype)]
 
 
-@operation("lora_linear_backward")
+@operation("lora_linear_backward", ("cpu", "cuda"))
 def lora_linear_backward(
     grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
@@ -179,6 +182,8 @@ def _branch_gradients(
         if dx is not None:
             accumulate_(dx, dhidden, a)
         return None if x is None else dhidden.t() @ x.to(a.dtype)
+    if a.is_cuda:
+        return _branch_gradients_on_cuda(dx, x, dhidden, a, seed, p, salt)
     dhidden = dhidden * dropout.kept_scale(p)
     da = None if x is None else torch.zeros_like(a, memory_format=torch.contiguous_format)
     if dx is None and da is None:
@@ -189,6 +194,19 @@ def _branch_gradients(
         if dx is not None:
             dx[part] += dropout.keep(torch.mm(dhidden[part], a, out=room), bits, p, room)
     return da
+
+
+def _branch_gradients_on_cuda(
+    dx: Tensor | None, x: Tensor | None, dhidden: Tensor, a: Tensor, seed: Tensor, p: float, salt: int
+) -> Tensor | None:
+    from peftc.kernels.gpu import lora_linear as gpu
+
+    if dx is not None:
+        gpu.add_input_gradient_(dx, dhidden, a, seed, p, salt)
+    if x is None:
+        return None
+    kept: Tensor = torch.ops.peftc.seeded_dropout(x.to(a.dtype), seed, p, salt)
+    return dhidden.t() @ kept
 
 
 def _output_factor_gradient(grad: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -286,3 +304,6 @@ def backward_flops(
         products += [*(weights[i] for i in used), *a]
     products += [shape for shape, needed in zip((*a, *b), needs[1:], strict=True) if needed]
     return 2 * prod(x[:-1]) * sum(shape[0] * shape[1] for shape in products)
+
+
+on_cuda(lora_linear, "lora_linear", "forward")

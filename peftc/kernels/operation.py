@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef, custom_op
+from torch._library.custom_ops import CustomOpDef
+from torch.library import custom_op
 
 _CPU: dict[str, Callable[..., Any]] = {}
 
@@ -19,6 +21,21 @@ def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[
         return custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
 
     return register
+
+
+def on_cuda(op: CustomOpDef, module: str, function: str) -> None:
+    """On CUDA, `op` is a function of `peftc.kernels.gpu`, imported when it is first called.
+
+    Where that returns NotImplemented (numbers or sizes that it does not know), the function for CPU tensors runs: it
+    has to be ATen alone.
+    """
+
+    def run(*arguments: Any) -> Any:
+        kernel = getattr(importlib.import_module(f"peftc.kernels.gpu.{module}"), function)
+        result = kernel(*arguments)
+        return _CPU[op._qualname](*arguments) if result is NotImplemented else result
+
+    op.register_kernel("cuda", run)
 
 
 def cpu_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:

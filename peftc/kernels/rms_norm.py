@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import like, rows, wide
 
 
@@ -93,3 +93,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 rms_norm.register_autograd(_backward, setup_context=_save)
+
+on_cuda(rms_norm, "rms_norm", "forward")
+on_cuda(rms_norm_backward, "rms_norm", "backward")
+on_cuda(rms_norm_weight_backward, "rms_norm", "weight_backward")

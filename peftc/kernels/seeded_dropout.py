@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import on_cuda, operation
 from peftc.kernels.shapes import like, wide
 
 LEVELS = 1 << 16
@@ -144,3 +144,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 seeded_dropout.register_autograd(_backward, setup_context=_save)
+
+on_cuda(seeded_dropout, "seeded_dropout", "seeded_dropout")

@@ -1,0 +1,46 @@
+"""Low-rank branches beside products with stacked experts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from peftc.branches import GROUPED, beside, branches, check_branches, joined
+from peftc.fusion import Editor, Fusion, Match, Miss, fusion
+from peftc.patterns import add, either, op, read_elsewhere, value
+
+aten = torch.ops.aten
+
+_product = op(GROUPED, value("x"), value("weight"), value("ends"))
+
+
+@fusion
+class ExpertLora(Fusion):
+    """y = W_e x + s B_e (A_e x), e the expert that a row of x was sent to.
+
+    The library's product computes a gradient for every frozen expert, as large as all of them together. This one does
+    not, and sums the branch in place. Biases that were picked for each row are added behind it.
+    """
+
+    name = "expert_lora"
+    rank = 3
+    pattern = beside(either(_product, add(_product, value("added"))))
+
+    def check(self, match: Match, editor: Editor) -> Miss | None:
+        if any(one.p for one in branches(match)):
+            return Miss(match.root, "its branch has a dropout", (branches(match)[0].a,))
+        return check_branches(match, editor, (match["weight"],)) or read_elsewhere(match)
+
+    def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:
+        (match,) = matches
+        here = match.root
+        one = joined(match, editor, here)
+        arguments = match["x"], match["weight"], match["ends"], one.a, one.b, one.scale
+        both = editor.emit(match, here, torch.ops.peftc.expert_lora.default, *arguments)
+        result = editor.emit(match, here, operator.getitem, both, 0)
+        if match["added"] is not None:
+            result = editor.emit(match, here, aten.add.Tensor, result, match["added"])
+        return [result]

@@ -1,0 +1,57 @@
+"""Kernels on a GPU equal their definitions on the CPU, in value and in gradient; skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import peftc.kernels
+from kernelcases import F32, agree_values, normal, subjects
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+assert peftc.kernels
+
+
+def _results(op: Any, arguments: tuple[Any, ...], device: str) -> list[Tensor]:
+    """Outputs with gradients, and the gradients of everything that learns, on the CPU."""
+
+    def there(leaf: Any) -> Any:
+        return leaf.detach().to(device).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    flat = [there(leaf) for leaf in pytree.tree_leaves(arguments)]
+    result = op(*pytree.tree_unflatten(flat, pytree.tree_structure(arguments)))
+    outputs = [result] if isinstance(result, Tensor) else [one for one in result if one.requires_grad]
+    loss = sum((one.float() * normal(*one.shape, seed=7).to(device)).sum() for one in outputs)
+    assert isinstance(loss, Tensor)
+    learned = [leaf for leaf in flat if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [one.detach().cpu() for one in (*outputs, *torch.autograd.grad(loss, learned))]
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(subjects(F32)))
+def test_cuda_equals_cpu(name: str, dtype: torch.dtype) -> None:
+    op, arguments = subjects(dtype)[name]
+    agree_values(_results(op, arguments, "cuda"), _results(op, arguments, "cpu"))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
+def test_masks_are_those_of_the_cpu(p: float) -> None:
+    x, seed = normal(300, 577), torch.tensor(-12345)
+    ours = torch.ops.peftc.seeded_dropout(x.cuda(), seed.cuda(), p, 1)
+    assert torch.equal(ours.cpu(), torch.ops.peftc.seeded_dropout(x, seed, p, 1))
+
+
+def test_four_bits_are_decoded_bit_for_bit() -> None:
+    from peftc.kernels.gpu.dequantize import dequantize_4bit
+
+    levels, dynamic, absmax = normal(16), normal(256), normal(90).abs()
+    packed = torch.randint(256, (90 * 32, 1), dtype=torch.uint8)
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+    theirs = (levels[codes].view(90, 64) * absmax[:, None]).view(45, 128)
+    packed, absmax, levels, dynamic = (tensor.cuda() for tensor in (packed, absmax, levels, dynamic))
+    ours = dequantize_4bit(packed, absmax, None, None, levels, dynamic, 64, (45, 128), F32)
+    assert torch.equal(ours.cpu(), theirs)
