@@ -122,9 +122,9 @@ def bench(
     timings = timings or Timings()
     data = None if calibration is None else list(calibration)
     with threads(thread_count):
-        fused = compile(model, spec, example=example, calibration=data, timings=timings)
         arguments = batch_for(model, example, batch, seq, SEED)
         _check_batch(model, arguments, f"{batch} × {seq}")
+        fused = compile(model, spec, example=example, calibration=data, timings=timings)
         plain = compile(model, spec, example=example, calibration=data, fuse=False, timings=timings)
         if not fused.trainable_parameters():
             raise PeftcError(CannotMeasure(model=type(model).__name__, reason="nothing in it learns"))

@@ -95,6 +95,7 @@ def test_nothing_is_saved_for_what_has_no_gradient() -> None:
     assert saved_bytes(lambda: torch.ones(3).exp().sum(), []) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_it_is_what_stays_allocated(name: str) -> None:
     """Between the passes a compiled model holds what autograd saved, the loss, and nothing else of a kilobyte."""
