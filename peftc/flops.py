@@ -31,6 +31,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "transformers::grouped_mm_fallback": _grouped,
         "transformers::grouped_mm_fallback_backward": _grouped_backward,
         "bitsandbytes::int8_linear_matmul": _by_rows,
+        "mkldnn::_linear_pointwise": _by_rows,
     }
     found = {_operation(name): formula for name, formula in known.items()}
     return {operation: formula for operation, formula in found.items() if operation is not None}

@@ -17,12 +17,14 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from peftc.errors import PeftcError
-from peftc.ir import get_attribute, is_tensor
+from peftc.ir import get_attribute, is_tensor, value
 from peftc.joint import Joint, Lifted, joint, lifted
+from peftc.kernels.products import product
 from peftc.memory_plan import Passes, split
 from peftc.model_errors import CannotCheckpoint
 from peftc.text import Span
 
+aten = torch.ops.aten
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
 CHECKPOINT = "checkpoint"
 
@@ -142,12 +144,24 @@ def program(kind: Kind, holder: _Holder) -> Program:
     # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
     passes = split(both, free, recompute_all=kind.checkpoint)
+    for half in (passes.forward, passes.backward):
+        _multiply_fast(half)
     empty = nn.Module()
     return Program(
         fx.GraphModule(empty, passes.forward).forward,
         fx.GraphModule(empty, passes.backward).forward,
         passes, len(both.outputs), both.differentiable, kind.needs,
     )  # fmt: skip
+
+
+def _multiply_fast(graph: fx.Graph) -> None:
+    """Gives the products that no kernel has to the sooner library."""
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        node.target = product
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        bias, left, right = node.args
+        if not node.kwargs and isinstance(bias, fx.Node) and value(bias).dim() == 1:
+            node.target, node.args = product, (left, right, bias)
 
 
 def _shape(node: fx.Node) -> tuple[str, torch.dtype] | None:

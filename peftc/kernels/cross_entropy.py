@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels.operation import operation
+from peftc.kernels.products import product
 from peftc.kernels.shapes import wide
 
 
@@ -44,18 +45,13 @@ def _with_label(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     return hidden.index_select(0, index), labels.index_select(0, index), index
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Tensor, dhidden: Tensor | None
-) -> Tensor:
-    """The loss of a few tokens; their logits are made in `logits`, and their gradient in `dhidden` if it is given.
+def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dhidden: Tensor | None) -> Tensor:
+    """The loss of a few tokens, and their gradient in `dhidden` if it is given.
 
     The gradient is (softmax − onehot) W. The exponentials are divided by their sum on the way out, where there are d
     numbers a token and not V.
     """
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=logits)
+    logits = product(hidden, weight.t(), bias)
     exact = logits.to(wide(logits.dtype))
     labels = labels[:, None]
     top = exact.amax(-1, keepdim=True)
@@ -64,7 +60,7 @@ def _chunk(
     total = exponentials.sum(-1, keepdim=True)
     if dhidden is not None:
         exponentials.scatter_add_(1, labels, -total)
-        dhidden.copy_(torch.mm(exponentials.to(hidden.dtype), weight).div_(total))
+        dhidden.copy_(product(exponentials.to(hidden.dtype), weight).div_(total))
     return (loss + total.log_()).sum()
 
 
@@ -76,11 +72,10 @@ def _run(
     used, targets, index = _with_label(hidden, labels, ignore_index)
     gradient = dhidden if dhidden is None or index is None else torch.empty_like(used)
     loss = hidden.new_zeros((), dtype=wide(hidden.dtype))
-    logits = hidden.new_empty(min(chunk, used.shape[0]), weight.shape[0])
     for start in range(0, used.shape[0], chunk):
         part = slice(start, min(start + chunk, used.shape[0]))
         piece = None if gradient is None else gradient[part]
-        loss += _chunk(used[part], weight, bias, targets[part], logits[: part.stop - start], piece)
+        loss += _chunk(used[part], weight, bias, targets[part], piece)
     if dhidden is not None and gradient is not None and index is not None:
         dhidden.zero_().index_copy_(0, index, gradient)
     return loss, labels.new_tensor(used.shape[0])

@@ -13,6 +13,7 @@ from peftc.kernels import expert_linear
 from peftc.kernels.expert_linear import groups, zeros_behind
 from peftc.kernels.lora_linear import accumulate_
 from peftc.kernels.operation import operation
+from peftc.kernels.products import product
 from peftc.kernels.shapes import like
 
 
@@ -36,8 +37,8 @@ def expert_lora(x: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, s
     y = zeros_behind(x.new_empty(x.shape[0], weight.shape[2]), ends)
     hidden = zeros_behind(x.new_empty(x.shape[0], a.shape[1], dtype=a.dtype), ends)
     for expert, part in groups(ends):
-        torch.mm(x[part], weight[expert], out=y[part])
-        torch.mm(x[part].to(a.dtype), a[expert].t(), out=hidden[part])
+        product(x[part], weight[expert], out=y[part])
+        product(x[part].to(a.dtype), a[expert].t(), out=hidden[part])
         accumulate_(y[part], hidden[part], b[expert].t(), scale)
     return y, hidden
 
@@ -58,9 +59,9 @@ def expert_lora_backward(
     db = torch.zeros_like(b, memory_format=torch.contiguous_format) if needs[2] else None
     for expert, part in groups(ends):
         dy = grad[part].to(b.dtype)
-        dhidden = torch.mm(dy, b[expert]).mul_(scale)
+        dhidden = product(dy, b[expert]).mul_(scale)
         if dx is not None:
-            torch.mm(grad[part], weight[expert].t(), out=dx[part])
+            product(grad[part], weight[expert].t(), out=dx[part])
             accumulate_(dx[part], dhidden, a[expert])
         if da is not None:
             torch.mm(dhidden.t(), x[part].to(a.dtype), out=da[expert])

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
 from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.products import add_product_, product
 from peftc.kernels.scratch import scratch
 from peftc.kernels.shapes import rows
 
@@ -69,7 +70,7 @@ def _dropped_pieces(
 def _hidden(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int) -> Tensor:
     """S = dropout(x) Aᵀ [rows, r]; what is kept is scaled where it is narrow."""
     if seed is None or not dropout.dropped_levels(p):
-        return x.to(a.dtype) @ a.t()
+        return product(x.to(a.dtype), a.t())
     if x.is_cuda:
         kept: Tensor = torch.ops.peftc.seeded_dropout(x.to(a.dtype), seed, p, salt)
         return kept @ a.t()
@@ -98,7 +99,7 @@ def forward(
     for i, weight in enumerate(weights):
         columns = weight if transposed else weight.t()
         bias = biases[i] if biases else None
-        y = torch.mm(flat, columns) if bias is None else torch.addmm(bias, flat, columns)
+        y = product(flat, columns, bias)
         stop = start + a[i].shape[0]
         accumulate_(y, hidden[:, start:stop], b[i].t(), scales[i])
         outputs.append(y.view(*x.shape[:-1], y.shape[1]))
@@ -149,7 +150,7 @@ def backward(
         if grad is None:
             dhidden[:, piece] = 0
         else:
-            torch.mm(grad.to(B.dtype), B, out=dhidden[:, piece]).mul_(scale)
+            torch.mul(product(grad.to(B.dtype), B), scale, out=dhidden[:, piece])
     needs_a = any(needs[1 : 1 + n])
     dx = _base_gradient(flat_grads, x, weights, transposed) if needs[0] else None
     stacked = _stacked(a)
@@ -171,7 +172,7 @@ def _base_gradient(
     for grad, weight in zip(grads, weights, strict=True):
         if grad is not None:
             matrix = weight.t() if transposed else weight
-            dx = torch.mm(grad, matrix) if dx is None else dx.addmm_(grad, matrix)
+            dx = product(grad, matrix) if dx is None else add_product_(dx, grad, matrix)
     return rows(x).new_zeros(rows(x).shape) if dx is None else dx
 
 
@@ -182,7 +183,7 @@ def _branch_gradients(
     if seed is None or not dropout.dropped_levels(p):
         if dx is not None:
             accumulate_(dx, dhidden, a)
-        return None if x is None else dhidden.t() @ x.to(a.dtype)
+        return None if x is None else product(dhidden.t().contiguous(), x.to(a.dtype))
     if a.is_cuda:
         return _branch_gradients_on_cuda(dx, x, dhidden, a, seed, p, salt)
     dhidden = dhidden * dropout.kept_scale(p)
@@ -214,7 +215,7 @@ def _output_factor_gradient(grad: Tensor | None, hidden: Tensor, b: Tensor, scal
     """dB = scale * gradᵀ S: the product that has the long side last is the faster one, and turning dB is cheap."""
     if grad is None:
         return torch.zeros_like(b, memory_format=torch.contiguous_format)
-    return ((hidden * scale).t() @ grad.to(b.dtype)).t().contiguous()
+    return product((hidden * scale).t().contiguous(), grad.to(b.dtype)).t().contiguous()
 
 
 @lora_linear_backward.register_fake
