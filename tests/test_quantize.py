@@ -116,6 +116,36 @@ def test_storage_stands_first_wherever_it_is_written() -> None:
     assert torch.equal(*outputs)
 
 
+def test_no_unpacked_weight_is_kept_for_the_backward_pass() -> None:
+    """It is unpacked again: a step keeps what it keeps over dense weights, and no more."""
+    base = base_of("llama")
+    kept = [bytes_kept(compiled(base, spec), inputs(base)) for spec in (LORA, f"quantize linear with nf4\n{LORA}")]
+    assert kept[0] == kept[1]
+
+
+def bytes_kept(model: peftc.CompiledModule, batch: dict[str, Tensor]) -> int:
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    return sum(found.values())
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_it_as_one_graph() -> None:
+    base = base_of("llama")
+    model, batch = compiled(base, f"quantize linear with nf4(double=true)\n{LORA}"), inputs(base)
+    compiled_again = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled_again(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
 # ---- Through a model's life --------------------------------------------------------------------------------------
 
 
