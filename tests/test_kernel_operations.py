@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelcases import F32, F64, branches, gradients, learns, normal, subjects
-from peftc.kernels.operation import cpu_function
+from peftc.kernels.operation import call_directly, cpu_function
 
 ops = torch.ops.peftc
 
@@ -117,3 +118,16 @@ def test_the_function_behind_an_operation() -> None:
     assert function is not None
     assert torch.equal(function(x, None, 1e-6, True)[0], ops.rms_norm(x, None, 1e-6, True)[0])
     assert cpu_function(torch.ops.aten.mm.default) is None
+
+
+def test_a_graph_that_calls_functions_directly() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    norm = graph.call_function(ops.rms_norm.default, (x, None, 1e-6, True))
+    graph.output(graph.call_function(torch.ops.aten.neg.default, (graph.call_function(operator.getitem, (norm, 0)),)))
+    module, given = fx.GraphModule(nn.Module(), graph), normal(3, 8)
+    before = module(given)
+    call_directly(module.graph)
+    module.recompile()
+    assert torch.equal(module(given), before)
+    assert not any(node.target is ops.rms_norm.default for node in module.graph.nodes)

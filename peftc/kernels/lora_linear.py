@@ -75,8 +75,8 @@ def _hidden(x: Tensor, a: Tensor, seed: Tensor | None, p: float, salt: int) -> T
         kept: Tensor = torch.ops.peftc.seeded_dropout(x.to(a.dtype), seed, p, salt)
         return kept @ a.t()
     hidden = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
-    for part, bits, room in _dropped_pieces(x.shape[0], x.shape[1], a.dtype, seed, p, salt):
-        torch.mm(dropout.keep(x[part].to(a.dtype), bits, p, room), a.t(), out=hidden[part])
+    for part, bits, _ in _dropped_pieces(x.shape[0], x.shape[1], a.dtype, seed, p, salt):
+        torch.mm(dropout.keep(x[part].to(a.dtype), bits, p, bits), a.t(), out=hidden[part])
     return hidden.mul_(dropout.kept_scale(p))
 
 
@@ -194,7 +194,7 @@ def _branch_gradients(
         if x is not None and da is not None:
             da.addmm_(dhidden[part].t(), dropout.keep(x[part].to(a.dtype), bits, p, room))
         if dx is not None:
-            dx[part] += dropout.keep(torch.mm(dhidden[part], a, out=room), bits, p, room)
+            dx[part] += dropout.keep(torch.mm(dhidden[part], a, out=room), bits, p, bits)
     return da
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
@@ -45,3 +46,10 @@ def cpu_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     core; who has real CPU tensors and needs no autograd can call the function itself.
     """
     return _CPU.get(op._schema.name)
+
+
+def call_directly(graph: fx.Graph) -> None:
+    """Has a graph that runs on CPU tensors, below autograd and outside of any trace, call the functions themselves."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.target = cpu_function(node.target) or node.target

@@ -102,7 +102,7 @@ def numbers(
 
 
 def keep(x: Tensor, bits: Tensor, p: float, out: Tensor) -> Tensor:
-    """x where its bits keep it, else 0, not scaled; all three of one shape, and bits and x of one dtype."""
+    """x where its bits keep it, else 0, not scaled; all of one shape and dtype. `out` may be any of the two."""
     threshold = dropped_levels(p) - LEVELS // 2 - 0.5
     torch.ops.aten.threshold_backward.grad_input(x, bits, threshold, grad_input=out)
     return out
