@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from peftc.fusion import Editor
+from peftc.fusion import Editor, Fusion
 from peftc.ir import value as fake
-from peftc.patterns import Match, Miss, Pattern, add, anything, cast, either, mul, number, op, value
+from peftc.patterns import Match, Miss, Pattern, add, anything, cast, either, mul, number, op, read_elsewhere, value
+from peftc.seeds import dropout_seed
 
 aten = torch.ops.aten
 
 GROUPED = ("transformers.grouped_mm_fallback.default",)
 _TRANSPOSED = (aten.transpose.int,)
+_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default)
+_PRODUCTS = (aten.matmul.default, aten.mm.default)
 MOST = 4  # branches beside one product: of q, k and v, and one more
 
 
@@ -28,6 +32,25 @@ def product(x: Pattern, weight: Pattern, name: str | None = None) -> Pattern:
     """x Wᵀ: one matrix, or one of a stack for each group of rows that `ends` tells apart."""
     swapped = op(_TRANSPOSED, weight, -2, -1)
     return either(op(aten.linear.default, x, weight, name=name), op(GROUPED, x, swapped, value("ends"), name=name))
+
+
+def frozen() -> Pattern:
+    """W x + bias in the spellings of one layer; the weight may be stored transposed."""
+    x, weight, bias = value("x"), value("weight"), value("bias")
+    return either(
+        op(aten.linear.default, x, weight),
+        op(aten.linear.default, x, weight, bias),
+        unbiased(),
+        op(_PRODUCTS, x, op(_TRANSPOSES, weight, name="transposition")),
+        op(aten.addmm.default, bias, x, weight, name="transposed"),
+        op(_PRODUCTS, x, weight, name="transposed"),
+    )
+
+
+def unbiased() -> Pattern:
+    """W x, made of W x + bias by a method that gives the rows of W other lengths, but not the bias."""
+    removed = value("removed")
+    return op(aten.sub.Tensor, op(aten.linear.default, value("x"), value("weight"), removed), removed)
 
 
 def branch(which: int = 0) -> Pattern:
@@ -95,6 +118,60 @@ def joined(match: Match, editor: Editor, before: fx.Node) -> Branch:
     ]
     b = editor.emit(match, before, aten.cat.default, scaled, -1)
     return Branch(a, b, 1.0, found[0].p, found[0].training)
+
+
+@dataclass(frozen=True)
+class Together:
+    """What the layers of one group hand to one operation: its arguments, and the node that it is to stand before."""
+
+    here: fx.Node
+    x: fx.Node
+    weights: list[fx.Node]
+    a: list[fx.Node]
+    b: list[fx.Node]
+    scales: list[float]
+    seed: fx.Node | None
+    p: float
+
+
+class BesideFrozen(Fusion):
+    """Base of the rules for `beside(frozen())`: layers on one x, in one block and alike, go into one operation."""
+
+    rank = 3
+
+    def check(self, match: Match, editor: Editor) -> Miss | None:
+        weight, bias = match["weight"], match["bias"]
+        if fake(weight).dim() != 2 or any(fake(one.a).dim() != 2 for one in branches(match)):
+            return _miss(match, f"{weight.name} is no matrix", weight)
+        if bias is not None and fake(bias).dim() != 1:
+            return _miss(match, f"{bias.name} is no vector", bias)
+        free = [match["transposition"]] if match["transposition"] else []
+        return check_branches(match, editor, (weight,)) or read_elsewhere(match, free)
+
+    def bias(self, match: Match) -> fx.Node | None:
+        """The bias that the operation adds."""
+        found: fx.Node | None = match["bias"]
+        return found
+
+    def group(self, match: Match, editor: Editor) -> Hashable:
+        one = branches(match)[0]
+        alike = match["transposed"] is None, self.bias(match) is None, one.p, one.training, fake(one.a).dtype
+        return match["x"], editor.block(match.root), *alike
+
+    def together(self, matches: Sequence[Match], editor: Editor, *more: str) -> Together:
+        """The operands, moved in front of the first layer; `more` names others that have to stand there."""
+        here = matches[0].root
+        for match in matches:
+            for node in (match["weight"], self.bias(match), *(match[name] for name in more)):
+                if node is not None:
+                    editor.hoist(node, here)
+        found = [joined(match, editor, here) for match in matches]
+        x, p, training = matches[0]["x"], found[0].p, found[0].training
+        seed = editor.emit(matches[0], here, dropout_seed, training, fake(x).device) if p else None
+        return Together(
+            here, x, [match["weight"] for match in matches], [one.a for one in found], [one.b for one in found],
+            [one.scale for one in found], seed, p,
+        )  # fmt: skip
 
 
 def _miss(match: Match, reason: str, *culprits: fx.Node) -> Miss:

@@ -342,6 +342,38 @@ def test_a_transposed_layer() -> None:
     assert fired.nearest.reason == "view_1 is view, not linear"
 
 
+@given(outs=st.lists(sizes, min_size=1, max_size=2), n_in=sizes, tokens=st.integers(2, 5), bias=st.booleans())
+@few
+def test_dora_linear(outs: list[int], n_in: int, tokens: int, bias: bool) -> None:
+    """Lengths multiply what the branch is added to, and not the bias."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, out in enumerate(outs):
+        shapes |= {f"w{i}": (out, n_in), f"a{i}": (2, n_in), f"b{i}": (out, 2), f"m{i}": (out,)}
+        shapes |= {f"c{i}": (out,)} if bias else {}
+
+    def function(case: Any, x: Tensor) -> Tensor:
+        results = []
+        for i in range(len(outs)):
+            w, a, b, m, c = (getattr(case, f"{kind}{i}", None) for kind in "wabmc")
+            assert w is not None
+            y = F.linear(x, w, c)
+            scaled = (m / w.norm(dim=1)) * _lora(x, y if c is None else y - c, a, b, 2.0)  # type: ignore[operator,arg-type]
+            results.append(scaled if c is None else scaled + c)
+        return torch.cat(results, -1)
+
+    trained = tuple(name for name in shapes if name[0] in "abm")
+    fires(Case(function, **shapes), (number(tokens, n_in),), trained, dora_linear=1, lora_linear=0)
+
+
+def test_a_residual_is_no_bias() -> None:
+    def function(case: Any, x: Tensor) -> Tensor:
+        return x + case.m * _lora(x, F.linear(x, case.w), case.a, case.b, 2.0)
+
+    shapes = {"w": (5, 5), "a": (2, 5), "b": (5, 2), "m": (5,)}
+    fused = fires(Case(function, **shapes), (number(4, 5),), ("a", "b", "m"), dora_linear=1)
+    assert "aten.add.Tensor" in operations(fused)
+
+
 def test_lora_linear_says_why_not() -> None:
     def function(case: Any, x: Tensor) -> Tensor:
         return _lora(x, F.linear(x, case.w), case.a, case.b, 2.0)
@@ -584,8 +616,8 @@ MORE: list[tuple[str, str, dict[str, int]]] = [
     ("bert", "apply adapter(size=8) to attn, mlp", {"adapter": 4}),
     ("t5", "apply adapter(size=8) to attn, mlp", {"rms_norm": 12, "adapter": 10, "chunked_loss": 1}),
     ("llama", "apply dora(r=4) to attn.*, mlp.*",
-     {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
-    ("qwen2", "apply dora(r=4) to attn.*", {"rms_norm": 5, "gated_activation": 2, "lora_linear": 4, "chunked_loss": 1}),
+     {"rms_norm": 5, "gated_activation": 2, "dora_linear": 8, "chunked_loss": 1}),
+    ("qwen2", "apply dora(r=4) to attn.*", {"rms_norm": 5, "gated_activation": 2, "dora_linear": 4, "chunked_loss": 1}),
     ("llama", "apply loha(r=2) to attn.*, mlp.*",
      {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
 ]  # fmt: skip
