@@ -20,7 +20,17 @@ from torch import fx
 
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
 from peftc import debug
-from peftc.ir import PROVENANCE, STACK, Provenance, computed, get_attribute, module_path
+from peftc.ir import (
+    PROVENANCE,
+    STACK,
+    Provenance,
+    computed,
+    get_attribute,
+    is_mutable,
+    is_tensor,
+    memory,
+    module_path,
+)
 from peftc.patterns import Match, Miss, Pattern, read_elsewhere
 
 __all__ = ["Editor", "Fired", "Fusion", "Match", "Miss", "NearMiss", "fuse", "fusion", "fusions"]
@@ -201,12 +211,16 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
 def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
     """Each place that fits, and each where half of the pattern does, the operation at its root not alone."""
     taken: set[fx.Node] = set()
+    written = {memory(writer.args[0]): writer for writer in editor.graph.nodes if is_mutable(writer)}
     for node in reversed(editor.graph.nodes):
         if node.op != "call_function" or node in taken:
             continue
         found = rule.pattern.match(node)
-        if isinstance(found, Match) and (miss := rule.check(found, editor)) is not None:
-            found = replace(miss, refused=True)
+        if isinstance(found, Match):
+            writer = written.get(memory(node)) if is_tensor(node) else None
+            overwritten = Miss(node, f"{writer.name} writes over it", (writer,)) if writer else None
+            if (miss := overwritten or rule.check(found, editor)) is not None:
+                found = replace(miss, refused=True)
         if isinstance(found, Match):
             taken.update(found.nodes)
             yield found

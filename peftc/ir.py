@@ -41,6 +41,17 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_mutable(node: fx.Node) -> bool:
+    """Whether `node` writes into one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def memory(node: fx.Node) -> int:
+    """Which memory a value lies in: views of one tensor share it."""
+    return int(value(node).untyped_storage()._cdata)
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode, and so the shape environment, that `graph` was captured under."""
     for node in graph.nodes:

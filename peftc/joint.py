@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from peftc.ir import fake_mode, get_attribute, is_tensor, value
+from peftc.ir import fake_mode, get_attribute, is_mutable, is_tensor, memory
 from peftc.shorten import shorten
 
 aten = torch.ops.aten
@@ -143,17 +143,6 @@ def _apart(graph: Lifted) -> bool:
     return bool(made) and len(set(made)) == len(made) and taken.isdisjoint(made)
 
 
-def is_mutable(node: fx.Node) -> bool:
-    """Whether `node` writes into one of its operands."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def memory(node: fx.Node) -> int:
-    """Which memory a value lies in: views of one tensor share it."""
-    return int(value(node).untyped_storage()._cdata)
-
-
 def kind(given: Any) -> str:
     """Shape, strides, dtype and device of a tensor; of anything else its type."""
     if not isinstance(given, Tensor):
@@ -166,6 +155,7 @@ def joint(
     needs: tuple[bool, ...],
     constants: tuple[Any, ...] = (),
     autocast: tuple[str, torch.dtype] | None = None,
+    device: torch.device | None = None,
 ) -> Joint:
     """Traces both passes of `graph`.
 
@@ -174,6 +164,7 @@ def joint(
         needs: which inputs need a gradient, in order.
         constants: the values of the inputs that `graph.constants` names.
         autocast: device type and dtype, where autocast is on.
+        device: where the tensors are, if no longer where the model was captured: operations differ by device.
     """
     inputs = [node.meta["val"] for node in graph.inputs]
     for place, constant in zip(graph.constants, constants, strict=True):
@@ -207,15 +198,19 @@ def joint(
         stack.enter_context(saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         if autocast is not None:
             stack.enter_context(torch.autocast(*autocast, cache_enabled=False))
-        tangents = [torch.empty_like(graph.outputs[place].meta["val"]) for place in tensors]
-        traced = make_fx(both)([_fresh(item) for item in inputs], tangents).graph
+        tangents = [_fresh(graph.outputs[place].meta["val"], device) for place in tensors]
+        traced = make_fx(both)([_fresh(item, device) for item in inputs], tangents).graph
     ends = [tensors.index(place) for place in differentiable]
     return _as_joint(shorten(traced), len(inputs), len(graph.outputs), tuple(differentiable), ends)
 
 
-def _fresh(item: Any) -> Any:
+def _fresh(item: Any, device: torch.device | None) -> Any:
     """Inputs that were copied from one template may be one fake value, which tracing takes for one argument."""
-    return item.detach() if isinstance(item, Tensor) else item
+    if not isinstance(item, Tensor):
+        return item
+    if device is None or device == item.device:
+        return item.detach()
+    return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=device)
 
 
 def _as_joint(graph: fx.Graph, inputs: int, outputs: int, differentiable: tuple[int, ...], reached: list[int]) -> Joint:

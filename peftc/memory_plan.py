@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from peftc.ir import is_tensor
-from peftc.joint import Joint, memory
+from peftc.ir import is_tensor, memory
+from peftc.joint import Joint
 
 aten = torch.ops.aten
 NOMINAL = 512  # a symbolic size, where bytes are compared

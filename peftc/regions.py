@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from peftc.errors import PeftcError
 from peftc.ir import get_attribute, is_tensor, value
 from peftc.joint import Joint, Lifted, joint, lifted
+from peftc.kernels.operation import call_directly
 from peftc.kernels.products import product
 from peftc.memory_plan import Passes, split
 from peftc.model_errors import CannotCheckpoint
@@ -48,6 +49,7 @@ class Kind:
     text: str
     needs: tuple[bool, ...]
     constants: tuple[Any, ...]
+    device: torch.device
     autocast: tuple[str, torch.dtype] | None
     checkpoint: bool
 
@@ -90,7 +92,8 @@ class Block(fx.GraphModule):
         if not any(needs):
             return None
         constants = tuple(inputs[place] for place in graph.constants)
-        kind = Kind(text, needs, constants, _autocast(inputs), bool(self.meta.get(CHECKPOINT)))
+        device = next(item.device for item in inputs if isinstance(item, Tensor))
+        kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(CHECKPOINT)))
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
 
@@ -121,14 +124,14 @@ class _Holder:
         return isinstance(other, _Holder)
 
 
-def _autocast(inputs: tuple[Any, ...]) -> tuple[str, torch.dtype] | None:
-    device = next(item.device.type for item in inputs if isinstance(item, Tensor))
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+def _autocast(device: torch.device) -> tuple[str, torch.dtype] | None:
+    kind = device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 @lru_cache(maxsize=MOST)
 def _traced(kind: Kind, holder: _Holder) -> Joint:
-    return joint(holder.graph, kind.needs, kind.constants, kind.autocast)
+    return joint(holder.graph, kind.needs, kind.constants, kind.autocast, kind.device)
 
 
 @lru_cache(maxsize=MOST)
@@ -144,8 +147,10 @@ def program(kind: Kind, holder: _Holder) -> Program:
     # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
     passes = split(both, free, recompute_all=kind.checkpoint)
-    for half in (passes.forward, passes.backward):
-        _multiply_fast(half)
+    if kind.device.type == "cpu":
+        for half in (passes.forward, passes.backward):
+            _multiply_fast(half)
+            call_directly(half)
     empty = nn.Module()
     return Program(
         fx.GraphModule(empty, passes.forward).forward,
