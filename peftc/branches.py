@@ -22,10 +22,10 @@ _PRODUCTS = (aten.matmul.default, aten.mm.default)
 MOST = 4  # branches beside one product: of q, k and v, and one more
 
 
-def entering(which: int = 0) -> Pattern:
+def entering(which: int, *, dropped: bool) -> Pattern:
     """x as a branch reads it: cast to the branch's precision, with dropout or without."""
     x = cast(value("x"))
-    return either(op(aten.dropout.default, x, number(f"p{which}"), anything(f"training{which}")), x)
+    return op(aten.dropout.default, x, number(f"p{which}"), anything(f"training{which}")) if dropped else x
 
 
 def product(x: Pattern, weight: Pattern, name: str | None = None) -> Pattern:
@@ -53,17 +53,23 @@ def unbiased() -> Pattern:
     return op(aten.sub.Tensor, op(aten.linear.default, value("x"), value("weight"), removed), removed)
 
 
-def branch(which: int = 0) -> Pattern:
+def branch(which: int = 0, *, dropped: bool = False) -> Pattern:
     """s B A x, named a, b and scale, with the number of the branch."""
-    thin = product(product(entering(which), value(f"a{which}")), value(f"b{which}"), name=f"wide{which}")
+    x = entering(which, dropped=dropped)
+    thin = product(product(x, value(f"a{which}")), value(f"b{which}"), name=f"wide{which}")
     return cast(either(mul(thin, number(f"scale{which}")), thin), f"cast{which}")
+
+
+def beside_one(base: Pattern, which: int = 0) -> Pattern:
+    """`base` with a branch beside it; x may itself come out of a dropout, which is then not the branch's."""
+    return either(*(add(base, branch(which, dropped=dropped)) for dropped in (False, True)))
 
 
 def beside(base: Pattern) -> Pattern:
     """`base` with one branch beside it, or several, all of one x."""
-    chains = [add(base, branch(0))]
+    chains = [beside_one(base)]
     for which in range(1, MOST):
-        chains.append(add(chains[-1], branch(which)))
+        chains.append(beside_one(chains[-1], which))
     return either(*reversed(chains))
 
 

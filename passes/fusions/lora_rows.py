@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import branch
+from peftc.branches import beside_one
 from peftc.fusion import Editor, Fusion, Match, Miss, fusion
 from peftc.ir import value as fake
-from peftc.patterns import add, anything, either, op, read_elsewhere, value
+from peftc.patterns import anything, either, op, read_elsewhere, value
 
 aten = torch.ops.aten
 
 _whole = value("whole")
 _start, _rows = anything("start"), value("rows")
-_part = add(op(aten.narrow.default, _whole, -1, _start, anything("length")), branch())
-_picked = add(op(aten.index_select.default, _whole, -1, _rows), branch())
+_part = beside_one(op(aten.narrow.default, _whole, -1, _start, anything("length")))
+_picked = beside_one(op(aten.index_select.default, _whole, -1, _rows))
 
 
 @fusion
