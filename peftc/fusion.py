@@ -27,8 +27,6 @@ from peftc.ir import (
     computed,
     get_attribute,
     is_mutable,
-    is_tensor,
-    memory,
     module_path,
 )
 from peftc.patterns import Match, Miss, Pattern, read_elsewhere
@@ -211,13 +209,13 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
 def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
     """Each place that fits, and each where half of the pattern does, the operation at its root not alone."""
     taken: set[fx.Node] = set()
-    written = {memory(writer.args[0]): writer for writer in editor.graph.nodes if is_mutable(writer)}
+    written = {node: writer for writer in editor.graph.nodes if is_mutable(writer) for node in _seen_through(writer)}
     for node in reversed(editor.graph.nodes):
         if node.op != "call_function" or node in taken:
             continue
         found = rule.pattern.match(node)
         if isinstance(found, Match):
-            writer = written.get(memory(node)) if is_tensor(node) else None
+            writer = written.get(node)
             overwritten = Miss(node, f"{writer.name} writes over it", (writer,)) if writer else None
             if (miss := overwritten or rule.check(found, editor)) is not None:
                 found = replace(miss, refused=True)
@@ -226,6 +224,15 @@ def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
             yield found
         elif found.refused or (found.depth > 1 and 2 * found.depth >= rule.pattern.size):
             yield found
+
+
+def _seen_through(writer: fx.Node) -> Iterator[fx.Node]:
+    """What an operation writes over: its first operand, and each value that this is a view of."""
+    node = writer.args[0]
+    while isinstance(node, fx.Node):
+        yield node
+        returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+        node = node.args[0] if node.args and any(value.alias_info is not None for value in returns) else None
 
 
 def _in_words(miss: Miss) -> NearMiss:

@@ -26,6 +26,9 @@ aten = torch.ops.aten
 NOMINAL = 512  # a symbolic size, where bytes are compared
 # Products as the captured graph spells them, before autograd takes them apart.
 COMPOSITE = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default}
+# Products, and which operand's last size says how long the sums are.
+INNER = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+SHORT = 32
 SOURCE, SINK = "inputs", "backward"
 
 
@@ -137,6 +140,9 @@ def is_dear(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target in INNER:  # short sums cost as little as an activation: those of Kronecker factors, of a low rank
+        inner = node.args[INNER[target]].meta["val"].shape[-1]  # type: ignore[union-attr]
+        return not (isinstance(inner, int) and inner <= SHORT)
     multiplies = target.overloadpacket in flop_registry or target in COMPOSITE or "scaled_dot_product" in target.name()
     return multiplies or target.namespace not in ("aten", "prims", "peftc")
 

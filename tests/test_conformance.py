@@ -259,7 +259,7 @@ def test_2_rewrite_equals_fold_on_any_shape(
         given = {name: known.get(name) for name in method.asks(state)}
         rewritten = method.rewrite(site, x, F.linear(x, weight, bias), **given)
     folded = F.linear(x, *method.fold(site, weight, bias, state))
-    # float64 rounds at 1e-16. A row whose norm DoRA divides by may be 1e-4 of its parts: the norm's square is their sum,
+    # float64 rounds at 1e-16. A row whose norm DoRA divides by may be 1e-4 of its parts: its square is their sum,
     # whose rounding is then 1e8 times as large
     tolerance = 1e-7 if name == "dora" else 1e-9
     torch.testing.assert_close(rewritten, folded, rtol=tolerance, atol=tolerance)

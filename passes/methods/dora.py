@@ -64,7 +64,8 @@ class DoRA(Method):
         own = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype)
         cross = (B * linear(weight, A.to(weight.dtype))).sum(1)
         added = (B * (B @ (A @ A.t()))).sum(1)
-        return (own * own + 2 * self.scale * cross + self.scale**2 * added).clamp_min(0).sqrt()
+        squared: Tensor = own * own + 2 * self.scale * cross + self.scale**2 * added
+        return squared.clamp_min(0).sqrt()
 
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "use_rslora": False, "bias": "none",
