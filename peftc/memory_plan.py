@@ -28,7 +28,7 @@ NOMINAL = 512  # a symbolic size, where bytes are compared
 COMPOSITE = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default}
 # Products, and which operand's last size says how long the sums are.
 INNER = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
-SHORT = 32
+SHORT = 24
 SOURCE, SINK = "inputs", "backward"
 
 

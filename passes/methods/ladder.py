@@ -86,11 +86,9 @@ class Ladder(Method):
         return site.after is None and not site.feeds
 
     def keeps(self, site: Block) -> int:
-        """Both addends of u, a norm's steps and the values around f; at the end a norm's again."""
+        """Both addends of u, what leaves, and what f is of; norms and f are computed again, a dropout's mask is not."""
         width = self._width(site)
-        norm = 3 * width + 1
-        inner = self.expansion * width * (1 if self.activation in ("relu", "tanh") else 2) + (self.dropout > 0)
-        return 2 * width + norm + inner + (norm if self.changes(site) else 0)
+        return 3 * width + self.expansion * width * (2 if self.dropout else 1)
 
     def state(self, site: Block) -> dict[str, State]:
         width, inner = self._width(site), self.expansion * self._width(site)
