@@ -139,6 +139,25 @@ def loss_after_ten_steps(model: peftc.CompiledModule, batch: dict[str, torch.Ten
     return loss
 
 
+@pytest.mark.slow
+@each_recipe
+def test_torch_compile_takes_it_as_one_graph(recipe: Path) -> None:
+    """A training step without a graph break, and the same loss where nothing is random."""
+    torch.manual_seed(0)
+    base = base_for(recipe, families(recipe)[0])
+    batch = inputs(base)
+    asks = any(application.method.data for application in resolve(as_spec(recipe)).applications)
+    model = peftc.compile(base, recipe, calibration=[batch] if asks else None)
+    torch.compiler.reset()
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    fast.train()
+    fast(**batch).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_no_biases_to_train_is_an_error(family: str) -> None:
     with pytest.raises(peftc.PeftcError, match="bias"):
