@@ -183,7 +183,8 @@ def joint(
         result = module(*leaves)
         outputs = list(result) if isinstance(result, tuple) else [result]
         reached = [(outputs[place], tangent) for place, tangent in zip(tensors, tangents, strict=True)]
-        reached = [(output, tangent) for output, tangent in reached if output.requires_grad]
+        # Under autocast an output may have another precision than where the model was captured.
+        reached = [(output, tangent.to(output.dtype)) for output, tangent in reached if output.requires_grad]
         differentiable[:] = [place for place in tensors if outputs[place].requires_grad]
         learning = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
         ends, coming = zip(*reached, strict=True) if reached else ((), ())
@@ -198,10 +199,11 @@ def joint(
         stack.enter_context(saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         if autocast is not None:
             stack.enter_context(torch.autocast(*autocast, cache_enabled=False))
-        tangents = [_fresh(graph.outputs[place].meta["val"], device) for place in tensors]
+        ends = [_fresh(graph.outputs[place].meta["val"], device) for place in tensors]
+        tangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(both)([_fresh(item, device) for item in inputs], tangents).graph
-    ends = [tensors.index(place) for place in differentiable]
-    return _as_joint(shorten(traced), len(inputs), len(graph.outputs), tuple(differentiable), ends)
+    reached = [tensors.index(place) for place in differentiable]
+    return _as_joint(shorten(traced), len(inputs), len(graph.outputs), tuple(differentiable), reached)
 
 
 def _fresh(item: Any, device: torch.device | None) -> Any:

@@ -5,6 +5,7 @@ Without gradients, under `torch.compile`, and where it cannot be one function, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from peftc.text import Span
 aten = torch.ops.aten
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
 CHECKPOINT = "checkpoint"
+LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +72,11 @@ class Block(fx.GraphModule):
         self.__dict__["_lifted"] = {}
 
         def forward(self: Block, *given: Any) -> Any:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None
+            if torch.compiler.is_compiling() or transformed or not torch.is_grad_enabled():
                 return plain(self, *given)
-            step = self._step(given)
+            with LOCK:  # a trace has the shape environment of the capture to itself
+                step = self._step(given)
             return plain(self, *given) if step is None else step()
 
         cls.forward = forward
@@ -89,7 +93,7 @@ class Block(fx.GraphModule):
         graph, text = known
         inputs = (*given, *(get_attribute(self, name) for name in graph.names))
         needs = tuple(isinstance(item, Tensor) and item.requires_grad for item in inputs)
-        if not any(needs):
+        if not any(needs) or any(map(_differs, inputs, graph.inputs)):
             return None
         constants = tuple(inputs[place] for place in graph.constants)
         device = next(item.device for item in inputs if isinstance(item, Tensor))
@@ -122,6 +126,11 @@ class _Holder:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Holder)
+
+
+def _differs(item: Any, node: fx.Node) -> bool:
+    """Whether a tensor has another precision than where it was captured: the trace would be for that one."""
+    return isinstance(item, Tensor) and item.dtype != node.meta["val"].dtype
 
 
 def _autocast(device: torch.device) -> tuple[str, torch.dtype] | None:

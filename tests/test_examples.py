@@ -150,7 +150,7 @@ def test_torch_compile_takes_it_as_one_graph(recipe: Path) -> None:
     model = peftc.compile(base, recipe, calibration=[batch] if asks else None)
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
-    fast.train()
+    model.train()
     fast(**batch).loss.backward()
     assert any(parameter.grad is not None for parameter in model.parameters())
     model.eval()

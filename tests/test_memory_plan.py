@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import golden
 import peftc
 from peftc.errors import PeftcError
+from peftc.kernels.products import product
 from peftc.memory_plan import cheapest
 from peftc.module import CompiledModule
 from peftc.regions import Block, Kind, _Holder, program
@@ -165,6 +167,75 @@ def test_autocast_is_in_the_plan(dtype: torch.dtype) -> None:
         torch.testing.assert_close(other[1][name], gradient, rtol=0, atol=bound)
     exact = step(twin, batch)
     assert not torch.equal(exact[0], other[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_reaches_what_is_fused(dtype: torch.dtype) -> None:
+    """Behind an attention or an activation the input is half precision, and the frozen weight is not."""
+    models = [peftc.compile(ZOO["llama"](), "apply lora(r=4) to attn.*, mlp.*", fuse=fuse) for fuse in (True, False)]
+    batch = inputs(ZOO["llama"](), 2, 8)
+    losses = []
+    for model in models:
+        with torch.autocast("cpu", dtype):
+            losses.append(step(model.train(), batch)[0])
+            with torch.no_grad():
+                losses.append(model.eval()(**batch).loss)
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-2, atol=0)  # eight bits of a bfloat16
+
+
+def test_another_precision_than_the_captured_one_runs_as_written() -> None:
+    model = peftc.compile(ZOO["llama"](), LORA).double()
+    batch = inputs(ZOO["llama"]())
+    with_gradients = model(**batch).loss
+    with torch.no_grad():
+        torch.testing.assert_close(with_gradients.detach(), model(**batch).loss, rtol=1e-6, atol=0)
+
+
+def test_a_block_may_return_a_turned_tensor() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.linear(self.norm(x.transpose(1, 2)))).transpose(1, 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Turned() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    base, x = Model(), torch.randn(3, 6, 5)
+    models = [peftc.compile(base, "apply lora(r=2, init=gaussian) to linear", example=x, fuse=f) for f in (True, False)]
+    models[0].load_state_dict(models[1].state_dict())
+    found = [torch.autograd.grad(m(x).square().sum(), [*m.trainable_parameters().values()]) for m in models]
+    names = [list(m.trainable_parameters()) for m in models]
+    other = dict(zip(names[1], found[1], strict=True))
+    for name, gradient in zip(names[0], found[0], strict=True):
+        torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_may_call_it_first_together() -> None:
+    program.cache_clear()
+    model = peftc.compile(ZOO["llama"](), LORA).eval()
+    batch = inputs(ZOO["llama"]())
+    with ThreadPoolExecutor(3) as pool:
+        losses = list(pool.map(lambda _: model(**batch).loss.detach(), range(3)))
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("bias", [torch.arange(96.0)[::2], torch.ones(1).expand(48), torch.arange(48.0)])
+def test_a_product_reads_a_bias_as_it_lies(bias: Tensor) -> None:
+    left, weight = torch.randn(32, 40), torch.randn(48, 40)
+    torch.testing.assert_close(product(left, weight.t(), bias), left @ weight.t() + bias)
 
 
 def test_without_gradients_the_graph_runs_as_it_is() -> None:

@@ -51,7 +51,10 @@ class RMSNorm(Fusion):
         narrow = match["narrow"] is not None and fake(match["narrow"]).dtype == fake(match["x"]).dtype
         norm = torch.ops.peftc.rms_norm.default
         both = editor.emit(match, match.root, norm, match["x"], match["weight"], match["eps"], narrow)
-        return [editor.emit(match, match.root, operator.getitem, both, 0)]
+        result = editor.emit(match, match.root, operator.getitem, both, 0)
+        if fake(result).dtype != fake(match.root).dtype:  # a wide weight after the cast makes it wide again
+            result = editor.emit(match, match.root, aten.to.dtype, result, fake(match.root).dtype)
+        return [result]
 
 
 def _miss(match: Match, reason: str, culprit: fx.Node) -> Miss:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels.activations import activate, check, differentiate_
 from peftc.kernels.lora_linear import accumulate_
-from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.shapes import like, rows
 
 
@@ -123,6 +123,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 adapter.register_autograd(_backward, setup_context=_save)
+follow_autocast(adapter)
 
 
 @register_flop_formula(torch.ops.peftc.adapter)

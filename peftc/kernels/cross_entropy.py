@@ -60,7 +60,10 @@ def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     total = exponentials.sum(-1, keepdim=True)
     if dhidden is not None:
         exponentials.scatter_add_(1, labels, -total)
-        dhidden.copy_(product(exponentials.to(hidden.dtype), weight).div_(total))
+        if exponentials.dtype == hidden.dtype:
+            dhidden.copy_(product(exponentials, weight).div_(total))
+        else:  # a sum of many exponentials is more than fp16 holds
+            dhidden.copy_(product(exponentials.div_(total).to(hidden.dtype), weight))
     return (loss + total.log_()).sum()
 
 
@@ -139,6 +142,9 @@ def cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The same; the gradient is made beside the loss only where one is asked for."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise NotImplementedError("the head of a chunked cross-entropy is frozen")
     if torch.is_grad_enabled() and hidden.requires_grad:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import lora_linear
-from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.shapes import rows
 
 
@@ -146,6 +146,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 dora_linear.register_autograd(_backward, setup_context=_save)
+follow_autocast(dora_linear)
 
 
 @register_flop_formula(torch.ops.peftc.dora_linear)

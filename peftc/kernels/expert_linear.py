@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import follow_autocast, operation
 from peftc.kernels.products import product
 
 
@@ -88,6 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 
 expert_linear.register_autograd(_backward, setup_context=_save)
+follow_autocast(expert_linear)
 
 
 @register_flop_formula(torch.ops.peftc.expert_linear)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from peftc.kernels import expert_linear
 from peftc.kernels.expert_linear import groups, zeros_behind
 from peftc.kernels.lora_linear import accumulate_
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import follow_autocast, operation
 from peftc.kernels.products import product
 from peftc.kernels.shapes import like
 
@@ -98,6 +98,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 expert_lora.register_autograd(_backward, setup_context=_save)
+follow_autocast(expert_lora)
 
 
 @register_flop_formula(torch.ops.peftc.expert_lora)

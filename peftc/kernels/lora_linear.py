@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
-from peftc.kernels.operation import on_cuda, operation
+from peftc.kernels.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.products import add_product_, product
 from peftc.kernels.scratch import scratch
 from peftc.kernels.shapes import rows
@@ -272,6 +272,7 @@ def _weight_gradient(grad: Tensor | None, x: Tensor, transposed: bool) -> Tensor
 
 
 lora_linear.register_autograd(_backward, setup_context=_save)
+follow_autocast(lora_linear)
 
 
 @register_flop_formula(torch.ops.peftc.lora_linear)

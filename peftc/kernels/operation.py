@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
+from torch.utils import _pytree as pytree
 
 _CPU: dict[str, Callable[..., Any]] = {}
+_AUTOCAST = torch.library.Library("peftc", "IMPL")
 
 
 def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[[Callable[..., object]], CustomOpDef]:
@@ -37,6 +40,24 @@ def on_cuda(op: CustomOpDef, module: str, function: str) -> None:
         return _CPU[op._qualname](*arguments) if result is NotImplemented else result
 
     op.register_kernel("cuda", run)
+
+
+def follow_autocast(op: CustomOpDef) -> None:
+    """Under `torch.autocast`, `op` gets its numbers in autocast's precision, as products do; float64 stays."""
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        _AUTOCAST.impl(op._opoverload, partial(_in_its_precision, op._opoverload, device, keys), key)
+
+
+def _in_its_precision(op: Any, device: str, keys: Any, *arguments: Any) -> Any:
+    dtype = torch.get_autocast_dtype(device)
+
+    def narrowed(given: Any) -> Any:
+        casts = isinstance(given, Tensor) and given.is_floating_point() and given.dtype is not torch.float64
+        return given.to(dtype) if casts else given
+
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return op(*pytree.tree_map(narrowed, arguments))
 
 
 def cpu_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
