@@ -19,8 +19,9 @@ from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
 
-# Largest difference of two outputs of size about 1 that were computed in another order, by other libraries' products:
-# a few hundred roundings of 6e-8 (float32; T5's outputs are larger than 1) and 1e-16 (float64, where the softmax and the GELU's erf are also good to 1e-15).
+# Largest difference of two outputs that were computed in another order, by other libraries' products: a few hundred
+# roundings of 6e-8 (float32, where T5's outputs are larger than 1) and of 1e-16 (float64, where the softmax and the
+# GELU's erf are also good to 1e-15).
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12}
 
 
