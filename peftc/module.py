@@ -153,6 +153,8 @@ class CompiledModule(fx.GraphModule):
         assert isinstance(copied, CompiledModule)
         copied.__dict__.update(shared, _pruned={})
         copied._set_forward()
+        if not copied.logits_in_training:
+            copied._make_training_entry()  # now: under torch.compile no graph can be made
         return copied.train(self.training)
 
     # Facts

@@ -435,6 +435,7 @@ def test_the_loss_has_the_penalty_in_training_and_not_in_evaluation() -> None:
 
 def test_the_cut_keeps_the_largest_of_all_weights_together() -> None:
     model = compiled("llama", DIFF_LLAMA)
+    model.logits_in_training = True
     optimizer = adamw(model)
     seen: list[list[dict[str, Tensor]]] = []
     optimizer.register_step_post_hook(lambda *_: seen.append(copies(model)))
