@@ -1,10 +1,11 @@
 """What a training step keeps of a block, and what its backward pass computes again: one minimum cut of the graph.
 
 A value that the backward pass needs is kept, or computed again from values that are. Products with weights and
-attention are dear, and random numbers come only once: those are kept. All else, such as norms, activations, casts and
-dequantised weights, is computed again where that keeps fewer bytes. The cheapest choice is the minimum cut between the
-block's inputs and its backward pass, each value weighing its bytes (as in min-cut rematerialisation, Chen et al. 2016
-and `torch._functorch.partitioners`; here the costs are those of running operation by operation).
+attention are dear, unless their sums are short, and random numbers come only once: those are kept. All else, such as
+norms, activations, casts and dequantised weights, is computed again where that keeps fewer bytes. The cheapest choice
+is the minimum cut between the block's inputs and its backward pass, each value weighing its bytes (as in min-cut
+rematerialisation, Chen et al. 2016 and `torch._functorch.partitioners`; here the costs are those of running operation
+by operation).
 """
 
 from __future__ import annotations

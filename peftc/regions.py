@@ -46,7 +46,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a program depends on; equal kinds share one. Only `graph` is not compared: `text` says the same."""
+    """What a program depends on; equal kinds share one. `text` says all that matters of the graph."""
 
     text: str
     needs: tuple[bool, ...]
