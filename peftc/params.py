@@ -14,7 +14,10 @@ from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
+import torch
+
 REQUIRED: Any = object()
+FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Param:
             return f"must be {self.range}"
         if self.above is not None and isinstance(given, int | float) and not given > self.above:
             return f"must be {self.range}"
+        if isinstance(given, int | float) and given and not FLOAT32.smallest_normal <= abs(given) <= FLOAT32.max:
+            return f"must be a number that float32 holds, between {FLOAT32.smallest_normal:.1e} and {FLOAT32.max:.1e}"
         return None
 
     @property

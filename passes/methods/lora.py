@@ -113,7 +113,7 @@ class LoRA(Method):
     def _leading(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """B and A of which alpha/r B A is the matrix's best approximation of rank r."""
         left, singular, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-        root = (singular[..., : self.r] / self.scale).sqrt()
+        root = singular[..., : self.r].sqrt() / math.sqrt(self.scale)  # the quotient itself may pass float32's range
         return left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
 
     def _start_from_rounding(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
