@@ -27,13 +27,17 @@ def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[
         _CPU[f"peftc::{name}"] = function
         made = custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
         if name.endswith("_backward"):
-            made.register_autograd(first_derivative, setup_context=first_derivative)
+            made.register_autograd(_refuse, setup_context=_refuse)  # the context is set up where a graph is asked for
         return made
 
     return register
 
 
-def first_derivative(*_: Any, **__: Any) -> None:
+def _refuse(*_: Any, **__: Any) -> None:
+    raise PeftcError(SecondDerivative())
+
+
+def first_derivative() -> None:
     """Called in a backward pass that has none itself.
 
     Raises:
@@ -41,7 +45,7 @@ def first_derivative(*_: Any, **__: Any) -> None:
             for constant.
     """
     if torch.is_grad_enabled():
-        raise PeftcError(SecondDerivative())
+        _refuse()
 
 
 def on_cuda(op: CustomOpDef, module: str, function: str) -> None:
