@@ -88,7 +88,7 @@ class _State:
 
 
 class Pattern:
-    """Base of the expressions. What is derived from one is worked out once: it is tried at every node of every graph."""
+    """Base of the expressions. What follows from one is worked out once: it is tried at every node of every graph."""
 
     def fits(self, found: object, state: _State) -> bool:
         """Whether `found`, a node or a constant, is what the pattern describes; `state` collects what it names."""

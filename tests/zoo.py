@@ -122,7 +122,7 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
         shared_expert_intermediate_size=48,
     ),
     "qwen3_moe": _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, **GROUPED, **ROUTED),
-    # queries, keys and values are made of latents, two linear layers behind their common input; keys are written in parts
+    # queries, keys and values are two linear layers behind their common input; keys are written in parts
     "deepseek_v3": _seeded(
         hf.DeepseekV3ForCausalLM,
         hf.DeepseekV3Config,
