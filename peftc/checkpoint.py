@@ -32,9 +32,10 @@ from peftc.errors import PeftcError
 from peftc.inputs import Example, example_inputs, fake_mode_of
 from peftc.ir import get_attribute
 from peftc.loading import load_and_plan
-from peftc.module import CompiledModule, added_names
+from peftc.module import CompiledModule
 from peftc.planning import Plan
 from peftc.references import parse_reference
+from peftc.statedicts import added_names
 from peftc.text import Source
 from peftc.timings import Timings
 from peftc.unfrozen import refuse_unplanned

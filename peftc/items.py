@@ -46,8 +46,9 @@ def with_items(graph: fx.Graph, plan: Plan) -> fx.Graph | None:
 
 def _is_mean(node: fx.Node) -> bool:
     """Of tokens that all weigh the same: cross_entropy_loss(logits, labels, weight, reduction, ignored, smoothing)."""
-    weight, reduction, _, smoothing = (*node.args[2:], *(None, MEAN, None, 0.0)[len(node.args) - 2 :])
-    return weight is None and reduction == MEAN and smoothing == 0.0 and not node.kwargs
+    options: list[Any] = [*node.args[2:], *(None, MEAN, None, 0.0)[len(node.args) - 2 :]]
+    weight, reduction, _, smoothing = options
+    return weight is None and reduction == MEAN and not smoothing and not node.kwargs
 
 
 def _takes_items(model: nn.Module) -> bool:

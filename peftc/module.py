@@ -17,14 +17,14 @@ from peftc.consistency import two_passes
 from peftc.entries import Code, Entries
 from peftc.errors import PeftcError
 from peftc.fusion import Fired
-from peftc.insert import prepare
 from peftc.ir import get_attribute, keep_unread
 from peftc.items import NAME
 from peftc.moving import keep_packed, move_constants, refuse_casts
 from peftc.planning import Plan
 from peftc.room import room
 from peftc.shelves import arrange
-from peftc.unfrozen import Watch, part_from_base, unplanned
+from peftc.statedicts import ignore_frozen, keep_added, part_from_base, prepare_again
+from peftc.unfrozen import Watch
 from peftc.use_errors import NoPickle, OnlyOnTheBase, OnTheBase, Transformed
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ class CompiledModule(fx.GraphModule):
         self.__dict__["entries"] = entries = Entries(self)
         if entries.fired is not None:
             self.__dict__["fired"] += (entries.fired,)
-        self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(keep_added)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(part_from_base)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(ignore_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(prepare_again)  # type: ignore[no-untyped-call]
         self._set_forward()
         self.train()
 
@@ -116,7 +116,7 @@ class CompiledModule(fx.GraphModule):
             if len(given) == len(self.convention.inputs):
                 alone = self.training and not self.logits_in_training
                 chunked = self.entries.loss_alone(self, items is not None) if alone else None
-                code = chunked or (run if items is None else self.entries.counted)
+                code = chunked or (run if items is None else cast(Code, self.entries.counted))
                 count = () if items is None else (torch.as_tensor(items, device=self.device),)
                 step = partial(code, self, *given.values(), *count)
                 weight = self.convention.consistency if self.training else 0.0
@@ -179,6 +179,10 @@ class CompiledModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         raise PeftcError(NoPickle(model=self.plan.sites.model))
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """What a Trainer calls: a spec says it with `checkpoint`."""
+        raise PeftcError(OnTheBase(model=self.plan.sites.model, name="activation_checkpointing_enable"))
 
     # Facts
 
@@ -292,38 +296,3 @@ class CompiledModule(fx.GraphModule):
         from peftc.generate import greedy
 
         return greedy(self, input_ids, attention_mask, max_new_tokens)
-
-
-def _keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Drops the frozen base from a state dict."""
-    added = added_names(module.plan) | unplanned(module)
-    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in added]:
-        del state[name]
-
-
-def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
-    """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
-    added = added_names(module.plan) | unplanned(module)
-    # A tied tensor is missed under each of its names.
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    frozen = {name for name, _ in tensors if name not in added}
-    incompatible.missing_keys[:] = [
-        name for name in incompatible.missing_keys if not (name in frozen or _ends_with_one_of(name, frozen))
-    ]
-
-
-def _prepare_again(module: CompiledModule, _incompatible: Any) -> None:
-    """Frozen weights that depend on state, such as what ReLoRA has merged, follow the state that was loaded."""
-    with torch.no_grad():
-        prepare(module, module.plan)
-
-
-def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
-    """Whether `name`, less the path of the module that the compiled one stands in, is a frozen tensor's."""
-    parts = name.split(".")
-    return any(".".join(parts[start:]) in frozen for start in range(1, len(parts)))
-
-
-def added_names(plan: Plan) -> set[str]:
-    """The full names of every tensor that is not simply the base model's."""
-    return {*plan.tensors, *plan.trained}

@@ -7,10 +7,9 @@ memory of their own, so that the base model stays as it is, and are remembered, 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from peftc.errors import PeftcError
 from peftc.insert import rewritten
@@ -86,15 +85,3 @@ def refuse_unplanned(module: CompiledModule) -> None:
     """Raises PeftcError `not-in-spec` where an artifact would be without something that learnt."""
     if names := sorted(unplanned(module)):
         raise PeftcError(NotInSpec(weights=tuple(names)))
-
-
-def part_from_base(module: CompiledModule, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: what it would write into the base model's own tensors goes elsewhere."""
-    watch = module.watch
-    for name in watch.frozen - watch.rewritten - watch.unfrozen:
-        given = state.get(prefix + name)
-        if given is None:
-            continue
-        now = module.get_parameter(name).detach()
-        if not now.is_meta and now.shape == given.shape and not torch.equal(now, given.to(now)):
-            watch.part(module, name)

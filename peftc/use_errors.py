@@ -65,8 +65,8 @@ class OnTheBase(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if "gradient_checkpointing" in self.name:
-            return ("say it in the spec, for example: checkpoint block", "and leave gradient_checkpointing=True out")
+        if "checkpointing" in self.name:
+            return ("say it in the spec, for example: checkpoint block",)
         return ("do it to the base model before the compile, or to what .merge() returns",)
 
 

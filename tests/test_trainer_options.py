@@ -96,7 +96,7 @@ def test_evaluation_sees_logits(pair: Pair, tmp_path: Path, settings: dict[str, 
     found = []
     for model in pair:
         run = trainer(model, tmp_path, ragged(), steps=1, lr=1e-2, **settings)
-        run.__class__ = Trainer  # which returns outputs beside the loss
+        run.__class__ = Trainer  # type: ignore[assignment]  # which returns outputs beside the loss
         run.compute_metrics = metrics
         found.append(run.evaluate(ragged()))  # type: ignore[arg-type]
     for name in ("eval_loss", "eval_mean", "eval_right"):
