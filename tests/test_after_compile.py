@@ -81,6 +81,7 @@ FUSED = [
 
 
 @pytest.mark.parametrize(("name", "spec"), FUSED)
+@pytest.mark.slow
 def test_whatever_is_unfrozen_learns(name: str, spec: str) -> None:
     """All at once before the first step, then, with programs that were traced for other gradients, one by one."""
     models = [compiled(name, spec, fuse=fuse).eval() for fuse in (True, False)]
