@@ -56,7 +56,10 @@ def linear_kernel(
     MEMBERS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS by COLUMNS of y_i = length_i * (x W_iᵀ + s_i S_i B_iᵀ) + bias_i, for the member i that the program is of."""
+    """ROWS by COLUMNS of y_i = length_i * (x W_iᵀ + s_i S_i B_iᵀ) + bias_i, for the member i that the program is of.
+
+    RANK 0: there are no S_i and B_i.
+    """
     program = tl.program_id(0)
     high = tl.cdiv(count, ROWS)
     w, b, c, length, y, scale, n, rank, first, begin = w0, b0, c0, l0, y0, s0, n0, r0, 0, 0
@@ -81,14 +84,15 @@ def linear_kernel(
     column = (within // thick) * COLUMNS + tl.arange(0, COLUMNS)
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, RANK):
-        r = start + tl.arange(0, RANK)
-        mask = (row[:, None] < count) & (r[None, :] < rank)
-        narrow = tl.load(hidden + row[:, None] * all_ranks + (first + r)[None, :], mask=mask, other=0.0)
-        mask = (r[:, None] < rank) & (column[None, :] < n)
-        factor = tl.load(b + column[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
-        total = tl.dot(narrow, factor, total, input_precision=PRECISION)
-    total *= scale
+    if RANK > 0:
+        for start in range(0, rank, RANK):
+            r = start + tl.arange(0, RANK)
+            mask = (row[:, None] < count) & (r[None, :] < rank)
+            narrow = tl.load(hidden + row[:, None] * all_ranks + (first + r)[None, :], mask=mask, other=0.0)
+            mask = (r[:, None] < rank) & (column[None, :] < n)
+            factor = tl.load(b + column[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
+            total = tl.dot(narrow, factor, total, input_precision=PRECISION)
+        total *= scale
 
     depth = tl.arange(0, DEPTH)
     for start in range(0, n_in, DEPTH):
@@ -185,41 +189,42 @@ def _forward(
         for start in range(0, len(a), GROUP):
             part = slice(start, start + GROUP)
             some = biases[part] if biases else [None] * len(weights[part])
-            outputs += _group(
+            outputs += grouped(
                 flat, hidden[:, sum(ranks[:start]) :], weights[part], some, b[part],
                 None if lengths is None else lengths[part], scales[part], transposed,
             )  # fmt: skip
     return [y.view(*x.shape[:-1], y.shape[1]) for y in (*outputs, hidden)]
 
 
-def _group(
-    x: Tensor, hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], b: Sequence[Tensor],
+def grouped(
+    x: Tensor, hidden: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None], b: Sequence[Tensor],
     lengths: Sequence[Tensor] | None, scales: Sequence[float], transposed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The outputs of at most GROUP weights in one launch."""
+    """The outputs of at most GROUP weights in one launch; without `hidden`, b and scales there are no branches."""
     count, n_in = x.shape
     members = len(weights)
     biased = any(bias is not None for bias in biases)
-    outputs = [x.new_empty(count, B.shape[0]) for B in b]
+    widths = [weight.shape[transposed] for weight in weights]
+    outputs = [x.new_empty(count, n) for n in widths]
     added = outputs
     if biased:
-        added = [B.new_zeros(B.shape[0]) if bias is None else bias for bias, B in zip(biases, b, strict=True)]
+        added = [y.new_zeros(n) if bias is None else bias for bias, y, n in zip(biases, outputs, widths, strict=True)]
     tile = product_tile(x.dtype, count)
-    widths = [B.shape[0] for B in b]
     programs = triton.cdiv(count, tile.rows) * sum(triton.cdiv(n, tile.columns) for n in widths)
     if not programs:
         return outputs
 
     def filled(values: Sequence[object]) -> list[object]:
-        return [*values, *[values[0]] * (GROUP - members)]
+        return [*values, *[values[0]] * (GROUP - len(values))]
 
     linear_kernel[(programs,)](
-        x, hidden, *filled([weight.contiguous() for weight in weights]), *filled([B.contiguous() for B in b]),
-        *filled(added), *filled(outputs if lengths is None else lengths), *filled(outputs),
-        *filled([float(scale) for scale in scales]), *filled(widths), *filled([B.shape[1] for B in b]), count, n_in,
-        hidden.stride(0), MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
+        x, x if hidden is None else hidden, *filled([weight.contiguous() for weight in weights]),
+        *filled([B.contiguous() for B in b] or [x]), *filled(added), *filled(outputs if lengths is None else lengths),
+        *filled(outputs), *filled([float(scale) for scale in scales] or [1.0]), *filled(widths),
+        *filled([B.shape[1] for B in b] or [0]), count, n_in, 0 if hidden is None else hidden.stride(0),
+        MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype), PRECISION=precision(x.dtype),
+        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype) if b else 0, PRECISION=precision(x.dtype),
         num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
