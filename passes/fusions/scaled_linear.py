@@ -7,39 +7,57 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import frozen
+from peftc.branches import MOST, frozen
 from peftc.fusion import Editor, Fusion, Match, Miss, fusion
 from peftc.ir import value as fake
-from peftc.patterns import mul, read_elsewhere, value
+from peftc.patterns import Pattern, either, mul, read_elsewhere, value
+
+aten = torch.ops.aten
+
+
+def _scaled(base: Pattern) -> Pattern:
+    """`base` times one vector, or several: those of the slices of one weight."""
+    chains = [mul(value("length0"), base)]
+    for which in range(1, MOST):
+        chains.append(mul(value(f"length{which}"), chains[-1]))
+    return either(*reversed(chains))
 
 
 @fusion
 class ScaledLinear(Fusion):
-    """y = l * (W x + b) in one operation that keeps y, which what comes next needs, too, and no product beside it.
+    """y = l * (W x + b) in one operation that keeps y, and no product beside it.
 
     The gradient of l comes from y divided by l: an entry that is 0 is multiplied as 2^-63 (in fp16 2^-11).
     """
 
     name = "scaled_linear"
     rank = 3
-    pattern = mul(value("length"), frozen())
+    pattern = _scaled(frozen())
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
-        length, weight, bias = match["length"], match["weight"], match["bias"]
+        weight, bias, lengths = match["weight"], match["bias"], _lengths(match)
         if fake(weight).dim() != 2 or (bias is not None and fake(bias).dim() != 1):
             return Miss(match.root, f"{weight.name} is no matrix, or its bias no vector", (weight,))
         rows = fake(weight).shape[match["transposed"] is not None]
-        if fake(length).dim() != 1 or fake(length).shape[0] != rows:
-            return Miss(match.root, f"{length.name} has no entry for each row", (length,))
+        for length in lengths:
+            if fake(length).dim() != 1 or fake(length).shape[0] != rows:
+                return Miss(match.root, f"{length.name} has no entry for each row", (length,))
         if editor.learns(weight):
             return Miss(match.root, f"{weight.name} learns, too", (weight,))
-        if not editor.learns(length):
-            return Miss(match.root, f"{length.name} does not learn", (length,))
+        if not any(map(editor.learns, lengths)):
+            return Miss(match.root, f"{lengths[0].name} does not learn", (lengths[0],))
         if fake(match.root).dtype != fake(match["x"]).dtype:
-            return Miss(match.root, f"{length.name} widens the product", (length,))
+            return Miss(match.root, f"the product is scaled in {str(fake(match.root).dtype).removeprefix('torch.')}")
         return read_elsewhere(match, [match["transposition"]] if match["transposition"] else [])
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:
         (match,) = matches
-        arguments = match["x"], match["weight"], match["bias"], match["length"], match["transposed"] is not None
+        length, *others = _lengths(match)
+        for other in others:
+            length = editor.emit(match, match.root, aten.mul.Tensor, length, other)
+        arguments = match["x"], match["weight"], match["bias"], length, match["transposed"] is not None
         return [editor.emit(match, match.root, torch.ops.peftc.scaled_linear.default, *arguments)]
+
+
+def _lengths(match: Match) -> list[fx.Node]:
+    return [match[f"length{which}"] for which in range(MOST) if match[f"length{which}"] is not None]

@@ -39,8 +39,8 @@ def smallest(dtype: torch.dtype) -> float:
 
 
 def apart_from_zero(length: Tensor, dtype: torch.dtype) -> Tensor:
-    """`length` with what is smaller than `smallest(dtype)` as large as that, so that it can be divided by."""
-    return length.abs().clamp_min(smallest(dtype)).copysign(length)
+    """`length` with `smallest(dtype)` for what is nearer to 0, so that it can be divided by."""
+    return length.masked_fill(length.abs() < smallest(dtype), smallest(dtype))
 
 
 @operation("scaled_linear")
@@ -59,36 +59,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor, transposed
     return x.new_empty((*x.shape[:-1], weight.shape[transposed]))
 
 
-@operation("scaled_linear_backward", ("cpu", "cuda"))
-def scaled_linear_backward(
-    grad: Tensor, y: Tensor, weight: Tensor, length: Tensor, transposed: bool, needs: list[bool]
-) -> list[Tensor]:
-    """Those of [dx, dbias, dlength] whose entry in `needs` is set; sums over rows are kept in fp32 at least."""
-    flat, factor, results = rows(grad), apart_from_zero(length, y.dtype), []
-    room = None
-    if needs[2]:
-        room = flat.to(wide(y.dtype)) * rows(y)
-        dlength = (room.sum(0) / factor).to(length.dtype)
-        room = room if room.dtype is flat.dtype else None
-    if needs[0] or needs[1]:
-        inner = torch.mul(flat, factor.to(flat.dtype), out=room)
-        if needs[0]:
-            dx = product(inner, weight.t() if transposed else weight)
-            results.append(dx.view(*grad.shape[:-1], dx.shape[1]))
-        if needs[1]:
-            results.append(inner.sum(0))
-    return [*results, dlength] if needs[2] else results
-
-
-@scaled_linear_backward.register_fake
-def _(
-    grad: Tensor, y: Tensor, weight: Tensor, length: Tensor, transposed: bool, needs: list[bool]
-) -> list[Tensor]:  # fmt: skip
-    dx = grad.new_empty((*grad.shape[:-1], weight.shape[not transposed]))
-    everything = dx, grad.new_empty(length.shape), length.new_empty(length.shape)
-    return [tensor for tensor, needed in zip(everything, needs, strict=True) if needed]
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, _, length, ctx.transposed = inputs
     if weight.requires_grad:
@@ -97,11 +67,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """In ATen, so that a graph that does not need dx, such as the first block's, does not multiply for it."""
     y, weight, length = ctx.saved_tensors
     needs_x, _, needs_bias, needs_length, _ = ctx.needs_input_grad
-    needs = [needs_x, needs_bias, needs_length]
-    results = iter(torch.ops.peftc.scaled_linear_backward(grad, y, weight, length, ctx.transposed, needs))
-    dx, dbias, dlength = [next(results) if needed else None for needed in needs]
+    factor = apart_from_zero(length, y.dtype)
+    dx, dbias, dlength = None, None, None
+    if needs_x or needs_bias:
+        inner = grad * factor.to(grad.dtype)
+        dx = inner @ (weight.t() if ctx.transposed else weight) if needs_x else None
+        dbias = inner.sum_to_size(length.shape) if needs_bias else None
+    if needs_length:
+        dlength = ((grad.to(wide(y.dtype)) * y).sum_to_size(length.shape) / factor).to(length.dtype)
     return dx, None, dbias, dlength, None
 
 
@@ -112,14 +88,6 @@ follow_autocast(scaled_linear)
 @register_flop_formula(torch.ops.peftc.scaled_linear)
 def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * prod(x[:-1]) * prod(weight)
-
-
-@register_flop_formula(torch.ops.peftc.scaled_linear_backward)
-def _backward_flops(
-    grad: Sequence[int], y: Any, weight: Sequence[int], length: Any, transposed: Any, needs: Sequence[bool], *,
-    out_shape: Any = None, **_: Any,
-) -> int:  # fmt: skip
-    return 2 * prod(grad[:-1]) * prod(weight) * needs[0]
 
 
 on_cuda(scaled_linear, "scaled_linear", "forward")

@@ -54,11 +54,11 @@ def linear_kernel(
     x, hidden, w0, w1, w2, w3, b0, b1, b2, b3, c0, c1, c2, c3, l0, l1, l2, l3, y0, y1, y2, y3,
     s0, s1, s2, s3, n0, n1, n2, n3, r0, r1, r2, r3, count, n_in, all_ranks,
     MEMBERS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, SMALLEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS by COLUMNS of y_i = length_i * (x W_iᵀ + s_i S_i B_iᵀ) + bias_i, for the member i that the program is of.
 
-    RANK 0: there are no S_i and B_i.
+    RANK 0: there are no S_i and B_i. SMALLEST: the bias is scaled, too, and a length nearer to 0 than this is this.
     """
     program = tl.program_id(0)
     high = tl.cdiv(count, ROWS)
@@ -106,10 +106,17 @@ def linear_kernel(
             place = w + column[None, :].to(tl.int64) * n_in + k[:, None]
         total = tl.dot(values, tl.load(place, mask=mask, other=0.0), total, input_precision=PRECISION)
 
-    if LENGTH:
-        total = total * tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+    if SMALLEST > 0:
+        factor = tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)
+        factor = tl.where(tl.abs(factor) < SMALLEST, SMALLEST, factor)
+        if BIAS:
+            total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        total = total * factor[None, :]
+    else:
+        if LENGTH:
+            total = total * tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        if BIAS:
+            total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     inside = (row[:, None] < count) & (column[None, :] < n)
     tl.store(y + row[:, None] * n + column[None, :], total.to(y.dtype.element_ty), mask=inside)
 
@@ -198,9 +205,13 @@ def _forward(
 
 def grouped(
     x: Tensor, hidden: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None], b: Sequence[Tensor],
-    lengths: Sequence[Tensor] | None, scales: Sequence[float], transposed: bool,
+    lengths: Sequence[Tensor] | None, scales: Sequence[float], transposed: bool, smallest: float = 0.0,
 ) -> list[Tensor]:  # fmt: skip
-    """The outputs of at most GROUP weights in one launch; without `hidden`, b and scales there are no branches."""
+    """The outputs of at most GROUP weights in one launch.
+
+    Without `hidden`, b and scales there are no branches. With `smallest`, lengths are no nearer to 0 than that, and
+    are multiplied behind the biases instead of before them.
+    """
     count, n_in = x.shape
     members = len(weights)
     biased = any(bias is not None for bias in biases)
@@ -224,8 +235,8 @@ def grouped(
         *filled([B.shape[1] for B in b] or [0]), count, n_in, 0 if hidden is None else hidden.stride(0),
         MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype) if b else 0, PRECISION=precision(x.dtype),
-        num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
+        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype) if b else 0, SMALLEST=smallest,
+        PRECISION=precision(x.dtype), num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
 
