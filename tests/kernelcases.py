@@ -108,7 +108,7 @@ def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dora_linear": (
             ops.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
         ),
-        "scaled_linear": (ops.scaled_linear, scaled_arguments(learns(2, 3, 12, dtype=dtype), 7, False, True, dead=True)),
+        "scaled_linear": (ops.scaled_linear, scaled_arguments(learns(2, 3, 12, dtype=dtype), 7, False, True, True)),
         "adapter": (ops.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
         "expert_linear": (
             ops.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),
