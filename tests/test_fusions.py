@@ -485,11 +485,11 @@ def test_factors_of_rows_of_a_fused_weight(n_in: int, parts: tuple[int, int, int
 
     def function(case: Any, x: Tensor) -> Tensor:
         y = F.linear(x, case.w, case.c)
-        for name, start, end, l in (("k", 0, first, case.l0), ("v", first + middle, total, case.l1)):
+        for name, start, end, length in (("k", 0, first, case.l0), ("v", first + middle, total, case.l1)):
             if ranges:
-                y = torch.slice_scatter(y, l * y.narrow(-1, start, end - start), -1, start, end)
+                y = torch.slice_scatter(y, length * y.narrow(-1, start, end - start), -1, start, end)
             else:
-                y = y.index_copy(-1, getattr(case, name), y.index_select(-1, getattr(case, name)) * l)
+                y = y.index_copy(-1, getattr(case, name), y.index_select(-1, getattr(case, name)) * length)
         return y
 
     model = Case(function, w=(total, n_in), c=(total,), l0=(first,), l1=(last,))
@@ -513,6 +513,12 @@ def test_scaled_linear_says_why_not() -> None:
         return torch.as_tensor(case.l * y + y)
 
     assert misses(Case(seen, **shapes), (x,), ("l",), "scaled_linear") == "linear is read by add, too"
+
+    def shared(case: Any, x: Tensor) -> Tensor:
+        return torch.cat([case.l * F.linear(x, case.w[:5]), F.linear(x, case.w[:3])], -1)
+
+    model = Case(shared, w=(6, 7), l=(5,))
+    assert misses(model, (x,), ("l",), "scaled_linear") == "the weight is read by slice_2, too"
 
     def wide(case: Any, x: Tensor) -> Tensor:
         return torch.as_tensor(case.l.float() * F.linear(x, case.w))
@@ -724,8 +730,7 @@ MORE: list[tuple[str, str, dict[str, int]]] = [
     ("phi3", IA3, {"rms_norm": 5, "gated_activation": 2, "scaled_rows": 4, "scaled_linear": 2, "chunked_loss": 1}),
     ("bloom", IA3, {"spelt_gelu": 2, "scaled_rows": 4, "scaled_linear": 2, "chunked_loss": 1}),
     ("t5", IA3, {"rms_norm": 12, "scaled_linear": 12, "chunked_loss": 1}),
-    ("llama", "apply vera(r=4) to attn.*",
-     {"rms_norm": 5, "gated_activation": 2, "scaled_linear": 16, "chunked_loss": 1}),
+    ("llama", "apply vera(r=4) to attn.*", {"rms_norm": 5, "gated_activation": 2, "chunked_loss": 1}),
     ("llama", "apply loha(r=2) to attn.*, mlp.*",
      {"rms_norm": 5, "gated_activation": 2, "lora_linear": 8, "chunked_loss": 1}),
 ]  # fmt: skip

@@ -44,6 +44,8 @@ class ScaledLinear(Fusion):
                 return Miss(match.root, f"{length.name} has no entry for each row", (length,))
         if editor.learns(weight):
             return Miss(match.root, f"{weight.name} learns, too", (weight,))
+        if (other := _other_reader(match)) is not None:  # q, k and v of VeRA multiply x by one matrix, once
+            return Miss(match.root, f"the weight is read by {other.name}, too", (weight, other))
         if not any(map(editor.learns, lengths)):
             return Miss(match.root, f"{lengths[0].name} does not learn", (lengths[0],))
         if fake(match.root).dtype != fake(match["x"]).dtype:
@@ -57,6 +59,16 @@ class ScaledLinear(Fusion):
             length = editor.emit(match, match.root, aten.mul.Tensor, length, other)
         arguments = match["x"], match["weight"], match["bias"], length, match["transposed"] is not None
         return [editor.emit(match, match.root, torch.ops.peftc.scaled_linear.default, *arguments)]
+
+
+def _other_reader(match: Match) -> fx.Node | None:
+    """What reads the weight, or the tensor that it is made of, for something else."""
+    path = [match["weight"]]
+    while path[-1].op == "call_function" and path[-1].all_input_nodes:
+        path.append(path[-1].all_input_nodes[0])
+    same = match.root.graph.find_nodes(op="get_attr", target=path[-1].target)
+    own = {*match.nodes, *path}
+    return next((user for node in (*same, *path) for user in node.users if user not in own), None)
 
 
 def _lengths(match: Match) -> list[fx.Node]:
