@@ -124,7 +124,7 @@ def scaled(dtype: torch.dtype) -> None:
     for count, n_in, n_out, transposed in ((1, 5, 7, False), (37, 70, 130, True), (130, 33, 1, False)):
         for bias in (False, True):
             given = scaled_arguments(normal(count, n_in, dtype=dtype), n_out, transposed, bias, dead=n_out > 1)
-            arguments = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
+            arguments: Any = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
             agree_values(gpu_scaled.forward(*arguments), scaled_linear.reference(*arguments))
 
 

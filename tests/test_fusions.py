@@ -463,7 +463,7 @@ def test_scaled_linear(
     shapes |= {f"l{i}": (n_out,) for i in range(times)} | ({"c": (n_out,)} if bias else {})
 
     def function(case: Any, x: Tensor) -> Tensor:
-        added = case.c if bias else None
+        added: Any = case.c if bias else None
         y = F.linear(x, case.w, added) if not transposed else torch.addmm(added, x, case.w) if bias else x @ case.w
         return torch.as_tensor(case.l1 * (y * case.l0) if times > 1 else case.l0 * y)
 
@@ -532,7 +532,7 @@ def test_scaled_rows_says_why_not() -> None:
     def seen(case: Any, x: Tensor) -> Tensor:
         y = F.linear(x, case.w)
         part = case.l * y.narrow(-1, 1, 3)
-        return torch.slice_scatter(y, part, -1, 1, 4) * part.sum()
+        return torch.as_tensor(torch.slice_scatter(y, part, -1, 1, 4) * part.sum())
 
     shapes, x = {"w": (5, 7), "l": (3,)}, number(4, 7)
     assert misses(Case(seen, **shapes), (x,), ("l",), "scaled_rows") == "mul is read by sum_1, too"
