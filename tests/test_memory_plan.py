@@ -203,14 +203,6 @@ def test_autocast_reaches_what_is_fused(dtype: torch.dtype) -> None:
         torch.testing.assert_close(loss, losses[0], rtol=1e-2, atol=0)  # eight bits of a bfloat16
 
 
-def test_another_precision_than_the_captured_one_runs_as_written() -> None:
-    model = peftc.compile(ZOO["llama"](), LORA).double()
-    batch = inputs(ZOO["llama"]())
-    with_gradients = model(**batch).loss
-    with torch.no_grad():
-        torch.testing.assert_close(with_gradients.detach(), model(**batch).loss, rtol=1e-6, atol=0)
-
-
 def test_a_block_may_return_a_turned_tensor() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -278,9 +270,8 @@ def test_a_second_derivative_is_refused() -> None:
     _, twin = pair("llama")
     loss = twin(**inputs(ZOO["llama"]())).loss
     learning = list(twin.trainable_parameters().values())
-    gradients = torch.autograd.grad(loss, learning, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(gradient.sum() for gradient in gradients).backward()  # type: ignore[union-attr]
+    with pytest.raises(peftc.PeftcError, match="second-derivative"):
+        torch.autograd.grad(loss, learning, create_graph=True)
 
 
 def test_the_caller_s_hooks_see_the_step_and_not_the_trace() -> None:
