@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+import peftc.kernels  # noqa: F401 - registers the operation that is named below
 from peftc.ir import is_tensor, memory
 from peftc.joint import Joint
 
@@ -28,7 +29,10 @@ NOMINAL = 512  # a symbolic size, where bytes are compared
 # Products as the captured graph spells them, before autograd takes them apart.
 COMPOSITE = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default}
 # Products, and which operand's last size says how long the sums are.
-INNER = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+INNER = {
+    aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1,
+    torch.ops.peftc.scaled_linear.default: 0,
+}  # fmt: skip
 SHORT = 24
 SOURCE, SINK = "inputs", "backward"
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from kernelcases import agree_values, normal
+from kernelcases import agree_values, normal, scaled_arguments
 from peftc.kernels import (
     adapter,
     dora_linear,
     gated_activation,
     lora_linear,
     rms_norm,
+    scaled_linear,
     seeded_dropout,
 )
 from peftc.kernels.activations import ACTIVATIONS
@@ -28,6 +29,7 @@ from peftc.kernels.gpu import dequantize as gpu_dequantize
 from peftc.kernels.gpu import gated_activation as gpu_gated
 from peftc.kernels.gpu import lora_linear as gpu_lora
 from peftc.kernels.gpu import rms_norm as gpu_norm
+from peftc.kernels.gpu import scaled_linear as gpu_scaled
 from peftc.kernels.gpu import seeded_dropout as gpu_dropout
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {}
@@ -115,6 +117,15 @@ def mixed_lora(dtype: torch.dtype) -> None:
     _, _, a, b, _ = branches(33, [(20, 3), (9, 2)], False, torch.float32)
     arguments: Any = (normal(17, 33, dtype=dtype), weights, biases, a, b, scales, False, None, 0.0, 0)
     agree_values(gpu_lora.forward(*arguments), lora_linear.reference(*arguments))
+
+
+@case
+def scaled(dtype: torch.dtype) -> None:
+    for count, n_in, n_out, transposed in ((1, 5, 7, False), (37, 70, 130, True), (130, 33, 1, False)):
+        for bias in (False, True):
+            given = scaled_arguments(normal(count, n_in, dtype=dtype), n_out, transposed, bias, dead=n_out > 1)
+            arguments: Any = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
+            agree_values(gpu_scaled.forward(*arguments), scaled_linear.reference(*arguments))
 
 
 @case

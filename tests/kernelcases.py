@@ -59,6 +59,15 @@ def dora_arguments(
     return x, weights, biases, a, b, lengths, scales, transposed, None if p is None else torch.tensor(3), p or 0.0, 1
 
 
+def scaled_arguments(x: Tensor, n_out: int, transposed: bool, bias: bool, dead: bool = False) -> Any:
+    """Arguments of `scaled_linear`; `dead`: the first length is 0."""
+    n_in, dtype = x.shape[-1], x.dtype
+    length = normal(n_out, dtype=dtype, seed=9)
+    length[0] = 0 if dead else length[0]
+    weight = normal(*((n_in, n_out) if transposed else (n_out, n_in)), dtype=dtype)
+    return x, weight, learns(n_out, dtype=dtype, seed=5) if bias else None, length.requires_grad_(), transposed
+
+
 def adapter_arguments(x: Tensor, residual: Tensor | None, bias: bool, activation: str, dtype: torch.dtype) -> Any:
     width = x.shape[-1] if residual is None else residual.shape[-1]
     biases = [learns(3, dtype=dtype), learns(width, dtype=dtype)] if bias else [None, None]
@@ -99,6 +108,7 @@ def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dora_linear": (
             ops.dora_linear, dora_arguments([(7, 2), (5, 3)], 12, learns(2, 3, 12, dtype=dtype), False, True, 0.3),
         ),
+        "scaled_linear": (ops.scaled_linear, scaled_arguments(learns(2, 3, 12, dtype=dtype), 7, False, True, True)),
         "adapter": (ops.adapter, adapter_arguments(learns(2, 3, 8, dtype=dtype), None, True, "silu", dtype)),
         "expert_linear": (
             ops.expert_linear, (learns(6, 8, dtype=dtype), learns(2, 8, 5, dtype=dtype), torch.tensor([2, 5])),

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernelcases import F32, F64, adapter_arguments, agree, branches, dora_arguments, learns, normal
+from kernelcases import F32, F64, adapter_arguments, agree, branches, dora_arguments, learns, normal, scaled_arguments
 from peftc.kernels import (
     adapter,
     dora_linear,
     expert_linear,
     expert_lora,
     lora_linear,
+    scaled_linear,
 )
 from peftc.kernels.activations import ACTIVATIONS
 
@@ -140,6 +141,68 @@ def test_dora_of_unfrozen_weights(transposed: bool, alone: bool) -> None:
         lambda *_: ops.dora_linear(*arguments)[:-1], lambda *_: dora_linear.reference(*arguments)[:-1],
         *unfrozen, *learned, tolerance=1e-8,
     )  # fmt: skip
+
+
+# --- IA3 ---
+
+
+def scaled_agrees(arguments: Any, tolerance: float = 1e-5) -> None:
+    learned = [one for one in arguments if isinstance(one, Tensor) and one.requires_grad]
+    agree(lambda *_: [ops.scaled_linear(*arguments)], lambda *_: [scaled_linear.reference(*arguments)], *learned,
+          tolerance=tolerance)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), lead=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+       transposed=st.booleans(), bias=st.booleans(), dead=st.booleans(), x_learns=st.booleans())  # fmt: skip
+def test_scaled_linear(
+    n_in: int, n_out: int, lead: list[int], transposed: bool, bias: bool, dead: bool, x_learns: bool
+) -> None:
+    x = normal(*lead, n_in).requires_grad_(x_learns)
+    scaled_agrees(scaled_arguments(x, n_out, transposed, bias, dead))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # products of a few units and sums of four, rounded to 8 or 11 bits; the plain graph rounds the product, too
+    [(torch.bfloat16, 0.15), (torch.float16, 2e-2), (F64, 1e-12)],
+)
+@pytest.mark.parametrize("dead", [False, True])
+def test_scaled_linear_dtypes(dtype: torch.dtype, tolerance: float, dead: bool) -> None:
+    scaled_agrees(scaled_arguments(learns(4, 12, dtype=dtype), 7, False, True, dead), tolerance)
+
+
+@pytest.mark.parametrize("small", [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-10])
+def test_the_gradient_of_a_length_next_to_nothing(small: float) -> None:
+    """It does not depend on the length; and the output is nothing beside one of the product's size."""
+    x, weight, _, length, _ = scaled_arguments(normal(5, 12), 7, False, False)
+    with torch.no_grad():
+        length[0] = small
+    y = ops.scaled_linear(x, weight, None, length, False)
+    (found,) = torch.autograd.grad(y[:, 0].sum(), length)
+    product = x @ weight[0]
+    torch.testing.assert_close(found[0], product.sum(), rtol=1e-5, atol=1e-5)
+    assert (y[:, 0] - small * product).abs().max() < 1e-16  # products of a few units, times 2^-63 or rounded at 1e-10
+
+
+def test_scaled_linear_keeps_its_output_and_what_is_there_anyway() -> None:
+    kept: list[Tensor] = []
+    arguments = scaled_arguments(learns(4, 12), 7, False, True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda tensor: tensor):
+        y = ops.scaled_linear(*arguments)
+    there = {one.data_ptr() for one in (y, arguments[1], arguments[3])}
+    assert {one.data_ptr() for one in kept} == there
+    arguments[1].requires_grad_()
+    with pytest.raises(NotImplementedError, match="frozen"):
+        ops.scaled_linear(*arguments)
+
+
+def test_scaled_linear_with_strided_gradients_and_inputs() -> None:
+    x = normal(12, 4, 3).transpose(0, 2).requires_grad_()
+    arguments, grad = scaled_arguments(x, 7, False, True), normal(7, 4, 3).transpose(0, 2)
+    learned = [x, arguments[2], arguments[3]]
+    found = [torch.autograd.grad(f(*arguments), learned, grad) for f in (ops.scaled_linear, scaled_linear.reference)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 # --- adapter ---

@@ -21,7 +21,15 @@ from triton import language as tl
 
 from compiled import SHARED, Launch, launches, shared, spilled
 from peftc.kernels.activations import ACTIVATIONS
-from peftc.kernels.gpu import adapter, dequantize, gated_activation, lora_linear, rms_norm, seeded_dropout
+from peftc.kernels.gpu import (
+    adapter,
+    dequantize,
+    gated_activation,
+    lora_linear,
+    rms_norm,
+    scaled_linear,
+    seeded_dropout,
+)
 
 TESTS = Path(__file__).parent
 F32 = torch.float32
@@ -83,6 +91,9 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "lora r 256": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 256, False, False)),
         "lora in fp32": lambda: lora_linear.forward(*_lora(dtype, torch.float32, [1536], 16, False, False)),
         "dora": lambda: _dora(dtype),
+        "scaled": lambda: scaled_linear.forward(x, down.t(), None, down[:, 0], True),
+        "scaled, with a bias": lambda: scaled_linear.forward(x, empty(1536, 576, dtype=dtype), wide[0], wide[0], False),
+        "scaled, of one token": lambda: scaled_linear.forward(x[:1], down, None, down[:, 0], False),
         "lora of one token": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 1)),
         "lora r 1": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536, 1], 1, False, True)),
         "lora of 30 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 30)),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import golden
 import peftc
+from peftc import fusion
 from peftc.errors import PeftcError
 from peftc.kernels.products import product
 from peftc.memory_plan import cheapest
@@ -121,6 +122,24 @@ def test_what_a_block_keeps(request: pytest.FixtureRequest) -> None:
     model = peftc.compile(ZOO["llama"](), "apply lora(r=4) to attn.*, mlp.*")
     step(model, inputs(ZOO["llama"]()))
     golden.check(GOLDEN / "llama.txt", kept(model, "model.layers.1"), request.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("llama", "apply ia3 to attn.k, attn.v, mlp.down"), ("llama", "apply ia3(on=output) to attn.*, mlp.*"),
+     ("llama", "quantize linear except head with nf4\napply ia3 to attn.k, attn.v"),
+     ("gpt2", "apply ia3 to attn.k, attn.v, mlp.down")],
+)  # fmt: skip
+def test_a_scaled_product_keeps_no_more_than_the_product(name: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its backward pass reads, its own output, stands in the product's place."""
+    batch = inputs(ZOO[name]())
+    fused = peftc.compile(ZOO[name](), spec)
+    others = tuple(rule for rule in fusion.fusions() if rule.name not in ("scaled_linear", "scaled_rows"))
+    monkeypatch.setattr(fusion, "fusions", lambda: others)
+    alone = peftc.compile(ZOO[name](), spec)
+    assert {one.rule: one.count for one in fused.fired or ()}["scaled_linear"]
+    assert kept_bytes(fused, batch) <= kept_bytes(alone, batch)
 
 
 def test_weights_are_unpacked_again_in_the_backward_pass() -> None:

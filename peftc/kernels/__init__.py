@@ -10,6 +10,8 @@ a tensor.
   be empty. Gradients of everything; of biases where each weight of the group has one
 - `dora_linear(x, weights[], biases?[], a[], b[], lengths[], scales[], transposed, seed?, p, salt) -> [y_1 … y_n, S]`:
   y_i = length_i * (W_i x + s_i B_i S_i) + bias_i with gradients of x, a, b and lengths; keeps x, S and the y_i
+- `scaled_linear(x, weight, bias?, length, transposed) -> y`: y = length * (W x + bias) with gradients of x, bias and
+  length; keeps y alone. Lengths nearer to 0 than 2^-63 (fp16: 2^-11) are as far from it as that
 - `seeded_dropout(x, seed, p, salt) -> y`; p is resolved to 1/65536; p = 0 drops nothing, so `p * training` is fine
 - `cross_entropy(hidden, weight, bias?, labels, ignore_index, chunk) -> (loss_sum, count)`: is
   `cross_entropy_with_gradient -> (loss_sum, count, dhidden)` where hidden needs a gradient, `cross_entropy_alone`
@@ -30,10 +32,11 @@ from peftc.kernels import (
     gated_activation,
     lora_linear,
     rms_norm,
+    scaled_linear,
     seeded_dropout,
 )
 
 __all__ = [
     "adapter", "cross_entropy", "dora_linear", "expert_linear", "expert_lora", "gated_activation", "lora_linear",
-    "rms_norm", "seeded_dropout",
+    "rms_norm", "scaled_linear", "seeded_dropout",
 ]  # fmt: skip

@@ -54,9 +54,12 @@ def linear_kernel(
     x, hidden, w0, w1, w2, w3, b0, b1, b2, b3, c0, c1, c2, c3, l0, l1, l2, l3, y0, y1, y2, y3,
     s0, s1, s2, s3, n0, n1, n2, n3, r0, r1, r2, r3, count, n_in, all_ranks,
     MEMBERS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, SMALLEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS by COLUMNS of y_i = length_i * (x W_iᵀ + s_i S_i B_iᵀ) + bias_i, for the member i that the program is of."""
+    """ROWS by COLUMNS of y_i = length_i * (x W_iᵀ + s_i S_i B_iᵀ) + bias_i, for the member i that the program is of.
+
+    RANK 0: there are no S_i and B_i. SMALLEST: the bias is scaled, too, and a length nearer to 0 than this is this.
+    """
     program = tl.program_id(0)
     high = tl.cdiv(count, ROWS)
     w, b, c, length, y, scale, n, rank, first, begin = w0, b0, c0, l0, y0, s0, n0, r0, 0, 0
@@ -81,14 +84,15 @@ def linear_kernel(
     column = (within // thick) * COLUMNS + tl.arange(0, COLUMNS)
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, RANK):
-        r = start + tl.arange(0, RANK)
-        mask = (row[:, None] < count) & (r[None, :] < rank)
-        narrow = tl.load(hidden + row[:, None] * all_ranks + (first + r)[None, :], mask=mask, other=0.0)
-        mask = (r[:, None] < rank) & (column[None, :] < n)
-        factor = tl.load(b + column[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
-        total = tl.dot(narrow, factor, total, input_precision=PRECISION)
-    total *= scale
+    if RANK > 0:
+        for start in range(0, rank, RANK):
+            r = start + tl.arange(0, RANK)
+            mask = (row[:, None] < count) & (r[None, :] < rank)
+            narrow = tl.load(hidden + row[:, None] * all_ranks + (first + r)[None, :], mask=mask, other=0.0)
+            mask = (r[:, None] < rank) & (column[None, :] < n)
+            factor = tl.load(b + column[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
+            total = tl.dot(narrow, factor, total, input_precision=PRECISION)
+        total *= scale
 
     depth = tl.arange(0, DEPTH)
     for start in range(0, n_in, DEPTH):
@@ -102,10 +106,17 @@ def linear_kernel(
             place = w + column[None, :].to(tl.int64) * n_in + k[:, None]
         total = tl.dot(values, tl.load(place, mask=mask, other=0.0), total, input_precision=PRECISION)
 
-    if LENGTH:
-        total = total * tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+    if SMALLEST > 0:
+        factor = tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)
+        factor = tl.where(tl.abs(factor) < SMALLEST, SMALLEST, factor)
+        if BIAS:
+            total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        total = total * factor[None, :]
+    else:
+        if LENGTH:
+            total = total * tl.load(length + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        if BIAS:
+            total = total + tl.load(c + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     inside = (row[:, None] < count) & (column[None, :] < n)
     tl.store(y + row[:, None] * n + column[None, :], total.to(y.dtype.element_ty), mask=inside)
 
@@ -185,42 +196,47 @@ def _forward(
         for start in range(0, len(a), GROUP):
             part = slice(start, start + GROUP)
             some = biases[part] if biases else [None] * len(weights[part])
-            outputs += _group(
+            outputs += grouped(
                 flat, hidden[:, sum(ranks[:start]) :], weights[part], some, b[part],
                 None if lengths is None else lengths[part], scales[part], transposed,
             )  # fmt: skip
     return [y.view(*x.shape[:-1], y.shape[1]) for y in (*outputs, hidden)]
 
 
-def _group(
-    x: Tensor, hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], b: Sequence[Tensor],
-    lengths: Sequence[Tensor] | None, scales: Sequence[float], transposed: bool,
+def grouped(
+    x: Tensor, hidden: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None], b: Sequence[Tensor],
+    lengths: Sequence[Tensor] | None, scales: Sequence[float], transposed: bool, smallest: float = 0.0,
 ) -> list[Tensor]:  # fmt: skip
-    """The outputs of at most GROUP weights in one launch."""
+    """The outputs of at most GROUP weights in one launch.
+
+    Without `hidden`, b and scales there are no branches. With `smallest`, lengths are no nearer to 0 than that, and
+    are multiplied behind the biases instead of before them.
+    """
     count, n_in = x.shape
     members = len(weights)
     biased = any(bias is not None for bias in biases)
-    outputs = [x.new_empty(count, B.shape[0]) for B in b]
+    widths = [weight.shape[transposed] for weight in weights]
+    outputs = [x.new_empty(count, n) for n in widths]
     added = outputs
     if biased:
-        added = [B.new_zeros(B.shape[0]) if bias is None else bias for bias, B in zip(biases, b, strict=True)]
+        added = [y.new_zeros(n) if bias is None else bias for bias, y, n in zip(biases, outputs, widths, strict=True)]
     tile = product_tile(x.dtype, count)
-    widths = [B.shape[0] for B in b]
     programs = triton.cdiv(count, tile.rows) * sum(triton.cdiv(n, tile.columns) for n in widths)
     if not programs:
         return outputs
 
     def filled(values: Sequence[object]) -> list[object]:
-        return [*values, *[values[0]] * (GROUP - members)]
+        return [*values, *[values[0]] * (GROUP - len(values))]
 
     linear_kernel[(programs,)](
-        x, hidden, *filled([weight.contiguous() for weight in weights]), *filled([B.contiguous() for B in b]),
-        *filled(added), *filled(outputs if lengths is None else lengths), *filled(outputs),
-        *filled([float(scale) for scale in scales]), *filled(widths), *filled([B.shape[1] for B in b]), count, n_in,
-        hidden.stride(0), MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
+        x, x if hidden is None else hidden, *filled([weight.contiguous() for weight in weights]),
+        *filled([B.contiguous() for B in b] or [x]), *filled(added), *filled(outputs if lengths is None else lengths),
+        *filled(outputs), *filled([float(scale) for scale in scales] or [1.0]), *filled(widths),
+        *filled([B.shape[1] for B in b] or [0]), count, n_in, 0 if hidden is None else hidden.stride(0),
+        MEMBERS=members, TRANSPOSED=transposed, BIAS=biased, LENGTH=lengths is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype), PRECISION=precision(x.dtype),
-        num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
+        RANK=rank_block(max(B.shape[1] for B in b), b[0].dtype) if b else 0, SMALLEST=smallest,
+        PRECISION=precision(x.dtype), num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
 
