@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,15 +31,18 @@ QUANTIZE = "quantize linear except head with"
 SLACK = 1.05
 
 
-def inductor() -> Any:
-    """A mark for tests that have code generated, and the warnings that torch's own imports give."""
+F = TypeVar("F", bound=Callable[..., None])
 
-    def marked(test: Callable[..., None]) -> Callable[..., None]:
-        found = any(map(shutil.which, ("g++", "clang++")))
-        test = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")(test)
-        return pytest.mark.skipif(not found, reason="no C++ compiler")(test)  # type: ignore[no-any-return]
 
-    return marked
+def by_inductor(test: F) -> F:
+    """A test that has code generated, and the warnings that torch's own imports give."""
+    marks = (
+        pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler"),
+        pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    )
+    for mark in marks:
+        test = mark(test)
+    return test
 
 
 def model_of(spec: str, family: str = "llama") -> CompiledModule:
@@ -83,7 +86,7 @@ def kept_bytes(model: nn.Module, call: Any, batch: dict[str, Tensor]) -> int:
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
-@inductor()
+@by_inductor
 @pytest.mark.parametrize(
     ("spec", "family"),
     [
@@ -118,7 +121,7 @@ def test_inductor_computes_the_same(spec: str, family: str) -> None:
             assert_alike(model, fast, inputs(model.base, *size))  # type: ignore[arg-type]
 
 
-@inductor()
+@by_inductor
 def test_the_second_shape_makes_one_graph_for_all_that_follow() -> None:
     """In each mode; code for the shape at hand comes first."""
     model = model_of(LORA)
@@ -133,7 +136,7 @@ def test_the_second_shape_makes_one_graph_for_all_that_follow() -> None:
     assert counts == [1, 2, 2, 3, 3, 3]
 
 
-@inductor()
+@by_inductor
 def test_inductor_takes_a_real_model() -> None:
     from models import smollm2
 
@@ -164,7 +167,7 @@ def test_no_unpacked_weight_is_kept(spec: str, storage: str) -> None:
     assert found[0] == found[1]
 
 
-@inductor()
+@by_inductor
 def test_inductor_keeps_no_unpacked_weight() -> None:
     """Its own decompositions come before its cut."""
     model = model_of(f"{QUANTIZE} nf4\n{LORA}")
