@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import fx
 
+from peftc.assignments import assigned
 from peftc.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, value
 
 aten = torch.ops.aten
@@ -41,6 +42,8 @@ def normalise(module: fx.GraphModule) -> None:
             _attention_dropout(graph, node)
         elif node.target is aten.batch_norm.default and node.args[3] is not None:
             node.update_arg(5, False)
+        elif assigned(node):
+            continue
         elif (instead := _out_of_place(node.target)) and _is_private(node):
             node.target = instead
             node.meta["val"] = computed(node)

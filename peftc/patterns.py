@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,13 +88,13 @@ class _State:
 
 
 class Pattern:
-    """Base of the expressions."""
+    """Base of the expressions. What follows from one is worked out once: it is tried at every node of every graph."""
 
     def fits(self, found: object, state: _State) -> bool:
         """Whether `found`, a node or a constant, is what the pattern describes; `state` collects what it names."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many operations the pattern has at least."""
         return 0
@@ -150,7 +151,7 @@ class _Op(Pattern):
     label: str | None
     commutative: bool
 
-    @property
+    @cached_property
     def size(self) -> int:
         return 1 + sum(map(_size, self.arguments))
 
@@ -160,10 +161,14 @@ class _Op(Pattern):
         if found.kwargs != self.keywords or len(found.args) != len(self.arguments):
             return state.fail(f"{found.name} has other options: {found.args[1:]} {found.kwargs}", found)
         state.inner.append(found)
-        orders = [self.arguments, self.arguments[::-1]] if self.commutative else [self.arguments]
-        if not any(state.attempt(_Arguments(order), found) for order in orders):
+        if not any(state.attempt(order, found) for order in self._orders):
             return False
         return state.name(self.label, found)
+
+    @cached_property
+    def _orders(self) -> list[_Arguments]:
+        orders = [self.arguments, self.arguments[::-1]] if self.commutative else [self.arguments]
+        return [_Arguments(order) for order in orders]
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,15 @@ class _Arguments(Pattern):
 
     wanted: tuple[Any, ...]
 
+    @cached_property
+    def _most_first(self) -> list[int]:
+        """The places of what says most, first: misses tell more then."""
+        return sorted(range(len(self.wanted)), key=lambda place: -_size(self.wanted[place]))
+
     def fits(self, found: object, state: _State) -> bool:
         assert isinstance(found, fx.Node)
-        pairs = zip(found.args, self.wanted, strict=True)
-        for given, wanted in sorted(pairs, key=lambda pair: -_size(pair[1])):  # what says most first: misses tell more
+        for place in self._most_first:
+            given, wanted = found.args[place], self.wanted[place]
             if isinstance(wanted, Pattern):
                 if not wanted.fits(given, state):
                     return False
@@ -188,7 +198,7 @@ class _Arguments(Pattern):
 class _Either(Pattern):
     choices: tuple[Pattern, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return min(choice.size for choice in self.choices)
 
@@ -207,7 +217,7 @@ class _Cast(Pattern):
     pattern: Pattern
     label: str | None
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.pattern.size
 

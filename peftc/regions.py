@@ -6,6 +6,7 @@ it does, too, and says what is worth keeping (partition.py): the cut is the comp
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -156,11 +157,12 @@ def program(kind: Kind, holder: _Holder) -> Program:
     """Traces, plans and compiles the two passes of a kind of block; equal blocks of all models share them."""
     graph = holder.graph
     # The first block of a frozen model gets no gradient for the hidden state: with it, its trace is that of the others.
-    streams = {_shape(node) for node in graph.outputs}
-    wide = tuple(need or (_shape(node) or 0) in streams for need, node in zip(kind.needs, graph.inputs, strict=True))
+    streams = {_shape(node) for node in graph.outputs} - {None}
+    own = len(graph.inputs) - len(graph.names)
+    given = [place < own and _shape(node) in streams for place, node in enumerate(graph.inputs)]
+    wide = tuple(map(operator.or_, kind.needs, given))
     both = _traced(replace(kind, needs=wide, checkpoint=False), holder)
     both = both.narrowed(graph.reached(kind.needs), tuple(compress(kind.needs, wide)))
-    own = len(both.inputs) - len(graph.names)
     # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
     passes = split(both, free, recompute_all=kind.checkpoint)

@@ -92,6 +92,25 @@ class _Finder:
         found = next(nearest(operand, self.flow.predecessors, self._is_product), None)
         return self.by_node[found] if found else None
 
+    def _behind(self, product: Product) -> Iterator[Product]:
+        """A linear layer, the one that its input comes from, and so on within its block."""
+        block, found = self._block_of(product.weight), product
+        yield product
+        while block and (before := self._project(found.use.x)) and self._block_of(before.weight) is block:
+            found = before
+            yield found
+
+    def _meeting(self, q: Product, k: Product) -> tuple[list[Product], list[Product]] | None:
+        """The linear layers from q and from k back to the two that read one value: those of a latent attention are
+        two a side. None for cross attention, whose keys come from outside of the block.
+        """
+        behind = list(self._behind(q)), list(self._behind(k))
+        for i, first in enumerate(behind[0], 1):
+            for j, second in enumerate(behind[1], 1):
+                if first.use.x is second.use.x:
+                    return behind[0][:i], behind[1][:j]
+        return None
+
     def _reads_same(self, k: fx.Node, v: fx.Node) -> bool:
         first, second = self._project(k), self._project(v)
         return bool(first and second and first.use.x is second.use.x)
@@ -106,7 +125,8 @@ class _Finder:
             q, k, v = (self._project(operand) for operand in (found.q, found.k, found.v))
             if q is None or k is None or v is None:
                 continue
-            kind = "self" if q.use.x is k.use.x else "cross"
+            queries, keys = self._meeting(q, k) or ([q], [])
+            kind = "self" if keys else "cross"
             if kind == "cross" and (block := self._block_of(q.weight)):
                 decoders.add(block.stack)
                 self.crossing[block.path] = found, k.use.x
@@ -116,19 +136,26 @@ class _Finder:
                 parts.append(self._rows(product.use.y, operand) if fused else None)
                 self.roles[product.weight, parts[-1]] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
             facts = attention_facts(self.module, found, k, v, parts, self.known_rows)
-            self._attention_module(found, q, k, v, kind, facts)
+            self._attention_module(found, queries[::-1], [*keys[::-1], k, v], kind, facts)
         return decoders
 
     def _attention_module(
-        self, found: AttentionPattern, q: Product, k: Product, v: Product, kind: str, facts: dict[str, Any] | None
+        self,
+        found: AttentionPattern,
+        queries: list[Product],
+        others: list[Product],
+        kind: str,
+        facts: dict[str, Any] | None,
     ) -> None:
+        """Adds the sublayer from the first of `queries` to the linear layer behind the attention."""
         hit = next(nearest(found.out, self.flow.successors, self._is_product), None)
         if hit is None:
             return
         o = self.by_node[hit]
         self.roles[o.weight, None] |= {"attn.o", f"{kind}.attn.o"}
         make = partial(Attention, **facts, cross=kind == "cross") if facts else Module
-        self._add_module("attn", frozenset({"attn", f"{kind}.attn"}), q, o, [q, k, v, o], make)
+        roles, members = frozenset({"attn", f"{kind}.attn"}), [*queries, *others, o]
+        self._add_module("attn", roles, queries[0], o, members, make)
 
     def _feed_forwards(self) -> None:
         """Gives up, gate and down their roles."""

@@ -206,7 +206,9 @@ def settings_of(cls: type[Configured]) -> st.SearchStrategy[Any]:
         numbers: st.SearchStrategy[Any] = st.integers(int(low), int(high))
         if parameter.kind is float:
             above = parameter.above
-            numbers = st.floats(low if above is None else above, high).filter(lambda given: not parameter.problem(given))
+            numbers = st.floats(low if above is None else above, high).filter(
+                lambda given: not parameter.problem(given)
+            )
         return st.one_of(numbers, st.none()) if parameter.optional else numbers
 
     given = st.fixed_dictionaries({name: values(p) for name, p in cls.parameters.items()})

@@ -122,6 +122,23 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
         shared_expert_intermediate_size=48,
     ),
     "qwen3_moe": _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, **GROUPED, **ROUTED),
+    # queries, keys and values are two linear layers behind their common input; keys are written in parts
+    "deepseek_v3": _seeded(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config,
+        **WIDE,
+        q_lora_rank=20,
+        kv_lora_rank=28,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=0,
+    ),
     # stored transposed, with biases, gate and up interleaved
     "gpt_oss": _seeded(hf.GptOssForCausalLM, hf.GptOssConfig, **GROUPED, num_local_experts=4, sliding_window=4),
     # every expert computes every token, and the router's weights make most of it zero
@@ -303,6 +320,11 @@ EXPECTED: dict[str, Roles] = {
     "mixtral": _moe(),
     "qwen2_moe": _moe(shared="shared_expert"),
     "qwen3_moe": _moe(),
+    "deepseek_v3": _union(
+        _attention("model.layers.0.self_attn", "q_b_proj", "kv_b_proj[k]", "kv_b_proj[v]", "o_proj"),
+        _mlp("model.layers.0.mlp.experts", "gate_up_proj[up]", "down_proj", "gate_up_proj[gate]"),
+        _mlp("model.layers.0.mlp.shared_experts", "up_proj", "down_proj", "gate_proj"),
+    ),
     "gpt_oss": _moe(),
     "llama4": _moe("feed_forward", shared="shared_expert"),
     "bert": _bert("bert.encoder.layer.0"),
@@ -358,6 +380,14 @@ FUSED_ROWS: dict[str, dict[str, list[int]]] = {
     "mixtral": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(80), up=range(80, 160)),
     "qwen2_moe": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(24), up=range(24, 48)),
     "qwen3_moe": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(24), up=range(24, 48)),
+    "deepseek_v3": {
+        **_slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(24), up=range(24, 48)),
+        **_slices(
+            "model.layers.0.self_attn.kv_b_proj",
+            k=[row for row in range(80) if row % 20 < 12],
+            v=[row for row in range(80) if row % 20 >= 12],
+        ),
+    },
     "gpt_oss": _slices("model.layers.0.mlp.experts.gate_up_proj", gate=range(0, 160, 2), up=range(1, 160, 2)),
     "llama4": _slices("model.layers.0.feed_forward.experts.gate_up_proj", gate=range(80), up=range(80, 160)),
     "modernbert": {
