@@ -10,13 +10,18 @@ block is run twice. torch logs once that such a region must write nothing in pla
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from peftc import memory_plan
 from peftc.memory_plan import dear, repeatable
+
+Policy = Callable[..., CheckpointPolicy]
 
 
 def partitioned(run: Callable[..., Any], recompute_all: bool, *given: Any) -> Any:
@@ -43,6 +48,15 @@ def _tag(kept: bool) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
 
 
-# Dynamo takes a partial of a function of torch's, and no closure.
-_DEAR_IS_KEPT = partial(create_selective_checkpoint_contexts, _dear_is_kept)
-_RANDOM_IS_KEPT = partial(create_selective_checkpoint_contexts, _random_is_kept)
+def _contexts(policy: Policy) -> Any:
+    """What a checkpoint takes for `policy`: Dynamo knows a partial of torch's function, and no closure.
+
+    The hash is by what code that was compiled under the policy is found again in torch's cache: it says the rule.
+    """
+    made = partial(create_selective_checkpoint_contexts, policy)
+    rule = f"{policy.__name__}\n{inspect.getsource(memory_plan)}"
+    setattr(made, "cache_hash", hashlib.sha256(rule.encode()).hexdigest())  # noqa: B010, a partial declares no such name
+    return made
+
+
+_DEAR_IS_KEPT, _RANDOM_IS_KEPT = _contexts(_dear_is_kept), _contexts(_random_is_kept)
