@@ -32,11 +32,13 @@ from peftc.errors import PeftcError
 from peftc.inputs import Example, example_inputs, fake_mode_of
 from peftc.ir import get_attribute
 from peftc.loading import load_and_plan
-from peftc.module import CompiledModule, added_names
+from peftc.module import CompiledModule
 from peftc.planning import Plan
 from peftc.references import parse_reference
+from peftc.statedicts import added_names
 from peftc.text import Source
 from peftc.timings import Timings
+from peftc.unfrozen import refuse_unplanned
 from peftc.weights import digest
 
 FORMAT = 2
@@ -57,8 +59,10 @@ def save(compiled: CompiledModule, folder: Path) -> None:
     """Writes the artifact. An artifact that is there is replaced; any other folder is left alone.
 
     Raises:
-        PeftcError: `bad-artifact` if something else stands at `folder`.
+        PeftcError: `bad-artifact` if something else stands at `folder`; `not-in-spec` if the artifact would be without
+            something that learnt.
     """
+    refuse_unplanned(compiled)
     tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())

@@ -90,7 +90,7 @@ def materialise(
         for binding in plan.bindings:
             if binding not in before:
                 _begin(module, plan, binding, made, state, data)
-        _prepare(module, plan, [weight for weight in _to_prepare(plan) if weight not in plan.stored])
+        _prepare(module, plan, [weight for weight in rewritten(plan) if weight not in plan.stored])
 
 
 def _begin(
@@ -128,7 +128,7 @@ def prepare(module: nn.Module, plan: Plan) -> None:
 
     From the base's own tensors and the state as it is now: whatever changes the state calls it again.
     """
-    _prepare(module, plan, _to_prepare(plan))
+    _prepare(module, plan, rewritten(plan))
 
 
 def _prepare(module: nn.Module, plan: Plan, weights: Iterable[str]) -> None:
@@ -143,7 +143,8 @@ def _prepare(module: nn.Module, plan: Plan, weights: Iterable[str]) -> None:
             set_tensor(module, weight, nn.Parameter(own, requires_grad=False))
 
 
-def _to_prepare(plan: Plan) -> list[str]:
+def rewritten(plan: Plan) -> list[str]:
+    """The weights that `prepare` writes."""
     return list(dict.fromkeys(binding.site.parameters[0] for binding in plan.bindings if _prepares(binding)))
 
 

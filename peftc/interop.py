@@ -31,6 +31,7 @@ from peftc.site import Experts, Linear, Projection
 from peftc.syntax import parse
 from peftc.text import Source
 from peftc.timings import Timings
+from peftc.unfrozen import refuse_unplanned
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -45,8 +46,9 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     Raises:
-        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter.
+        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec` as for `save`.
     """
+    refuse_unplanned(compiled)
     bindings = compiled.plan.bindings
     problems = _problems(compiled)
     if problems:

@@ -23,6 +23,7 @@ from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
 from peftc.planning import Binding
 from peftc.site import Projection
+from peftc.unfrozen import unplanned
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def merge(compiled: CompiledModule) -> nn.Module:
         assert isinstance(binding.site, Projection)
         by_weight[binding.site.weight].append(binding)
     with torch.no_grad():
-        for name in plan.trained:
+        for name in (*plan.trained, *unplanned(compiled)):
             for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
         for name in plan.stored:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
-from peftc.calling import Convention, without_loss
+from peftc.calling import Convention
 from peftc.consistency import two_passes
+from peftc.entries import Code, Entries
 from peftc.errors import PeftcError
 from peftc.fusion import Fired
-from peftc.insert import prepare
-from peftc.ir import get_attribute, keep_unread, set_tensor
-from peftc.model_errors import NeedsLabels
+from peftc.ir import get_attribute, keep_unread
+from peftc.items import NAME
+from peftc.moving import keep_packed, move_constants, refuse_casts
 from peftc.planning import Plan
 from peftc.room import room
-from peftc.training_entry import training_entry
+from peftc.shelves import arrange
+from peftc.statedicts import ignore_frozen, keep_added, part_from_base, prepare_again
+from peftc.unfrozen import Watch
+from peftc.use_errors import NoPickle, OnlyOnTheBase, OnTheBase, Transformed
 
 if TYPE_CHECKING:
     from peftc.merge import Rounding
@@ -47,7 +51,8 @@ class CompiledModule(fx.GraphModule):
     base: nn.Module
     convention: Convention
     logits_in_training: bool
-    _pruned: dict[str, Callable[..., Any] | None]
+    watch: Watch
+    entries: Entries
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -62,16 +67,33 @@ class CompiledModule(fx.GraphModule):
             base=plan.captured.model,
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
             logits_in_training=fired is None,
-            _pruned={},
         )
         keep_unread(root, self)
-        if fired is not None:
-            self.__dict__["fired"] += (self._make_training_entry(),)
-        self.register_state_dict_post_hook(_keep_added)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
+        self._settle()
+        self.__dict__["entries"] = entries = Entries(self)
+        if entries.fired is not None:
+            self.__dict__["fired"] += (entries.fired,)
+        self.register_state_dict_post_hook(keep_added)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(part_from_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(ignore_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(prepare_again)  # type: ignore[no-untyped-call]
         self._set_forward()
         self.train()
+
+    def _settle(self) -> None:
+        """The tensors in the base model's order, behind them what was added in that of the plan; and who they are."""
+        own = (*self.base.named_parameters(remove_duplicate=False), *self.base.named_buffers(remove_duplicate=False))
+        arrange(self, (*(name for name, _ in own), *self.plan.tensors))
+        self.__dict__["watch"] = Watch(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """nn.Module's; of what the base model has, and a graph has not, it says so."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(type(self.__dict__.get("base")), name):
+                raise
+        raise OnlyOnTheBase(OnTheBase(model=self.plan.sites.model, name=name))
 
     # Calling
 
@@ -84,17 +106,23 @@ class CompiledModule(fx.GraphModule):
 
     def _set_forward(self) -> None:
         cls = cast(Any, type(self))
-        run = cls.forward
+        run: Code = cls.forward
 
         def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self._check_use()
+            items = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
-                chunked = self._loss_alone() if self.training and not self.logits_in_training else None
-                step = partial(chunked or run, self, *given.values())
+                alone = self.training and not self.logits_in_training
+                chunked = self.entries.loss_alone(self, items is not None) if alone else None
+                code = chunked or (run if items is None else cast(Code, self.entries.counted))
+                count = () if items is None else (torch.as_tensor(items, device=self.device),)
+                step = partial(code, self, *given.values(), *count)
                 weight = self.convention.consistency if self.training else 0.0
                 leaves = two_passes(step, weight, self.convention.logits, given.get("labels")) if weight else step()
                 return self.convention.unflatten(leaves, with_loss=True)
-            return self.convention.unflatten(self._without_loss()(self, *given.values()), with_loss=False)
+            return self.convention.unflatten(self.entries.without_labels(self)(self, *given.values()), with_loss=False)
 
         signature = self.convention.signature
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -102,44 +130,27 @@ class CompiledModule(fx.GraphModule):
         forward.__doc__ = f"({', '.join(self.convention.inputs)}): as {self.plan.sites.model}'s forward."
         cls.forward = forward
 
-    def _without_loss(self) -> Callable[..., Any]:
-        """The code for a call without labels, to be run on this very module; made on first use."""
-        if "entry" not in self._pruned:
-            graph = without_loss(self.graph, self.convention.keys)
-            if graph is None:
-                raise PeftcError(NeedsLabels(model=self.plan.sites.model))
-            self._pruned["entry"] = type(fx.GraphModule(self, graph)).forward
-        return cast(Callable[..., Any], self._pruned["entry"])
-
-    def _loss_alone(self) -> Callable[..., Any] | None:
-        """The code for a training step that returns no logits, where there is such."""
-        if "training" not in self._pruned:
-            self._make_training_entry()
-        return self._pruned["training"]
-
-    def _make_training_entry(self) -> Fired:
-        graph, fired = training_entry(self, self.graph, self.convention)
-        self._pruned["training"] = None if graph is None else type(fx.GraphModule(self, graph)).forward
-        return fired
+    def _check_use(self) -> None:
+        self.watch.look(self)
+        if self.fired and (torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+            raise PeftcError(Transformed())  # custom operations would drop tangents without a word
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
-        """nn.Module's; a graph names the device of the tensors it makes, so those names move too.
+        """nn.Module's, for another device.
 
-        Packed numbers keep their precision: to round their scales would be to change every weight.
+        Raises:
+            PeftcError: `fixed-precision`, and nothing is changed, where a parameter would be cast.
         """
+        refuse_casts(self, fn)
         before = self.device
         packed = {full: get_attribute(self, full) for item in self.plan.stored.values() for full in item.buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for full, tensor in packed.items():
-            if get_attribute(self, full).dtype != tensor.dtype:
-                set_tensor(self, full, tensor.to(get_attribute(self, full).device))
+        keep_packed(self, packed)
         if self.device != before:
-            self._pruned.clear()
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
-                    _move_constants(module, before, self.device)
-            if not self.logits_in_training:
-                self._make_training_entry()  # now: under torch.compile no graph can be made
+                    move_constants(module, before, self.device)
+            self.__dict__["entries"] = Entries(self)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
@@ -148,14 +159,30 @@ class CompiledModule(fx.GraphModule):
             name: self.__dict__[name]
             for name in ("plan", "history", "fired", "base", "convention", "logits_in_training")
         }
-        memo.update({id(value): value for value in (*shared.values(), self._pruned)})
+        memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, CompiledModule)
-        copied.__dict__.update(shared, _pruned={})
+        copied.__dict__.update(shared)
+        for path, module in self.named_modules():
+            if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
+                type(copied.get_submodule(path)).__name__ = type(module).__name__
+        copied._settle()
+        copied.watch.unfrozen |= self.watch.unfrozen
         copied._set_forward()
-        if not copied.logits_in_training:
-            copied._make_training_entry()  # now: under torch.compile no graph can be made
+        copied.__dict__["entries"] = Entries(copied)
         return copied.train(self.training)
+
+    def __copy__(self) -> CompiledModule:
+        """Another module over the same tensors."""
+        own = (*self.parameters(), *self.buffers())
+        return self.__deepcopy__({id(tensor): tensor for tensor in own})
+
+    def __reduce__(self) -> Any:
+        raise PeftcError(NoPickle(model=self.plan.sites.model))
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """What a Trainer calls: a spec says it with `checkpoint`."""
+        raise PeftcError(OnTheBase(model=self.plan.sites.model, name="activation_checkpointing_enable"))
 
     # Facts
 
@@ -163,6 +190,16 @@ class CompiledModule(fx.GraphModule):
     def config(self) -> Any:
         """The base model's configuration; None for a plain module."""
         return getattr(self.base, "config", None)
+
+    @property
+    def loss_type(self) -> str | None:
+        """Which of transformers' losses the base model has: by it Trainer knows whose labels are shifted."""
+        return getattr(self.base, "loss_type", None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether a call takes `num_items_in_batch`, which Trainer asks for."""
+        return self.entries.counted is not None
 
     @property
     def device(self) -> torch.device:
@@ -259,48 +296,3 @@ class CompiledModule(fx.GraphModule):
         from peftc.generate import greedy
 
         return greedy(self, input_ids, attention_mask, max_new_tokens)
-
-
-def _move_constants(module: fx.GraphModule, before: torch.device, after: torch.device) -> None:
-    for node in module.graph.nodes:
-        swapped = fx.node.map_aggregate(
-            (node.args, node.kwargs),
-            lambda item: after if isinstance(item, torch.device) and item == before else item,
-        )
-        node.args, node.kwargs = cast(Any, swapped)
-    module.recompile()
-
-
-def _keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Drops the frozen base from a state dict."""
-    added = added_names(module.plan)
-    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in added]:
-        del state[name]
-
-
-def _ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
-    """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
-    added = added_names(module.plan)
-    # A tied tensor is missed under each of its names.
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    frozen = {name for name, _ in tensors if name not in added}
-    incompatible.missing_keys[:] = [
-        name for name in incompatible.missing_keys if not (name in frozen or _ends_with_one_of(name, frozen))
-    ]
-
-
-def _prepare_again(module: CompiledModule, _incompatible: Any) -> None:
-    """Frozen weights that depend on state, such as what ReLoRA has merged, follow the state that was loaded."""
-    with torch.no_grad():
-        prepare(module, module.plan)
-
-
-def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
-    """Whether `name`, less the path of the module that the compiled one stands in, is a frozen tensor's."""
-    parts = name.split(".")
-    return any(".".join(parts[start:]) in frozen for start in range(1, len(parts)))
-
-
-def added_names(plan: Plan) -> set[str]:
-    """The full names of every tensor that is not simply the base model's."""
-    return {*plan.tensors, *plan.trained}

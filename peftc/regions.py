@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 
 from peftc.errors import PeftcError
 from peftc.ir import get_attribute, is_mutable, is_tensor, value
 from peftc.joint import Joint, Lifted, joint, lifted
-from peftc.kernels.operation import call_directly
+from peftc.kernels.operation import call_directly, first_derivative
 from peftc.kernels.products import product
 from peftc.memory_plan import Passes, split
 from peftc.model_errors import CannotCheckpoint
@@ -213,8 +212,8 @@ class _Step(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Any, ...]:
+        first_derivative()
         program: Program = ctx.program
         tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
         kept = [next(tensors) if is_tensor else next(numbers) for is_tensor in ctx.tensors]

@@ -42,21 +42,23 @@ def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
     start = {key: tensor.detach().clone() for key, tensor in everything.items()}
     with torch.no_grad():
         loss = case.subject.loss(module)
-    assert any(lowers_the_loss(case, rate, loss) for rate in (1e-2, 0.3))
+    assert any(lowers_the_loss(case, rate, steps, loss) for rate, steps in ((1e-2, 10), (0.3, 10), (1e-2, 50)))
     changed = {key for key, tensor in everything.items() if not torch.equal(tensor, start[key])}
     assert changed
     assert changed <= declared
     assert case.subject.is_untouched()
 
 
-def lowers_the_loss(case: Compiled, rate: float, loss: Tensor) -> bool:
-    """After ten steps from the start. The smaller rate may be too small to see behind a gate that starts at zero."""
+def lowers_the_loss(case: Compiled, rate: float, steps: int, loss: Tensor) -> bool:
+    """From the start. A small rate may be too small to see behind a gate that starts at zero; where five numbers learn,
+    the noise of the model's dropout may be larger than what ten steps win.
+    """
     case.reset()
     module = case.module.train()
     optimizer = torch.optim.Adam(module.param_groups(lr=rate))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)  # of the dropout
-        for _ in range(10):
+        for _ in range(steps):
             optimizer.zero_grad()
             case.subject.loss(module).backward()
             optimizer.step()

@@ -126,6 +126,7 @@ def test_what_differs_is_said(other: Behaviour, complaint: str | None) -> None:
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_variant() -> None:
     model = ZOO["llama"]()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -215,6 +216,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_the_command_prints_data(config: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(
         capsys, "bench", spec, config, "--random-weights", "--json", "--repeats", 1, "--batch", 1, "--seq", 8

@@ -75,6 +75,7 @@ def test_compile_reports_saves_and_merges(run: Run, model: Path, spec: Path, tmp
     assert "bad-output" in err
 
 
+@pytest.mark.slow
 def test_plan_needs_no_weights(run: Run, model: Path, spec: Path) -> None:
     status, out, err = run("plan", spec, model / "config.json", "--json", "--batch", 2, "--seq", 64)
     assert (status, err) == (0, "")
@@ -117,6 +118,7 @@ def test_check_is_silent_about_a_good_spec(run: Run, spec: Path) -> None:
     assert "no errors" in out
 
 
+@pytest.mark.slow
 def test_what_is_quantised_is_counted_merged_and_rounded_again(run: Run, model: Path, tmp_path: Path) -> None:
     spec = tmp_path / "qlora.peft"
     spec.write_text(f"quantize linear except head with nf4(double=true)\n{SPEC}")
@@ -173,6 +175,7 @@ def test_sites_and_methods(run: Run, model: Path) -> None:
     assert "methods: adalora, adapter" in err
 
 
+@pytest.mark.slow
 def test_show_writes_each_format(run: Run, model: Path, spec: Path, tmp_path: Path) -> None:
     files = {kind: tmp_path / f"graph.{kind}" for kind in ("html", "dot", "mermaid")}
     status, out, err = run("show", spec, model, *(part for kind, f in files.items() for part in (f"--{kind}", f)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import peftc
+from marks import first_is_quick
 from peftc.cost import formatted_bytes
 from peftc.module import CompiledModule
 from zoo import ZOO
@@ -39,7 +40,7 @@ def saved_bytes(compiled: CompiledModule) -> int:
 @pytest.mark.parametrize(
     "spec", ['train "**"', "apply lora(r=4) to attn.*, mlp.*", "apply ladder to block"], ids=["all", "lora", "ladder"]
 )
-@pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", first_is_quick(["llama", "opt", "bert", "gpt2", "mixtral"]))
 def test_activations_are_what_autograd_keeps(name: str, spec: str) -> None:
     """Within a tenth of the measured bytes: small operations round, and a copy here and there is a view.
 

@@ -32,6 +32,7 @@ NAMES = {
     "parallel_adapter", "bitfit", "norm", "top_layers", "mixed", "ladder",
 }  # fmt: skip
 FAMILIES = ("llama", "gpt2", "bert", "t5", "vit")
+QUICK = {"lora", "qlora", "houlsby", "mam"}  # one of each kind of rewrite, on their first model
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 
@@ -54,11 +55,14 @@ def families(recipe: Path) -> tuple[str, ...]:
 
 
 def on_its_families() -> list[Any]:
-    """Every recipe with each model it is for: the first in the quick run, the others marked slow."""
+    """Every recipe with each model it is for: a few in the quick run, the others marked slow."""
     return [
         pytest.param(
             recipe, family, id=f"{recipe.stem}-{family}",
-            marks=[pytest.mark.xdist_group(f"examples-{family}"), *([pytest.mark.slow] if place else [])],
+            marks=[
+                pytest.mark.xdist_group(f"examples-{family}"),
+                *([] if recipe.stem in QUICK and not place else [pytest.mark.slow]),
+            ],
         )
         for recipe in RECIPES
         for place, family in enumerate(families(recipe))

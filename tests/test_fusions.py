@@ -677,6 +677,7 @@ def test_training_returns_the_loss_alone(llama: peftc.CompiledModule) -> None:
     assert llama(**batch).loss is None
 
 
+@pytest.mark.slow
 def test_training_returns_logits_to_who_asks(llama: peftc.CompiledModule) -> None:
     batch = inputs(llama.base)  # type: ignore[arg-type]
     llama.logits_in_training = True
@@ -684,6 +685,7 @@ def test_training_returns_logits_to_who_asks(llama: peftc.CompiledModule) -> Non
     assert peftc.compile(llama.base, LORA, fuse=False)(**batch).logits is not None
 
 
+@pytest.mark.slow
 def test_a_head_that_learns_returns_logits() -> None:
     model = ZOO["llama"]()
     compiled = peftc.compile(model, "apply lora(r=2) to attn.q\ntrain head")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import peftc
+from marks import first_is_quick
 from zoo import ZOO, inputs
 
 NEAR = 1e-5  # fp32, two implementations of one sum
@@ -35,14 +36,16 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "spec"),
-    [
-        ("llama", "apply lora(r=4, alpha=6) to attn.q, mlp.down\napply lora(r=2, rslora=false) to attn.v"),
-        ("llama", "apply lora(r=4, rslora=true) to attn.*"),
-        ("llama", "apply dora(r=4) to attn.q, attn.v"),
-        ("llama", "apply lora(r=3, init=pissa) to attn.q, attn.v"),
-        ("bert", "apply ia3 to attn.k, attn.v, mlp.down"),
-        ("gpt2", 'apply lora(r=4) to "**.c_attn", mlp.down'),
-    ],
+    first_is_quick(
+        [
+            ("llama", "apply lora(r=4, alpha=6) to attn.q, mlp.down\napply lora(r=2, rslora=false) to attn.v"),
+            ("llama", "apply lora(r=4, rslora=true) to attn.*"),
+            ("llama", "apply dora(r=4) to attn.q, attn.v"),
+            ("llama", "apply lora(r=3, init=pissa) to attn.q, attn.v"),
+            ("bert", "apply ia3 to attn.k, attn.v, mlp.down"),
+            ("gpt2", 'apply lora(r=4) to "**.c_attn", mlp.down'),
+        ]
+    ),
 )
 def test_hf_peft_reads_what_peftc_writes(name: str, spec: str, tmp_path: Path) -> None:
     model = ZOO[name]()
@@ -57,16 +60,18 @@ def test_hf_peft_reads_what_peftc_writes(name: str, spec: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [
-        (
-            "llama",
-            peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}),
-        ),
-        ("llama", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64})),
-        ("llama", peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])),
-        ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
-        ("gpt2", peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
-    ],
+    first_is_quick(
+        [
+            (
+                "llama",
+                peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}),
+            ),
+            ("llama", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64})),
+            ("llama", peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])),
+            ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+            ("gpt2", peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
+        ]
+    ),
 )
 def test_peftc_reads_what_hf_peft_writes(name: str, config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -86,13 +91,15 @@ def test_peftc_reads_what_hf_peft_writes(name: str, config: Any, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "spec", "reason"),
-    [
-        ("llama", "apply adapter(size=4) to mlp", "it has no adapter"),
-        ("llama", "apply lora(r=2) to attn.q\napply ia3 to attn.k", "one method"),
-        ("llama", "apply lora(r=2) to attn.q\ntrain norm", "no parameters of the base model"),
-        ("gpt2", "apply lora(r=2) to attn.q", "a part of one"),
-        ("llama", "apply lora(r=2, dropout=0.1) to attn.q\napply lora(r=2) to attn.v", "lora_dropout"),
-    ],
+    first_is_quick(
+        [
+            ("llama", "apply adapter(size=4) to mlp", "it has no adapter"),
+            ("llama", "apply lora(r=2) to attn.q\napply ia3 to attn.k", "one method"),
+            ("llama", "apply lora(r=2) to attn.q\ntrain norm", "no parameters of the base model"),
+            ("gpt2", "apply lora(r=2) to attn.q", "a part of one"),
+            ("llama", "apply lora(r=2, dropout=0.1) to attn.q\napply lora(r=2) to attn.v", "lora_dropout"),
+        ]
+    ),
 )
 def test_what_does_not_fit_is_refused(name: str, spec: str, reason: str, tmp_path: Path) -> None:
     compiled = peftc.compile(ZOO[name](), spec)
@@ -110,6 +117,7 @@ def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
         peftc.load_peft(ZOO["llama"](), tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
     peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q").save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -121,6 +129,7 @@ def test_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
         peftc.load_peft(ZOO["llama"](), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_saving_again_leaves_other_files_alone(tmp_path: Path) -> None:
     compiled = peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q")
     compiled.save_pretrained(tmp_path)
@@ -137,6 +146,7 @@ def test_saving_again_leaves_other_files_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "norms"), [("llama", ["input_layernorm", "post_attention_layernorm", "norm"]), ("bert", ["LayerNorm"])]
 )
+@pytest.mark.slow
 def test_training_norms_is_hf_pefts_layer_norm_tuning(name: str, norms: list[str]) -> None:
     """Three steps of SGD: the same outputs, and the same parameters learn."""
     ours: Any = peftc.compile(ZOO[name](), "train norm").eval()

@@ -125,9 +125,21 @@ def test_dora_of_an_output_that_nobody_uses() -> None:
     found = [torch.autograd.grad(f(*arguments)[1].square().sum(), learned, allow_unused=True, materialize_grads=True)
              for f in (ops.dora_linear, dora_linear.reference)]  # fmt: skip
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # gradients of some hundreds in fp32
-    arguments[1][0].requires_grad_()
-    with pytest.raises(NotImplementedError, match="frozen"):
-        ops.dora_linear(*arguments)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_dora_of_unfrozen_weights(transposed: bool, alone: bool) -> None:
+    """What a user unfreezes behind the compiler's back, beside all that learns or by itself."""
+    arguments = dora_arguments([(7, 2), (5, 3)], 12, learns(4, 12, dtype=F64), transposed, True, 0.3)
+    unfrozen = [tensor.requires_grad_() for tensor in (arguments[1][1], *arguments[2])]
+    learned = [arguments[0], *arguments[3], *arguments[4], *arguments[5]]
+    if alone:
+        learned = [tensor.requires_grad_(False) for tensor in learned]
+    agree(
+        lambda *_: ops.dora_linear(*arguments)[:-1], lambda *_: dora_linear.reference(*arguments)[:-1],
+        *unfrozen, *learned, tolerance=1e-8,
+    )  # fmt: skip
 
 
 # --- adapter ---
@@ -181,13 +193,14 @@ def test_expert_linear_keeps_no_input_of_a_frozen_weight() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(counts=ENDS, behind=st.integers(0, 2), r=st.integers(1, 3))
-def test_expert_lora(counts: list[int], behind: int, r: int) -> None:
+@given(counts=ENDS, behind=st.integers(0, 2), r=st.integers(1, 3), unfrozen=st.booleans())
+def test_expert_lora(counts: list[int], behind: int, r: int, unfrozen: bool) -> None:
     ends, n = torch.tensor(counts).cumsum(0), len(counts)
-    arguments = (learns(sum(counts) + behind, 5), normal(n, 5, 7), ends, learns(n, r, 5), learns(n, 7, r), 0.5)
+    weight = normal(n, 5, 7).requires_grad_(unfrozen)
+    arguments = (learns(sum(counts) + behind, 5), weight, ends, learns(n, r, 5), learns(n, 7, r), 0.5)
     agree(
         lambda *_: [ops.expert_lora(*arguments)[0]], lambda *_: [expert_lora.reference(*arguments)[0]],
-        arguments[0], arguments[3], arguments[4],
+        arguments[0], weight, arguments[3], arguments[4],
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelcases import F32, F64, agree, learns, normal
+from peftc.errors import PeftcError
 from peftc.kernels import (
     cross_entropy,
     gated_activation,
@@ -178,5 +179,31 @@ def test_cross_entropy_computes_no_gradient_without_need() -> None:
             ops.cross_entropy(*arguments)
         counts.append(counter.get_total_flops())
     assert counts == [4 * 4 * 6 * 8, 2 * 4 * 6 * 8]
-    with pytest.raises(NotImplementedError, match="frozen"):
-        ops.cross_entropy(normal(4, 6), learns(8, 6), None, torch.arange(4), -100, 2)
+
+
+def test_cross_entropy_of_an_unfrozen_head() -> None:
+    arguments = (learns(4, 6), learns(8, 6), learns(8), torch.tensor([1, -100, 3, 2]), -100, 2)
+    agree(
+        lambda *_: [ops.cross_entropy(*arguments)[0]], lambda *_: [cross_entropy.reference(*arguments)[0]],
+        *arguments[:3],
+    )  # fmt: skip
+
+
+def test_a_mean_over_no_token_is_nan_and_its_gradient_zero() -> None:
+    """As torch's own: a batch whose labels are all ignored leaves the weights as they are."""
+    hidden, labels = learns(4, 6), torch.full((4,), -100)
+    total, count = ops.cross_entropy(hidden, normal(8, 6), None, labels, -100, 2)
+    theirs = torch.nn.functional.cross_entropy(hidden @ normal(8, 6).t(), labels)
+    assert (total / count).isnan()
+    assert theirs.isnan()
+    for loss in (total / count, theirs):
+        assert torch.equal(torch.autograd.grad(loss, hidden)[0], torch.zeros(4, 6))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight = learns(4, 6), learns(6)
+    loss = ops.cross_entropy(ops.rms_norm(hidden, weight, 1e-6, True)[0], normal(8, 6), None, torch.arange(4), -100, 2)
+    with pytest.raises(PeftcError, match="second-derivative"):
+        torch.autograd.grad(loss[0], hidden, create_graph=True)
+    with pytest.raises(PeftcError, match="second-derivative"):
+        torch.autograd.grad(ops.rms_norm(hidden, weight, 1e-6, True)[0].sum(), hidden, create_graph=True)

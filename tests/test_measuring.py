@@ -184,6 +184,7 @@ def test_grouped_products_are_counted() -> None:
 # --- time --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_take_turns() -> None:
     ran: list[str] = []
     steps = {name: lambda name=name: ran.append(name) for name in ("a", "b")}

@@ -108,6 +108,7 @@ def test_7_what_one_claims_is_shared_with_nothing(name: str, spec: str) -> None:
 
 
 @pytest.mark.xdist_group("conformance-plain")
+@pytest.mark.slow
 def test_7_all_at_once(tmp_path: Path) -> None:
     """Every method that shares, and an existing parameter, in one model."""
     sharing = [v for v in DEFAULTS if not (built(v).claims_weight() or built(v).claims_upstream())]
@@ -153,6 +154,7 @@ def pairs_markdown() -> str:
 
 
 @pytest.mark.xdist_group("conformance-llama")
+@pytest.mark.slow
 def test_the_table_of_pairs_is_what_a_plan_says(request: pytest.FixtureRequest) -> None:
     """That what the table says works does work is `test_7_two_that_meet`, pair by pair."""
     text = TABLE.read_text(encoding="utf-8")

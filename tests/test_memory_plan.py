@@ -133,6 +133,7 @@ def test_weights_are_unpacked_again_in_the_backward_pass() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_checkpointed_block_keeps_its_input_alone() -> None:
     batch = inputs(ZOO["llama"](), 4, 32)
     models = []
@@ -155,6 +156,7 @@ def test_a_checkpoint_is_a_block() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_autocast_is_in_the_plan(dtype: torch.dtype) -> None:
     """The casts are those that eager mode makes; sums of half-precision gradients come in another order."""
     plain, twin = pair("llama")
@@ -170,6 +172,7 @@ def test_autocast_is_in_the_plan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_autocast_reaches_what_is_fused(dtype: torch.dtype) -> None:
     """Behind an attention or an activation the input is half precision, and the frozen weight is not."""
     models = [peftc.compile(ZOO["llama"](), "apply lora(r=4) to attn.*, mlp.*", fuse=fuse) for fuse in (True, False)]
@@ -182,14 +185,6 @@ def test_autocast_reaches_what_is_fused(dtype: torch.dtype) -> None:
                 losses.append(model.eval()(**batch).loss)
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-2, atol=0)  # eight bits of a bfloat16
-
-
-def test_another_precision_than_the_captured_one_runs_as_written() -> None:
-    model = peftc.compile(ZOO["llama"](), LORA).double()
-    batch = inputs(ZOO["llama"]())
-    with_gradients = model(**batch).loss
-    with torch.no_grad():
-        torch.testing.assert_close(with_gradients.detach(), model(**batch).loss, rtol=1e-6, atol=0)
 
 
 def test_a_block_may_return_a_turned_tensor() -> None:
@@ -222,6 +217,7 @@ def test_a_block_may_return_a_turned_tensor() -> None:
         torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_threads_may_call_it_first_together() -> None:
     program.cache_clear()
     model = peftc.compile(ZOO["llama"](), LORA).eval()
@@ -259,9 +255,8 @@ def test_a_second_derivative_is_refused() -> None:
     _, twin = pair("llama")
     loss = twin(**inputs(ZOO["llama"]())).loss
     learning = list(twin.trainable_parameters().values())
-    gradients = torch.autograd.grad(loss, learning, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(gradient.sum() for gradient in gradients).backward()  # type: ignore[union-attr]
+    with pytest.raises(peftc.PeftcError, match="second-derivative"):
+        torch.autograd.grad(loss, learning, create_graph=True)
 
 
 def test_the_caller_s_hooks_see_the_step_and_not_the_trace() -> None:

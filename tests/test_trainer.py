@@ -485,20 +485,6 @@ def test_dropout_follows_train_and_eval(spec: str) -> None:
     assert len(losses()) == 3
 
 
-@pytest.mark.slow
-def test_to_another_dtype_moves_everything() -> None:
-    model = compiled("llama")
-    randomise(model)
-    batch = inputs(model.base)  # type: ignore[arg-type]
-    before = model(**batch).loss.item()
-    model.to(torch.float64)
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
-    loss = model(**batch).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(before, abs=1e-5)
-    assert all(parameter.grad is not None for parameter in model.trainable_parameters().values())
-
-
 @pytest.mark.xdist_group("compiled llama")
 def test_deepcopy_is_independent(llama: peftc.CompiledModule) -> None:
     batch = inputs(llama.base)  # type: ignore[arg-type]

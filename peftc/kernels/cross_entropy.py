@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.operation import operation
+from peftc.kernels.operation import first_derivative, operation
 from peftc.kernels.products import product
 from peftc.kernels.shapes import wide
 
@@ -27,8 +27,8 @@ def reference(
 
     Args:
         hidden: [N, d].
-        weight: [V, d], frozen.
-        bias: [V] or None, frozen.
+        weight: [V, d].
+        bias: [V] or None.
         labels: [N] int64, in 0 … V − 1 or `ignore_index`.
         chunk: how many tokens' logits are made at a time.
     """
@@ -117,14 +117,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    (dhidden,) = ctx.saved_tensors
-    return None if grad is None else dhidden * grad.to(dhidden.dtype), None, None, None, None, None
+    count, dhidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 6
+    first_derivative()
+    # The mean over no tokens is 0 / 0; its gradient is none, as that of torch's own mean.
+    return dhidden * grad.masked_fill(count == 0, 0).to(dhidden.dtype), None, None, None, None, None
 
 
 cross_entropy_with_gradient.register_autograd(_backward, setup_context=_save)
@@ -141,12 +145,15 @@ LIBRARY.define(
 def cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The same; the gradient is made beside the loss only where one is asked for."""
+    """The same; the gradient is made beside the loss only where one is asked for.
+
+    A head that was unfrozen behind the compiler's back has the definition's gradients, and costs all logits.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise NotImplementedError("the head of a chunked cross-entropy is frozen")
+        return reference(hidden, weight, bias, labels, ignore_index, chunk)
     if torch.is_grad_enabled() and hidden.requires_grad:
         loss, count, _ = torch.ops.peftc.cross_entropy_with_gradient(hidden, weight, bias, labels, ignore_index, chunk)
         return loss, count

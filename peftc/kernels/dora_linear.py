@@ -116,8 +116,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, a, b, lengths, ctx.scales, ctx.transposed, seed, ctx.p, ctx.salt = inputs
-    if any(tensor is not None and tensor.requires_grad for tensor in (*weights, *biases)):
-        raise NotImplementedError("weights and biases of dora_linear are frozen")
+    lora_linear.check_biases(biases)
     ctx.count, ctx.biased = len(weights), [bias is not None for bias in biases]
     present = [bias for bias in biases if bias is not None]
     ctx.save_for_backward(x, output[-1], seed, *output[:-1], *weights, *a, *b, *lengths, *present)
@@ -131,18 +130,26 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     outputs, weights, a, b, lengths = (list(saved[3 + k * n : 3 + (k + 1) * n]) for k in range(5))
     present = iter(saved[3 + 5 * n :])
     biases = [next(present) if biased else None for biased in ctx.biased]
-    needs_x, _, _, needs_a, needs_b, needs_lengths = ctx.needs_input_grad[:6]
+    needs_x, needs_weights, needs_biases, needs_a, needs_b, needs_lengths = ctx.needs_input_grad[:6]
+    grads = list(gradients[:n])
     needs = [needs_x, *needs_a, *needs_b, *needs_lengths]
     results = iter(
         torch.ops.peftc.dora_linear_backward(
-            list(gradients[:n]), x, outputs, hidden, weights, biases, a, b, lengths, ctx.scales, ctx.transposed,
+            grads, x, outputs, hidden, weights, biases, a, b, lengths, ctx.scales, ctx.transposed,
             seed, ctx.p, ctx.salt, needs,
         )
+        if any(needs)
+        else ()
     )  # fmt: skip
     dx, *rest = [next(results) if needed else None for needed in needs]
-    no_biases = [None] * len(ctx.biased) if all(ctx.biased) else None
     factors = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    return dx, [None] * n, no_biases, *factors, None, None, None, None, None
+    inner = [
+        grad * length.to(grad.dtype) if needed and grad is not None else None
+        for grad, length, needed in zip(grads, lengths, needs_weights, strict=True)
+    ]
+    dweights = lora_linear.weight_gradients(inner, x, ctx.transposed, needs_weights)
+    dbiases = lora_linear.bias_gradients(grads, needs_biases)
+    return dx, dweights, dbiases, *factors, None, None, None, None, None
 
 
 dora_linear.register_autograd(_backward, setup_context=_save)

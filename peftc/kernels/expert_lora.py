@@ -80,21 +80,21 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, ends, a, b, ctx.scale = inputs
-    if weight.requires_grad:
-        raise NotImplementedError("the weights of expert_lora are frozen")
     ctx.save_for_backward(x, output[1], weight, ends, a, b)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+    needs_x, needs_weight, _, needs_a, needs_b, _ = ctx.needs_input_grad
     if grad is None:
         return (None,) * 6
+    x, _, _, ends, *_ = ctx.saved_tensors
     needs = [needs_x, needs_a, needs_b]
     results = iter(torch.ops.peftc.expert_lora_backward(grad, *ctx.saved_tensors, ctx.scale, needs))
     dx, da, db = (next(results) if needed else None for needed in needs)
-    return dx, None, None, da, db, None
+    dweight = torch.ops.peftc.expert_linear_weight_backward(grad, x, ends) if needs_weight else None
+    return dx, dweight, None, da, db, None
 
 
 expert_lora.register_autograd(_backward, setup_context=_save)

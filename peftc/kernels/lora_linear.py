@@ -228,8 +228,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, a, b, ctx.scales, ctx.transposed, seed, ctx.p, ctx.salt = inputs
-    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
-        raise NotImplementedError("gradients of biases need a bias at every weight of the group")
+    check_biases(biases)
     ctx.count = len(weights)
     ctx.save_for_backward(x, output[-1], seed, *weights, *a, *b)
     ctx.mark_non_differentiable(output[-1])
@@ -251,24 +250,37 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
         else ()
     )
     dx, *factors = [next(results) if needed else None for needed in needs]
-    dweights = [
-        _weight_gradient(grad, x, ctx.transposed) if needed else None
-        for grad, needed in zip(grads, needs_weights, strict=True)
-    ]
-    dbiases = None
-    if isinstance(needs_biases, list):
-        dbiases = [
-            rows(grad).sum(0) if needed and grad is not None else None
-            for grad, needed in zip(grads, needs_biases, strict=False)
-        ]
+    dweights = weight_gradients(grads, x, ctx.transposed, needs_weights)
+    dbiases = bias_gradients(grads, needs_biases)
     return dx, dweights, dbiases, factors[:n], factors[n:], None, None, None, None, None
 
 
-def _weight_gradient(grad: Tensor | None, x: Tensor, transposed: bool) -> Tensor | None:
-    """For completeness: layers whose own weight is trained are better left unfused."""
-    if grad is None:
+def check_biases(biases: Sequence[Tensor | None]) -> None:
+    """torch takes no gradients for a list in which some are None; the fusions make no such list."""
+    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
+        raise NotImplementedError("gradients of biases need a bias at every weight of the group")
+
+
+def weight_gradients(
+    grads: Sequence[Tensor | None], x: Tensor, transposed: bool, needs: Sequence[bool]
+) -> list[Tensor | None]:  # fmt: skip
+    """dW_i of base weights that were unfrozen behind the compiler's back: those it knows of it leaves unfused."""
+    return [
+        None if grad is None or not needed
+        else rows(x).t() @ rows(grad) if transposed
+        else rows(grad).t() @ rows(x)
+        for grad, needed in zip(grads, needs, strict=True)
+    ]  # fmt: skip
+
+
+def bias_gradients(grads: Sequence[Tensor | None], needs: Any) -> list[Tensor | None] | None:
+    """The same of biases; `needs` is no list where some layers have none."""
+    if not isinstance(needs, list):
         return None
-    return rows(x).t() @ rows(grad) if transposed else rows(grad).t() @ rows(x)
+    return [
+        rows(grad).sum(0) if needed and grad is not None else None
+        for grad, needed in zip(grads, needs, strict=False)
+    ]  # fmt: skip
 
 
 lora_linear.register_autograd(_backward, setup_context=_save)

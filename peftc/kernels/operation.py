@@ -13,6 +13,9 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 from torch.utils import _pytree as pytree
 
+from peftc.errors import PeftcError
+from peftc.use_errors import SecondDerivative
+
 _CPU: dict[str, Callable[..., Any]] = {}
 _AUTOCAST = torch.library.Library("peftc", "IMPL")
 
@@ -22,9 +25,27 @@ def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[
 
     def register(function: Callable[..., object]) -> CustomOpDef:
         _CPU[f"peftc::{name}"] = function
-        return custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
+        made = custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
+        if name.endswith("_backward"):
+            made.register_autograd(_refuse, setup_context=_refuse)  # the context is set up where a graph is asked for
+        return made
 
     return register
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise PeftcError(SecondDerivative())
+
+
+def first_derivative() -> None:
+    """Called in a backward pass that has none itself.
+
+    Raises:
+        PeftcError: `second-derivative` with `create_graph=True`: what the pass reads of the forward pass would be taken
+            for constant.
+    """
+    if torch.is_grad_enabled():
+        _refuse()
 
 
 def on_cuda(op: CustomOpDef, module: str, function: str) -> None:

@@ -1,0 +1,128 @@
+"""What can go wrong with a compiled model in its user's hands, after the compile."""
+
+from __future__ import annotations
+
+from peftc.errors import Diagnostic, PeftcError, choices
+
+
+class FixedPrecision(Diagnostic):
+    code = "fixed-precision"
+    tensor: str
+    captured: str
+    asked: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.tensor} cannot become {self.asked}: the graph's casts were made for {self.captured}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            f"cast the base model and compile that, or compile a reference with dtype='{self.asked}'",
+            "torch.autocast, and a Trainer's bf16=True, work on a compiled model as it is",
+        )
+
+
+class NoPickle(Diagnostic):
+    code = "no-pickle"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"a compiled {self.model} cannot be pickled: its code is made anew from the spec and the base model"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "model.save(folder) writes it and peftc.load(folder) reads it; torch.save(model.state_dict(), file) "
+            "writes what learns",
+            "a process that is to have it compiles or loads it itself",
+        )
+
+
+class NeverCalled(Diagnostic):
+    code = "never-called"
+    path: str
+    blocks: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.path} only holds tensors: it is a part of the graph, and nothing calls it or its hooks"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"the whole model and its blocks are called, such as {self.blocks}",) if self.blocks else ()
+
+
+class OnTheBase(Diagnostic):
+    code = "on-the-base"
+    model: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}.{self.name} acts on modules that a compiled model has as a graph"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if "checkpointing" in self.name:
+            return ("say it in the spec, for example: checkpoint block",)
+        return ("do it to the base model before the compile, or to what .merge() returns",)
+
+
+class OnlyOnTheBase(PeftcError, AttributeError):
+    """As an AttributeError, so that `hasattr` says no."""
+
+
+class CannotUnfreeze(Diagnostic):
+    code = "cannot-unfreeze"
+    weight: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.weight} cannot be unfrozen: a method on it writes it anew from the base model's"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f'say train "{self.weight}" in the spec instead of that method',)
+
+
+class NotInSpec(Diagnostic):
+    code = "not-in-spec"
+    weights: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        more = f" and {len(self.weights) - 3} more" if len(self.weights) > 3 else ""
+        return f"the spec does not train {choices(self.weights[:3], 'and')}{more}, which differs from the base model's"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "an artifact is the spec and what it trains: compile with "
+            f'train "{self.weights[0]}" in the spec, and give that model this one\'s state_dict()',
+        )
+
+
+class SecondDerivative(Diagnostic):
+    code = "second-derivative"
+
+    @property
+    def title(self) -> str:
+        return "a fused model has first derivatives only: create_graph=True asks for more"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("peftc.compile(..., fuse=False) has the others",)
+
+
+class Transformed(Diagnostic):
+    code = "transformed"
+
+    @property
+    def title(self) -> str:
+        return "a fused model cannot be transformed by torch.func or differentiated in forward mode"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("loss.backward() and torch.autograd.grad work; for others: peftc.compile(..., fuse=False)",)
