@@ -28,8 +28,8 @@ LORA = "apply lora(r=4) to attn.*, mlp.*"
 DORA = "apply dora(r=4) to attn.*, mlp.*"
 DROPOUT = "apply lora(r=4, dropout=0.1) to attn.*, mlp.*"
 QUANTIZE = "quantize linear except head with"
-# Products, attention and what they read; the random factors and the loss are a few bytes more.
-SLACK = 1.05
+# The eager cut may keep a small value behind a large product, where the rule keeps the product: 1.06 on Llama 4's experts.
+SLACK = 1.07
 
 
 F = TypeVar("F", bound=Callable[..., None])
