@@ -28,7 +28,7 @@ LORA = "apply lora(r=4) to attn.*, mlp.*"
 DORA = "apply dora(r=4) to attn.*, mlp.*"
 DROPOUT = "apply lora(r=4, dropout=0.1) to attn.*, mlp.*"
 QUANTIZE = "quantize linear except head with"
-# The eager cut may keep a small value behind a large product, where the rule keeps the product: 1.06 on Llama 4's experts.
+# The eager cut may keep a small value behind a large product, which the rule keeps: 1.06 on Llama 4's experts.
 SLACK = 1.07
 
 
