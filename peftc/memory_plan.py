@@ -10,7 +10,7 @@ by operation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -137,19 +137,30 @@ def nominal(size: Any) -> int:
 
 def may_repeat(node: fx.Node) -> bool:
     """Whether `node` computes the same when it is computed again."""
-    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    return repeatable(node.target)
+
+
+def repeatable(operation: Any) -> bool:
+    """Whether `operation` draws no random numbers."""
+    return torch.Tag.nondeterministic_seeded not in getattr(operation, "tags", ())
 
 
 def is_dear(node: fx.Node) -> bool:
     """Whether `node` multiplies matrices, attends, or is another library's and might."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    return dear(node.target, fx.node.map_arg(node.args, lambda operand: operand.meta.get("val")))
+
+
+def dear(operation: Any, args: Sequence[Any]) -> bool:
+    """`is_dear` of an operation and what it is called with."""
+    if not isinstance(operation, torch._ops.OpOverload):
         return False
-    if target in INNER:  # short sums cost as little as an activation: those of Kronecker factors, of a low rank
-        inner = node.args[INNER[target]].meta["val"].shape[-1]  # type: ignore[union-attr]
+    if operation in INNER:  # short sums cost as little as an activation: those of Kronecker factors, of a low rank
+        inner = args[INNER[operation]].shape[-1]
         return not (isinstance(inner, int) and inner <= SHORT)
-    multiplies = target.overloadpacket in flop_registry or target in COMPOSITE or "scaled_dot_product" in target.name()
-    return multiplies or target.namespace not in ("aten", "prims", "peftc")
+    multiplies = (
+        operation.overloadpacket in flop_registry or operation in COMPOSITE or "scaled_dot_product" in operation.name()
+    )
+    return multiplies or operation.namespace not in ("aten", "prims", "peftc")
 
 
 def _forward(joint: Joint, kept: list[fx.Node]) -> fx.Graph:

@@ -1,6 +1,7 @@
 """A block as autograd sees it: one function, whose two passes were planned together.
 
-Without gradients, under `torch.compile`, and where it cannot be one function, a block runs its graph as it is written.
+Without gradients, and where it cannot be one function, a block runs its graph as it is written. Under `torch.compile`
+it does, too, and says what is worth keeping (partition.py): the cut is the compiler's.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftc.errors import PeftcError
-from peftc.ir import get_attribute, is_tensor, value
+from peftc.ir import get_attribute, is_mutable, is_tensor, value
 from peftc.joint import Joint, Lifted, joint, lifted
 from peftc.kernels.operation import call_directly, first_derivative
 from peftc.kernels.products import product
 from peftc.memory_plan import Passes, split
 from peftc.model_errors import CannotCheckpoint
+from peftc.partition import partitioned
 from peftc.text import Span
 
 aten = torch.ops.aten
@@ -63,17 +65,23 @@ class Block(fx.GraphModule):
     """
 
     _lifted: dict[bool, tuple[Lifted, str] | None]
+    _in_place: bool
 
     def recompile(self) -> Any:
         """GraphModule's, and a forward that chooses between the graph itself and the planned passes."""
         code = super().recompile()
         cls: Any = type(self)
         plain = cls.forward
-        self.__dict__["_lifted"] = {}
+        self.__dict__.update(_lifted={}, _in_place=any(map(is_mutable, self.graph.nodes)))
 
         def forward(self: Block, *given: Any) -> Any:
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            if torch.compiler.is_compiling() or transformed or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
+                return plain(self, *given)
+            if torch.compiler.is_compiling():
+                if self._in_place or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+                    return plain(self, *given)
+                return partitioned(plain, CHECKPOINT in self.meta, self, *given)
+            if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's transformations
                 return plain(self, *given)
             with LOCK:  # a trace has the shape environment of the capture to itself
                 step = self._step(given)
