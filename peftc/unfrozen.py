@@ -29,7 +29,7 @@ class Watch:
         named = dict(module.named_parameters())
         self.dtypes = {name: parameter.dtype for name, parameter in named.items()}
         self.frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
-        self.rewritten = frozenset(rewritten(module.plan))
+        self.rewritten = self.dtypes.keys() & rewritten(module.plan)  # what a storage packs is no parameter
         self.unfrozen: set[str] = set()
         # Weak: who shards a model puts others in their place, and these are to be freed.
         self._known = {name: weakref.ref(parameter) for name, parameter in named.items()}
