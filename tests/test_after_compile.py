@@ -145,6 +145,7 @@ def test_an_artifact_without_what_was_unfrozen_is_refused(unfrozen: peftc.Compil
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_merged_model_has_what_was_unfrozen_and_the_base_model_has_not() -> None:
     model = compiled(spec="apply lora(r=4) to attn.q")
     names = [HEAD, "model.layers.0.self_attn.q_proj.weight"]
@@ -161,6 +162,7 @@ def test_a_merged_model_has_what_was_unfrozen_and_the_base_model_has_not() -> No
         torch.testing.assert_close(merged.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_weight_that_a_method_writes_cannot_be_unfrozen() -> None:
     model = compiled(spec="apply lora(r=2, init=pissa) to attn.q")
     weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_(True)
@@ -226,6 +228,7 @@ def test_a_shallow_copy_has_the_same_tensors(model: peftc.CompiledModule) -> Non
         pytest.param("t5", "apply prefix(length=3, reparam=8) to self.attn\ntrain norm", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_parameters_stand_in_one_order(name: str, spec: str, tmp_path: Path) -> None:
     """The base model's own, wherever a graph reads them; so an optimiser's state fits each of these models."""
     model, unfused = (compiled(name, spec, fuse=fuse) for fuse in (True, False))
@@ -329,6 +332,7 @@ def test_transforms_of_a_fused_model_are_refused(model: peftc.CompiledModule) ->
         model(**batch)
 
 
+@pytest.mark.slow
 def test_transforms_of_an_unfused_model() -> None:
     model = compiled(fuse=False)
     own = {name: parameter.detach() for name, parameter in model.trainable_parameters().items()}

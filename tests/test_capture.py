@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import peftc
+from marks import first_is_quick
 from peftc.capture import capture
 from peftc.inputs import example_inputs
 from zoo import ZOO, inputs
@@ -18,15 +19,7 @@ FROZEN = "apply lora(r=2) to linear except expert"  # B = 0: an identity
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "gpt2",
-        "t5",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("llama", "gemma2", "bloom", "falcon", "bert", "deberta_v2", "vit")
-        ),
-    ],
+    "name", first_is_quick(["gpt2", "t5", "llama", "gemma2", "bloom", "falcon", "bert", "deberta_v2", "vit"])
 )
 def test_the_compiled_model_computes_what_the_base_does(name: str) -> None:
     """Bit for bit in train mode, dropout included (same seed), and in eval mode, at sizes it was not captured with.
@@ -73,6 +66,7 @@ def test_frozen_parameters_are_the_models_own_memory() -> None:
     assert frozen <= own
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_one_tensor() -> None:
     model = ZOO["gpt2"]()
     compiled = peftc.compile(model, "train embed, head")
@@ -268,6 +262,7 @@ def test_a_weight_without_a_module_of_its_own() -> None:
     assert set(compiled.trainable_parameters()) == {"lora_w.A", "lora_w.B"}
 
 
+@pytest.mark.slow
 def test_inside_another_module_state_dicts_keep_to_themselves() -> None:
     compiled = peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q")
     whole = nn.ModuleDict({"other": nn.Linear(2, 2), "inner": compiled})
@@ -279,12 +274,14 @@ def test_inside_another_module_state_dicts_keep_to_themselves() -> None:
         whole.load_state_dict({"other.weight": torch.zeros(2, 2), "other.bias": torch.zeros(2)})
 
 
+@pytest.mark.slow
 def test_a_tied_model_loads_its_own_state_without_a_missing_key() -> None:
     compiled = peftc.compile(ZOO["gpt2"](), "apply lora(r=2) to attn.o")
     result = compiled.load_state_dict(compiled.state_dict(), strict=False)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_call_without_labels_sees_new_parameters() -> None:
     compiled = peftc.compile(ZOO["llama"](), "train norm")
     compiled.eval()

@@ -125,18 +125,24 @@ STORAGES = ("nf4(double=true)", "nf4", "fp4", "int8")
 ON_WEIGHTS = [variant for variant in DEFAULTS if kinds(built(variant))[0] is Linear]
 
 
+QUICK_ON_STORED = ("lora", "ia3", "relora", "adalora")  # beside the weight, behind it, writing it, with a penalty
+
+
 def stored_cases() -> Iterator[Any]:
-    """One storage under every method of linear layers runs quickly, and what takes a part out of the weight."""
+    """Every storage under every method of linear layers; a few of them run quickly."""
     double, *others = STORAGES
-    quick = [(home(variant), variant) for variant in ON_WEIGHTS]
-    quick += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
+    at_home = [(home(variant), variant) for variant in ON_WEIGHTS]
+    at_home += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
     more = [(name, variant) for name in ARCHITECTURES for variant in ON_WEIGHTS]
     more += [(name, variant) for name in MIXTURES for variant in ON_EXPERTS if default(variant)]
     more += [(home(variant), variant) for variant in DEFAULTS]
-    yield from (stored(*case, double) for case in quick)
-    yield from (stored(home(variant), variant, "nf4") for variant in VARIANTS if built(variant).prepares)
-    yield from (stored(*case, double, pytest.mark.slow) for case in more if case not in (*quick, *REFUSED))
-    yield from (stored(*case, storage, pytest.mark.slow) for storage in others for case in quick)
+    slow = pytest.mark.slow
+    for name, variant in at_home:
+        yield stored(name, variant, double, *([] if name == "plain" and variant in QUICK_ON_STORED else [slow]))
+    for place, variant in enumerate(variant for variant in VARIANTS if built(variant).prepares):
+        yield stored(home(variant), variant, "nf4", *([slow] if place else []))
+    yield from (stored(*case, double, slow) for case in more if case not in (*at_home, *REFUSED))
+    yield from (stored(*case, storage, slow) for storage in others for case in at_home)
 
 
 def stored(name: str, variant: str, storage: str, *marks: pytest.MarkDecorator) -> Any:

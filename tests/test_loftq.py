@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import peftc
+from marks import first_is_quick
 from peftc.fourbit import rounded
 from peftc.ir import get_attribute
 from peftc.kernels.dequantize import LEVELS
@@ -61,7 +62,7 @@ def test_the_start_is_the_papers(steps: int) -> None:
     torch.testing.assert_close(method.delta(site, **state), product, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", first_is_quick(["llama", "gpt2"]))
 def test_it_loses_less_than_rounding_alone(name: str) -> None:
     base = ZOO[name]()
     model = peftc.compile(base, "apply lora(r=8, init=loftq) to attn.q, mlp.down").eval()

@@ -69,15 +69,13 @@ def subject_of(spec: str) -> str:
 
 
 QUICK_MEETINGS = [
-    *(
-        ("llama", f"{statement(first)}\n{statement(second)}")
-        for first, second in combinations(("lora", "ia3", "adapter"), 2)
-    ),
-    # of one fused weight, each has rows of its own
-    ("gpt2", "apply dora to attn.q\napply lora to attn.k"),
+    ("llama", f"{statement(first)}\n{statement(second)}")
+    for first, second in combinations(("lora", "ia3", "adapter"), 2)
 ]
 FULL_MEETINGS = [
     *((subject_of(spec), spec) for spec in meetings(PLAINEST) if not contradiction(spec)),
+    # of one fused weight, each has rows of its own
+    ("gpt2", "apply dora to attn.q\napply lora to attn.k"),
     ("gpt2", "apply lora(init=pissa) to attn.q\napply dora to attn.k, mlp.down"),
 ]
 

@@ -93,6 +93,7 @@ def test_a_planned_block_computes_what_is_written(name: str, train: bool) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_plan_keeps_less(name: str) -> None:
     plain, twin = pair(name)
     batch = inputs(plain.base, 4, 32)  # type: ignore[arg-type]
@@ -142,6 +143,7 @@ def test_a_scaled_product_keeps_no_more_than_the_product(name: str, spec: str, m
     assert kept_bytes(fused, batch) <= kept_bytes(alone, batch)
 
 
+@pytest.mark.slow
 def test_weights_are_unpacked_again_in_the_backward_pass() -> None:
     """A dense weight would be kept for the gradient of its input: 4 bytes a number where it lies in half a byte."""
     batch = inputs(ZOO["llama"](), 2, 8)
@@ -206,6 +208,7 @@ def test_autocast_reaches_what_is_fused(dtype: torch.dtype) -> None:
         torch.testing.assert_close(loss, losses[0], rtol=1e-2, atol=0)  # eight bits of a bfloat16
 
 
+@pytest.mark.slow
 def test_a_block_may_return_a_turned_tensor() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -253,6 +256,7 @@ def test_a_product_reads_a_bias_as_it_lies(bias: Tensor) -> None:
     torch.testing.assert_close(product(left, weight.t(), bias), left @ weight.t() + bias)
 
 
+@pytest.mark.slow
 def test_without_gradients_the_graph_runs_as_it_is() -> None:
     plain, twin = pair("llama")
     batch = inputs(ZOO["llama"]())
@@ -261,6 +265,7 @@ def test_without_gradients_the_graph_runs_as_it_is() -> None:
     assert not any(block._lifted for block in blocks(twin))
 
 
+@pytest.mark.slow
 def test_equal_blocks_share_one_plan() -> None:
     program.cache_clear()
     model = peftc.compile(ZOO["llama"](), LORA)
@@ -270,6 +275,7 @@ def test_equal_blocks_share_one_plan() -> None:
     assert program.cache_info().misses == 2
 
 
+@pytest.mark.slow
 def test_a_second_derivative_is_refused() -> None:
     _, twin = pair("llama")
     loss = twin(**inputs(ZOO["llama"]())).loss
@@ -278,6 +284,7 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(loss, learning, create_graph=True)
 
 
+@pytest.mark.slow
 def test_the_caller_s_hooks_see_the_step_and_not_the_trace() -> None:
     """Such as those that move what is saved to the host: while a block is traced its tensors have no memory."""
     program.cache_clear()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import peftc
+from marks import first_is_quick
 from peftc.frozen import frozen_weight
 from peftc.ir import get_attribute
 from peftc.site import Projection
@@ -60,8 +61,8 @@ def randomise(model: peftc.CompiledModule) -> None:
 # ---- What is packed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(name, marks=SLOW) for name in STACKED)])
+@pytest.mark.parametrize("storage", first_is_quick(STORAGES))
+@pytest.mark.parametrize("name", first_is_quick(["llama", "gpt2", *STACKED]))
 def test_the_plan_counts_the_bytes_that_are_there(name: str, storage: str) -> None:
     base = base_of(name)
     spec = f"quantize linear except head with {storage}\napply lora(r=4) to attn.*"
@@ -106,6 +107,7 @@ def test_it_computes_with_the_rounded_weights(name: str) -> None:
         assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
 
 
+@pytest.mark.slow
 def test_storage_stands_first_wherever_it_is_written() -> None:
     base = base_of("llama")
     outputs = []
@@ -149,7 +151,9 @@ def test_torch_compile_takes_it_as_one_graph() -> None:
 # ---- Through a model's life --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora(r=4)", "lora(r=4, init=pissa)", "relora(every=2)", "dora(r=4)"])
+@pytest.mark.parametrize(
+    "method", first_is_quick(["lora(r=4)", "lora(r=4, init=pissa)", "relora(every=2)", "dora(r=4)"])
+)
 def test_saved_loaded_and_copied(method: str, tmp_path: Path) -> None:
     base = base_of("llama")
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
@@ -179,6 +183,7 @@ def model_spec(model: peftc.CompiledModule) -> str:
     return flattened(model.plan.spec)
 
 
+@pytest.mark.slow
 def test_a_cast_leaves_the_packed_numbers_alone() -> None:
     """To the precision that all else has already: rounding the scales would change every weight."""
     base = copy.deepcopy(base_of("llama")).bfloat16()
@@ -233,6 +238,7 @@ def test_loftq_fits_what_its_storage_loses(storage: str) -> None:
         assert (weight - kept).norm() < 0.9 * (weight - item.storage.rounded(weight)).norm()
 
 
+@pytest.mark.slow
 def test_loftq_rounds_to_what_is_stored() -> None:
     base = base_of("llama")
     spec = "apply lora(r=4, init=loftq) to attn.q, mlp.down"
@@ -247,8 +253,8 @@ def test_loftq_rounds_to_what_is_stored() -> None:
 # ---- Merging -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("mixtral", marks=SLOW)])
-@pytest.mark.parametrize("storage", ["nf4(double=true)", "int8"])
+@pytest.mark.parametrize("name", first_is_quick(["llama", "gpt2", "mixtral"]))
+@pytest.mark.parametrize("storage", first_is_quick(["nf4(double=true)", "int8"]))
 def test_merging_dequantises_or_rounds_again(name: str, storage: str) -> None:
     base = base_of(name)
     batch = inputs(base)
@@ -272,9 +278,10 @@ def test_merging_dequantises_or_rounds_again(name: str, storage: str) -> None:
 # ---- Beside HF PEFT ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora(r=4, alpha=8)", "dora(r=4, alpha=8)"])
+@pytest.mark.parametrize("method", first_is_quick(["lora(r=4, alpha=8)", "dora(r=4, alpha=8)"]))
 @pytest.mark.parametrize(
-    ("storage", "fuse"), [("nf4(double=true)", True), ("nf4(double=true)", False), ("fp4", True), ("int8", True)]
+    ("storage", "fuse"),
+    first_is_quick([("nf4(double=true)", True), ("nf4(double=true)", False), ("fp4", True), ("int8", True)]),
 )
 def test_outputs_and_gradients_are_hf_pefts(method: str, storage: str, fuse: bool, tmp_path: Path) -> None:
     """On a model of the dequantised weights: bitsandbytes' modules must not be run on some CPUs."""
@@ -325,6 +332,7 @@ def bitsandbytes_optimizers() -> Any:
     ["AdamW8bit", pytest.param("Lion8bit", marks=SLOW), pytest.param("PagedAdamW8bit", marks=pytest.mark.gpu),
      pytest.param("PagedAdamW32bit", marks=pytest.mark.gpu)],
 )  # fmt: skip
+@pytest.mark.slow
 def test_bitsandbytes_optimizers_take_the_groups(name: str) -> None:
     """With LoRA+'s two rates. State of fewer than 4096 numbers stays in fp32, so that B here has eight bits."""
     device = "cuda" if "Paged" in name else "cpu"

@@ -271,6 +271,7 @@ def test_the_page_is_well_formed_and_needs_no_network(name: str, whole: bool) ->
     assert str(Path.cwd()) not in text
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_compilation() -> None:
     again = peftc.compile(ZOO["llama"](), SPECS["llama"], fuse=False)
     formats: tuple[Format, ...] = ("text", "dot", "mermaid", "html")

@@ -14,7 +14,7 @@ import peftc
 from zoo import EXPECTED, FUSED_ROWS, ZOO, inputs
 
 # One worker of pytest-xdist gets all tests of a model: it captures the model once, see `sites_of`.
-QUICK = ("llama", "gpt2", "falcon", "bert", "t5")
+QUICK = ("llama", "gpt2", "bert")
 MODELS = [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])])
     for name in ZOO

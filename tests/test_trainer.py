@@ -138,6 +138,7 @@ def test_checkpoints_hold_only_what_learns(whole: Run) -> None:
 
 @pytest.mark.xdist_group("trainer")
 @pytest.mark.usefixtures("silent")
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole: Run, tmp_path: Path) -> None:
     model = resumable(seed=1)
     run = trainer(model, tmp_path, rows(9, 20), steps=6, lr=1e-2, **EVERY_THREE)
@@ -403,6 +404,7 @@ def assert_starts_equal(theirs: nn.Module, ours: peftc.CompiledModule, places: d
 
 
 @pytest.mark.parametrize("name", all_but_one_slow("gpt2"))
+@pytest.mark.slow
 def test_ia3_equals_hf_pefts(name: str) -> None:
     base = ZOO[name]()
     *scaled, last = IA3_PLACES[name]
@@ -427,12 +429,14 @@ def llama() -> peftc.CompiledModule:
 
 
 @pytest.mark.xdist_group("compiled llama")
+@pytest.mark.slow
 def test_torch_compile_takes_it_as_one_graph(llama: peftc.CompiledModule) -> None:
     batch = inputs(llama.base)  # type: ignore[arg-type]
     fast = torch.compile(llama, fullgraph=True, backend="aot_eager")
     assert fast(**batch).loss.item() == pytest.approx(llama(**batch).loss.item(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_state_of_a_bf16_model_is_fp32_and_trains() -> None:
     torch.manual_seed(0)
     model = peftc.compile(ZOO["llama"]().bfloat16(), f"{LORA}\napply adapter(size=4) to mlp")
@@ -468,6 +472,7 @@ def test_param_groups_of_lora_plus() -> None:
         pytest.param("apply adapter(size=4, dropout=0.5) to mlp", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_dropout_follows_train_and_eval(spec: str) -> None:
     model = compiled("llama", spec)
     randomise(model)
@@ -512,6 +517,7 @@ def sees_positions(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_greedy_text_of_a_left_padded_batch_is_the_base_models(name: str) -> None:
     base = sees_positions(name)
     batch = {key: tensor for key, tensor in inputs(base, batch=3).items() if key != "labels"}

@@ -71,6 +71,7 @@ def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None =
         pytest.param(token_loss, {"gradient_accumulation_steps": 4}, id="own-loss"),
     ],
 )
+@pytest.mark.slow
 def test_losses_are_hf_pefts(pair: Pair, tmp_path: Path, function: Any, settings: dict[str, Any]) -> None:
     ours, theirs = (curve(model, tmp_path, function, **settings) for model in pair)
     assert len(ours) == 3 * settings["gradient_accumulation_steps"]
@@ -78,6 +79,7 @@ def test_losses_are_hf_pefts(pair: Pair, tmp_path: Path, function: Any, settings
 
 
 @pytest.mark.xdist_group("trainer options")
+@pytest.mark.slow
 def test_bf16_is_autocast(pair: Pair, tmp_path: Path) -> None:
     ours, theirs = (curve(model, tmp_path, bf16=True) for model in pair)
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)  # eight bits of a bfloat16, averaged over tokens
