@@ -132,7 +132,7 @@ def bench(
         with timings.stage("HF PEFT"):
             variants = [floor(model), Variant(FUSED, fused), Variant(PLAIN, plain), hf_peft(model, fused)]
         if with_torch_compile:
-            variants += [torch_compiled(variant) for variant in variants if variant.name != PLAIN]
+            variants += [torch_compiled(variant) for variant in variants]
         rows = _measured(variants, arguments, repeats, fused.device, timings)
     given = next(leaf for leaf in (*arguments[0], *arguments[1].values()) if isinstance(leaf, Tensor))
     return Bench(
