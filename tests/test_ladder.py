@@ -255,9 +255,10 @@ def test_no_gradient_enters_a_block(name: str) -> None:
         tensor.requires_grad_()
     try:
         module(**inputs(module.base)).loss.backward()  # type: ignore[arg-type]
-        reached = {key for key, tensor in frozen.items() if tensor.grad is not None}
+        # a block is one autograd function, whose ladder has a gradient: it says zero of what has none
+        reached = {key for key, tensor in frozen.items() if tensor.grad is not None and tensor.grad.any()}
     finally:
-        for tensor in frozen.values():  # which all compiles of the model share
+        for tensor in frozen.values():  # of a module that other tests take, too
             tensor.requires_grad_(False).grad = None
     assert not any(key.startswith(tuple(f"{path}." for path in module.plan.sites.blocks)) for key in reached)
     assert reached
@@ -342,6 +343,7 @@ def test_a_base_in_half_precision(name: str) -> None:
     """The side network computes and learns in fp32; what it adds is in the base's precision."""
     base = ZOO[name]().bfloat16()
     module = peftc.compile(base, SPEC)
+    module.logits_in_training = True
     assert {tensor.dtype for tensor in module.trainable_parameters().values()} == {torch.float32}
     result = module(**inputs(base))
     assert result.logits.dtype == torch.bfloat16
@@ -355,9 +357,9 @@ def test_dropout_follows_the_mode(name: str) -> None:
     module = compiled(name, "apply ladder(dropout=0.5) to block")
     batch = inputs(module.base)  # type: ignore[arg-type]
     with torch.no_grad():
-        assert torch.equal(module(**batch).logits, module(**batch).logits)
+        assert torch.equal(module(**batch).loss, module(**batch).loss)
         module.train()
-        assert not torch.equal(module(**batch).logits, module(**batch).logits)
+        assert not torch.equal(module(**batch).loss, module(**batch).loss)
 
 
 @pytest.mark.xdist_group("llama")
