@@ -14,8 +14,9 @@ from peftc.variants import FLOOR, FUSED, PLAIN, Variant
 # Of the loss, relative: fp32 sums in another order. Elsewhere four roundings of the precision computed in, since
 # every layer rounds what it hands on, and a fusion rounds less often.
 LOSS_FP32, ROUNDINGS = 1e-5, 4
-# Of gradients, relative to the largest entry of the same tensor: sums over all tokens, through all layers.
-GRADIENT_FP32 = 1e-4
+# Of gradients, relative to the largest entry of the same tensor: sums over all tokens, through all layers. Beside
+# float64 the gradients of the plain graph of SmolLM2 are themselves off by 1e-5 to 1e-4, by the state of the adapter.
+GRADIENT_FP32 = 1e-3
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.ir import computed, is_tensor, memory, value
+from peftc.ir import computed, is_tensor, memory, moved, value
 
 aten = torch.ops.aten
 
@@ -43,6 +43,7 @@ def assigned(node: fx.Node) -> bool:
     for view in reversed(views):
         new = _before(node, SCATTERED[view.target], view.args[0], new, *view.args[1:], **view.kwargs)
     whole.replace_all_uses_with(new, delete_user_cb=behind.__contains__)
+    moved(new, memory(whole))
     node.replace_all_uses_with(part)
     node.graph.erase_node(node)
     return True

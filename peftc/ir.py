@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from peftc.text import Span
 
@@ -121,6 +122,18 @@ def computed(node: fx.Node) -> Any:
     assert mode.shape_env is not None
     with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def moved(node: fx.Node, before: int) -> None:
+    """Computes the values behind `node` again that lay in the memory `before`: its views lie in its own now."""
+    touched, after = {node}, False
+    for other in node.graph.nodes:
+        if after and not touched.isdisjoint(other.all_input_nodes):
+            leaves = pytree.tree_leaves(other.meta.get("val"))
+            if any(isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == before for leaf in leaves):
+                other.meta["val"] = computed(other)
+                touched.add(other)
+        after = after or other is node
 
 
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:

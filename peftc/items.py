@@ -7,6 +7,7 @@ is then its sum divided by that, so that every token weighs the same. The graph 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 NAME = "num_items_in_batch"
 MEAN, SUM = 1, 2
-# A call that transformers passes the number to; a model that computes a loss itself ignores it.
-PASSED_TO = "loss_function("
+# A call that transformers passes the number on to; a model that computes a loss itself, or calls this without what it
+# was given by keyword, ignores it.
+LOSS = "loss_function("
+PASSED_ON = re.compile(r"loss_function\((?:[^()]|\([^()]*\))*\*\*")
 
 
 def with_items(graph: fx.Graph, plan: Plan) -> fx.Graph | None:
@@ -33,7 +36,7 @@ def with_items(graph: fx.Graph, plan: Plan) -> fx.Graph | None:
     means = [node for node in graph.nodes if node.target == aten.cross_entropy_loss.default]
     if len(means) != 1 or not _is_mean(means[0]) or not _takes_items(plan.captured.model):
         return None
-    if PASSED_TO not in str(means[0].meta.get("stack_trace")) or penalised(plan) or plan.consistency:
+    if LOSS not in str(means[0].meta.get("stack_trace")) or penalised(plan) or plan.consistency:
         return None
     copied = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
@@ -52,10 +55,14 @@ def _is_mean(node: fx.Node) -> bool:
 
 
 def _takes_items(model: nn.Module) -> bool:
-    """Trainer's own question."""
+    """Trainer's own question, and whether the number has an effect."""
     own = getattr(model, "accepts_loss_kwargs", None)
     kinds = (parameter.kind for parameter in inspect.signature(model.forward).parameters.values())
-    return inspect.Parameter.VAR_KEYWORD in kinds if own is None else bool(own)
+    asked = inspect.Parameter.VAR_KEYWORD in kinds if own is None else bool(own)
+    try:
+        return asked and PASSED_ON.search(inspect.getsource(type(model).forward)) is not None
+    except (OSError, TypeError):  # there is no source
+        return False
 
 
 def _divide(graph: fx.Graph, mean: fx.Node) -> None:

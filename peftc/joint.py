@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftc.ir import fake_mode, get_attribute, is_mutable, is_tensor, memory
 from peftc.shorten import shorten
@@ -180,7 +181,7 @@ def joint(
             item.detach().requires_grad_(needed) if isinstance(item, Tensor) else item
             for item, needed in zip(given, needs, strict=True)
         ]
-        result = module(*leaves)
+        result = module.forward(*leaves)  # past the hooks on all modules, which are for the real step
         outputs = list(result) if isinstance(result, tuple) else [result]
         reached = [(outputs[place], tangent) for place, tangent in zip(tensors, tangents, strict=True)]
         # Under autocast an output may have another precision than where the model was captured.
@@ -191,11 +192,12 @@ def joint(
         return outputs, list(torch.autograd.grad(ends, learning, coming, allow_unused=True))
 
     with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(mode)
         stack.enter_context(mode.shape_env.suppress_guards())  # a guard could fix the batch or the length for good
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(torch.enable_grad())
-        # The caller's own hooks, which may look into tensors, are for the real step.
+        # The caller's own hooks, which may look into tensors, are for the real step, as its modes are.
         stack.enter_context(saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         if autocast is not None:
             stack.enter_context(torch.autocast(*autocast, cache_enabled=False))

@@ -111,6 +111,8 @@ class CompiledModule(fx.GraphModule):
         def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self._check_use()
+            elif torch.compiler.is_dynamo_compiling():
+                self._check_traced()
             items = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
             given = self.convention.bind(args, kwargs)
             if len(given) == len(self.convention.inputs):
@@ -129,6 +131,10 @@ class CompiledModule(fx.GraphModule):
         forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
         forward.__doc__ = f"({', '.join(self.convention.inputs)}): as {self.plan.sites.model}'s forward."
         cls.forward = forward
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced again where requires_grad differs
+    def _check_traced(self) -> None:
+        self.watch.look(self)
 
     def _check_use(self) -> None:
         self.watch.look(self)
@@ -159,6 +165,7 @@ class CompiledModule(fx.GraphModule):
             name: self.__dict__[name]
             for name in ("plan", "history", "fired", "base", "convention", "logits_in_training")
         }
+        self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, CompiledModule)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from peftc.assignments import assigned
-from peftc.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, value
+from peftc.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, memory, moved, value
 
 aten = torch.ops.aten
 
@@ -45,8 +45,10 @@ def normalise(module: fx.GraphModule) -> None:
         elif assigned(node):
             continue
         elif (instead := _out_of_place(node.target)) and _is_private(node):
+            before = memory(node)
             node.target = instead
             node.meta["val"] = computed(node)
+            moved(node, before)
     _drop_batch_counters(graph)
     graph.eliminate_dead_code()
     module.recompile()
@@ -97,19 +99,19 @@ def _is_private(node: fx.Node) -> bool:
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.op != "call_function":
         return False
-    memory = value(source).untyped_storage()._cdata
+    own = memory(source)
     seen, after = {node}, False
     for other in node.graph.nodes:
-        if after and any(operand not in seen and _lies_in(operand, memory) for operand in other.all_input_nodes):
+        if after and any(operand not in seen and _lies_in(operand, own) for operand in other.all_input_nodes):
             return False
         after = after or other is node
         if any(operand in seen for operand in other.all_input_nodes):
             seen.add(other)
-    return not any(operand.op != "call_function" and _lies_in(operand, memory) for operand in source.all_input_nodes)
+    return not any(operand.op != "call_function" and _lies_in(operand, own) for operand in source.all_input_nodes)
 
 
-def _lies_in(node: fx.Node, memory: int) -> bool:
-    return is_tensor(node) and value(node).untyped_storage()._cdata == memory
+def _lies_in(node: fx.Node, where: int) -> bool:
+    return is_tensor(node) and memory(node) == where
 
 
 def training_tensor(graph: fx.Graph) -> fx.Node:

@@ -93,10 +93,12 @@ class _Finder:
         return self.by_node[found] if found else None
 
     def _behind(self, product: Product) -> Iterator[Product]:
-        """A linear layer, the one that its input comes from, and so on within its block."""
+        """A linear layer, the one that its input comes from, and so on in its block, back to the attention before."""
         block, found = self._block_of(product.weight), product
         yield product
         while block and (before := self._project(found.use.x)) and self._block_of(before.weight) is block:
+            if "attn.o" in self.roles.get((before.weight, None), ()):  # another attention lies before this one
+                return
             found = before
             yield found
 

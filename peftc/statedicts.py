@@ -53,10 +53,12 @@ def added_names(plan: Plan) -> set[str]:
 def part_from_base(module: CompiledModule, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: what it would write into the base model's own tensors goes elsewhere."""
     watch = module.watch
-    for name in watch.frozen - watch.rewritten - watch.unfrozen:
-        given = state.get(prefix + name)
-        if given is None:
+    parted = watch.frozen - watch.rewritten - watch.unfrozen
+    first = {id(parameter): name for name, parameter in module.named_parameters() if name in parted}
+    for alias, parameter in module.named_parameters(remove_duplicate=False):  # a tied one by any of its names
+        given, name = state.get(prefix + alias), first.get(id(parameter))
+        if given is None or name is None:
             continue
-        now = module.get_parameter(name).detach()
+        now = parameter.detach()
         if not now.is_meta and now.shape == given.shape and not torch.equal(now, given.to(now)):
             watch.part(module, name)

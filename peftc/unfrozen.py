@@ -13,6 +13,7 @@ import torch
 
 from peftc.errors import PeftcError
 from peftc.insert import rewritten
+from peftc.ir import get_attribute
 from peftc.use_errors import CannotUnfreeze, FixedPrecision, NotInSpec
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ class Watch:
 
     def __init__(self, module: CompiledModule) -> None:
         named = dict(module.named_parameters())
+        planned = {*module.plan.tensors, *module.plan.trained}
+        every = module.named_parameters(remove_duplicate=False)
+        own = {id(parameter) for name, parameter in every if name in planned}
         self.dtypes = {name: parameter.dtype for name, parameter in named.items()}
-        self.frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+        self.frozen = {name for name, parameter in named.items() if id(parameter) not in own}
         self.rewritten = self.dtypes.keys() & rewritten(module.plan)  # what a storage packs is no parameter
         self.unfrozen: set[str] = set()
         # Weak: who shards a model puts others in their place, and these are to be freed.
@@ -48,11 +52,20 @@ class Watch:
                 continue
             if parameter.dtype is not self.dtypes[name]:
                 raise PeftcError(precision(name, self.dtypes[name], parameter.dtype))
-            if learning and parameter.requires_grad and name in self.frozen and name not in self.unfrozen:
-                self.part(module, name)
+        if learning:
+            self.notice(module)
         for name in self.rewritten if learning else ():
-            if module.get_parameter(name).requires_grad:
+            if get_attribute(module, name).requires_grad:
                 raise PeftcError(CannotUnfreeze(weight=name))
+
+    def notice(self, module: CompiledModule) -> None:
+        """Parts what was unfrozen since the last time from the base model."""
+        for name in self.frozen - self.unfrozen:
+            parameter = self._known[name]()
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if get_attribute(module, name) is parameter:  # not so in `functional_call`
+                self.part(module, name)
 
     def part(self, module: CompiledModule, name: str) -> None:
         """Gives a parameter, which stays the same object, memory of its own."""

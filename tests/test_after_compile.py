@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +77,8 @@ FUSED = [
     pytest.param("mixtral", "apply lora(r=4) to expert, attn.q", id="experts", marks=pytest.mark.slow),
     pytest.param("gpt2", "apply lora(r=4) to attn.*\napply adapter(size=3) to mlp", id="tied", marks=pytest.mark.slow),
     pytest.param("bert", "apply lora(r=4) to attn.q", id="bert", marks=pytest.mark.slow),
+    pytest.param("gpt2", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3 on slices", marks=pytest.mark.slow),
+    pytest.param("llama", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3", marks=pytest.mark.slow),
 ]
 
 
@@ -137,6 +139,55 @@ def test_a_state_dict_has_what_was_unfrozen(made: peftc.CompiledModule, unfrozen
     assert set(copy.deepcopy(other).state_dict()) == set(unfrozen.state_dict())
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_copy_knows_what_was_unfrozen(
+    model: peftc.CompiledModule, copied: Callable[[peftc.CompiledModule], peftc.CompiledModule], tmp_path: Path
+) -> None:
+    """Before the first step."""
+    model.get_parameter(HEAD).requires_grad_(True)
+    other = copied(model)
+    before = other.base.get_parameter(HEAD).clone()
+    optimiser = torch.optim.SGD([other.get_parameter(HEAD)], lr=1.0)
+    gradients(other)
+    optimiser.step()
+    assert HEAD in other.state_dict()
+    assert torch.equal(other.base.get_parameter(HEAD), before)
+    with refused("not-in-spec"):
+        other.save(tmp_path / "a")
+
+
+def test_a_copy_of_a_frozen_model_is_saved(model: peftc.CompiledModule, tmp_path: Path) -> None:
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.requires_grad_(False)
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    other.save(tmp_path / "a")
+    again = peftc.load(tmp_path / "a", model.base).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_torch_compile_notices_what_was_unfrozen(model: peftc.CompiledModule) -> None:
+    head = model.get_parameter(HEAD).requires_grad_(True)
+    before = model.base.get_parameter(HEAD).clone()
+    fast = torch.compile(model, backend="eager")
+    fast(**batch_of(model)).loss.backward()
+    torch.optim.SGD([head], lr=1.0).step()
+    head.requires_grad_(False)
+    assert torch.equal(model.base.get_parameter(HEAD), before)
+    assert HEAD in model.state_dict()
+
+
+@pytest.mark.slow
+def test_a_tied_weight_is_loaded_by_either_name() -> None:
+    model = compiled("gpt2", "apply lora(r=4) to attn.*")
+    table = model.base.get_parameter("transformer.wte.weight")
+    before = table.clone()
+    model.load_state_dict({HEAD: before + 1}, strict=False)
+    assert torch.equal(table, before)
+    assert torch.equal(model.get_parameter("transformer.wte.weight"), before + 1)
+    assert {HEAD, "transformer.wte.weight"} & model.state_dict().keys()
+
+
 def test_an_artifact_without_what_was_unfrozen_is_refused(unfrozen: peftc.CompiledModule, tmp_path: Path) -> None:
     with refused("not-in-spec"):
         unfrozen.save(tmp_path / "a")
@@ -168,6 +219,8 @@ def test_a_weight_that_a_method_writes_cannot_be_unfrozen() -> None:
     weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_(True)
     with refused("cannot-unfreeze"):
         gradients(model)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert torch.func.functional_call(model, own, (), batch_of(model)).loss > 0
     weight.requires_grad_(False)
     gradients(model)
 

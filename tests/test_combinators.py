@@ -247,6 +247,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 def test_the_consistency_loss_written_out() -> None:
     """Wang et al. 2022, section 3.2, with the two passes made one after the other by a model that has no such loss."""
     one, two = randomised("llama", MIXTURE.format(0)).train(), randomised("llama", MIXTURE.format(0.7)).train()
+    one.logits_in_training = two.logits_in_training = True
     batch = inputs(base("llama"))
     torch.manual_seed(5)
     p, q = one(**batch), one(**batch)

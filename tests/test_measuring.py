@@ -16,7 +16,7 @@ from peftc.batches import batch_for
 from peftc.flops import count_flops
 from peftc.savedbytes import saved_bytes
 from peftc.stopwatch import fastest, threads
-from zoo import ZOO
+from zoo import ZOO, inputs
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes
@@ -169,6 +169,14 @@ def test_attention_is_counted_on_the_cpu() -> None:
     product = 2 * (2 * 4) * 6 * 16 * 8
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
+
+
+def test_the_first_step_may_be_counted() -> None:
+    """While its blocks are traced."""
+    model = ZOO["llama"]().eval()
+    compiled = peftc.compile(model, "apply lora(r=4) to attn.q")
+    first, second = (count_flops(lambda: compiled(**inputs(model)).loss.backward()) for _ in range(2))
+    assert first == second > 0
 
 
 def test_grouped_products_are_counted() -> None:

@@ -27,7 +27,7 @@ def _scaled(base: Pattern) -> Pattern:
 class ScaledLinear(Fusion):
     """y = l * (W x + b) in one operation that keeps y, and no product beside it.
 
-    The gradient of l comes from y divided by l: an entry that is 0 is multiplied as 2^-63 (in fp16 2^-11).
+    The gradient of l comes from y divided by l: an entry that is 0 is multiplied as 2^-63.
     """
 
     name = "scaled_linear"
@@ -48,6 +48,8 @@ class ScaledLinear(Fusion):
             return Miss(match.root, f"the weight is read by {other.name}, too", (weight, other))
         if not any(map(editor.learns, lengths)):
             return Miss(match.root, f"{lengths[0].name} does not learn", (lengths[0],))
+        if fake(match.root).dtype == torch.float16:
+            return Miss(match.root, "y of float16 has too few digits to be divided by a small factor")
         if fake(match.root).dtype != fake(match["x"]).dtype:
             return Miss(match.root, f"the product is scaled in {str(fake(match.root).dtype).removeprefix('torch.')}")
         return read_elsewhere(match, [match["transposition"]] if match["transposition"] else [])

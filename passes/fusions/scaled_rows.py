@@ -15,8 +15,8 @@ aten = torch.ops.aten
 
 _whole, _length = value("whole"), value("length")
 _start, _rows = anything("start"), value("rows")
-_part = mul(_length, op(aten.narrow.default, _whole, -1, _start, anything("width")))
-_picked = mul(_length, op(aten.index_select.default, _whole, -1, _rows))
+_part = mul(_length, op(aten.narrow.default, _whole, -1, _start, anything("width"), name="part"))
+_picked = mul(_length, op(aten.index_select.default, _whole, -1, _rows, name="part"))
 
 
 @fusion
@@ -37,6 +37,8 @@ class ScaledRows(Fusion):
         length = match["length"]
         if fake(length).dim() != 1:
             return Miss(match.root, f"{length.name} is no vector", (length,))
+        if fake(length).shape[0] != fake(match["part"]).shape[-1]:
+            return Miss(match.root, f"{length.name} has no entry for each row", (length,))
         if fake(length).dtype != fake(match["whole"]).dtype:
             return Miss(match.root, f"{length.name} is of another precision", (length,))
         return read_elsewhere(match)

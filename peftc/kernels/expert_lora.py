@@ -89,9 +89,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     needs_x, needs_weight, _, needs_a, needs_b, _ = ctx.needs_input_grad
     if grad is None:
         return (None,) * 6
-    x, _, _, ends, *_ = ctx.saved_tensors
+    x, _, _, ends, *_ = saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
     needs = [needs_x, needs_a, needs_b]
-    results = iter(torch.ops.peftc.expert_lora_backward(grad, *ctx.saved_tensors, ctx.scale, needs))
+    results = iter(torch.ops.peftc.expert_lora_backward(grad, *saved, ctx.scale, needs))
     dx, da, db = (next(results) if needed else None for needed in needs)
     dweight = torch.ops.peftc.expert_linear_weight_backward(grad, x, ends) if needs_weight else None
     return dx, dweight, None, da, db, None

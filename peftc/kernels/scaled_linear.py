@@ -31,8 +31,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor, tr
 def smallest(dtype: torch.dtype) -> float:
     """The length that stands for 0 beside numbers of `dtype`: 2^-63 in fp32 and bf16, 2^-511 in fp64, 2^-11 in fp16.
 
-    A product times it is nothing beside the rounding of any other product of its size, and still a normal number: in
-    fp16, whose exponents have five bits, that is the rounding itself.
+    A product times it is nothing beside the rounding of any other product of its size, and still a normal number. Not
+    so in fp16, whose exponents have five bits: there it is the rounding itself, and gradients of small factors are
+    coarse, to some per cent where products are below 2^-7. No fp16 graph is fused so; autocast to fp16 may meet it.
     """
     limits = torch.finfo(dtype)
     return float(min(limits.tiny**0.5, limits.eps / 2))
@@ -60,25 +61,25 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor, transposed
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, _, length, ctx.transposed = inputs
-    if weight.requires_grad:
-        raise NotImplementedError("the weight of scaled_linear is frozen")
-    ctx.save_for_backward(output, weight, length)
+    x, weight, _, length, ctx.transposed = inputs
+    ctx.save_for_backward(output, weight, length, *((x,) if weight.requires_grad else ()))  # unfrozen by hand
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """In ATen, so that a graph that does not need dx, such as the first block's, does not multiply for it."""
-    y, weight, length = ctx.saved_tensors
-    needs_x, _, needs_bias, needs_length, _ = ctx.needs_input_grad
+    y, weight, length, *x = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_length, _ = ctx.needs_input_grad
     factor = apart_from_zero(length, y.dtype)
-    dx, dbias, dlength = None, None, None
-    if needs_x or needs_bias:
+    dx, dweight, dbias, dlength = None, None, None, None
+    if needs_x or needs_weight or needs_bias:
         inner = grad * factor.to(grad.dtype)
         dx = inner @ (weight.t() if ctx.transposed else weight) if needs_x else None
+        if needs_weight:
+            dweight = rows(x[0]).t() @ rows(inner) if ctx.transposed else rows(inner).t() @ rows(x[0])
         dbias = inner.sum_to_size(length.shape) if needs_bias else None
     if needs_length:
         dlength = ((grad.to(wide(y.dtype)) * y).sum_to_size(length.shape) / factor).to(length.dtype)
-    return dx, None, dbias, dlength, None
+    return dx, dweight, dbias, dlength, None
 
 
 scaled_linear.register_autograd(_backward, setup_context=_save)
