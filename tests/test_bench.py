@@ -113,9 +113,9 @@ def seen(loss: float = 2.0, norm: float = 1.0, trainable: int = 2, gradient: flo
         (seen(loss=2.00001), None),
         (seen(loss=2.0001), "loss is"),
         (seen(loss=float("nan")), "loss is"),
-        (seen(norm=1.001), "gradient norm is"),
-        (seen(norm=1.001, trainable=3), None),
-        (seen(gradient=1.001), "the gradient of a is off by 1.0e-03"),
+        (seen(norm=1.01), "gradient norm is"),
+        (seen(norm=1.01, trainable=3), None),
+        (seen(gradient=1.01), "the gradient of a is off by 1.0e-02"),
         (replace(seen(loss=2.01, norm=1.01), dtype=torch.bfloat16, gradients={}), None),
     ],
 )

@@ -192,9 +192,17 @@ def test_scaled_linear_keeps_its_output_and_what_is_there_anyway() -> None:
         y = ops.scaled_linear(*arguments)
     there = {one.data_ptr() for one in (y, arguments[1], arguments[3])}
     assert {one.data_ptr() for one in kept} == there
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scaled_linear_has_the_gradient_of_a_weight_that_was_unfrozen(transposed: bool) -> None:
+    arguments = scaled_arguments(learns(4, 12), 7, transposed, True)
     arguments[1].requires_grad_()
-    with pytest.raises(NotImplementedError, match="frozen"):
-        ops.scaled_linear(*arguments)
+    grad = normal(4, 7)
+    found = [
+        torch.autograd.grad(f(*arguments), arguments[:4], grad) for f in (ops.scaled_linear, scaled_linear.reference)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_scaled_linear_with_strided_gradients_and_inputs() -> None:
