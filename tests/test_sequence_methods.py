@@ -353,8 +353,9 @@ def test_an_added_prompt_is_its_formula(name: str, length: int, side: str) -> No
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 def test_an_added_prompt_starts_as_the_base(name: str) -> None:
+    """Bit for bit, where no fused norm rounds otherwise."""
     model = ZOO[name]().eval()
-    ours = peftc.compile(model, "apply prompt(mode=add, length=4)").eval()
+    ours = peftc.compile(model, "apply prompt(mode=add, length=4)", fuse=False).eval()
     batch = inputs(model, 3)
     with torch.no_grad():
         assert torch.equal(ours(**batch).logits, model(**batch).logits)
