@@ -20,15 +20,7 @@ from torch import fx
 
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
 from peftc import debug
-from peftc.ir import (
-    PROVENANCE,
-    STACK,
-    Provenance,
-    computed,
-    get_attribute,
-    is_mutable,
-    module_path,
-)
+from peftc.ir import PROVENANCE, STACK, Provenance, computed, get_attribute, is_mutable, module_path
 from peftc.patterns import Match, Miss, Pattern, read_elsewhere
 
 __all__ = ["Editor", "Fired", "Fusion", "Match", "Miss", "NearMiss", "fuse", "fusion", "fusions"]

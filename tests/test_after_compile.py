@@ -44,7 +44,7 @@ def model(made: peftc.CompiledModule) -> peftc.CompiledModule:
 
 
 def batch_of(model: peftc.CompiledModule) -> dict[str, Tensor]:
-    return inputs(model.base)  # type: ignore[arg-type]
+    return inputs(model.base)
 
 
 def gradients(model: peftc.CompiledModule) -> dict[str, Tensor | None]:
@@ -73,12 +73,12 @@ def assert_gradients_equal(fused: peftc.CompiledModule, unfused: peftc.CompiledM
 
 FUSED = [
     pytest.param("llama", LORA, id="lora"),
-    pytest.param("qwen2", "apply dora(r=4) to attn.*", id="dora", marks=pytest.mark.slow),
-    pytest.param("mixtral", "apply lora(r=4) to expert, attn.q", id="experts", marks=pytest.mark.slow),
-    pytest.param("gpt2", "apply lora(r=4) to attn.*\napply adapter(size=3) to mlp", id="tied", marks=pytest.mark.slow),
-    pytest.param("bert", "apply lora(r=4) to attn.q", id="bert", marks=pytest.mark.slow),
-    pytest.param("gpt2", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3 on slices", marks=pytest.mark.slow),
-    pytest.param("llama", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3", marks=pytest.mark.slow),
+    pytest.param("qwen2", "apply dora(r=4) to attn.*", id="dora"),
+    pytest.param("mixtral", "apply lora(r=4) to expert, attn.q", id="experts"),
+    pytest.param("gpt2", "apply lora(r=4) to attn.*\napply adapter(size=3) to mlp", id="tied"),
+    pytest.param("bert", "apply lora(r=4) to attn.q", id="bert"),
+    pytest.param("gpt2", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3 on slices"),
+    pytest.param("llama", "apply ia3 to attn.k, attn.v, mlp.down", id="ia3"),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig
 
 import peftc
+from marks import by_inductor
 from peftc.agreement import Behaviour, differences
 from peftc.batches import batch_for
 from peftc.bench import Bench, Row, bench
@@ -173,8 +173,7 @@ def test_the_table_says_what_is_missing_and_what_differs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@by_inductor
 def test_torch_compile_takes_the_compiled_modules_and_the_floor_whole() -> None:
     found = bench(ZOO["llama"](), LORA, seq=16, repeats=1, with_torch_compile=True)
     rows = [row for row in found.rows if row.name.startswith("torch.compile")]

@@ -389,6 +389,17 @@ def state_of(module: peftc.CompiledModule, path: str) -> Callable[[str], Tensor]
     return lambda name: module.get_parameter(f"{path}.{name}")
 
 
+def test_under_torch_compile_its_saved_tensors_are_unpacked_once() -> None:
+    """A checkpoint, which a block is there, allows no second time."""
+    module, batch = compiled("mixtral", SPEC), inputs(base("mixtral"))
+    module(**batch).loss.backward()
+    expected = {name: parameter.grad for name, parameter in module.trainable_parameters().items()}
+    module.zero_grad()
+    torch.compile(module, backend="eager")(**batch).loss.backward()
+    for name, parameter in module.trainable_parameters().items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=NEAR)
+
+
 def test_lora_plus_and_dropout() -> None:
     module = compiled("mixtral", "apply lora(r=2, dropout=0.5, lr_ratio=16) to expert")
     one, sixteen = sorted(group["lr"] for group in module.param_groups(lr=1e-3))

@@ -544,6 +544,13 @@ def test_scaled_rows_says_why_not() -> None:
     reason = misses(Case(gated, w=(5, 7), u=(3, 7)), (x,), ("u",), "scaled_rows")
     assert reason == "linear_1 is no vector"
 
+    def common(case: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, case.w)
+        return torch.slice_scatter(y, case.l * y.narrow(-1, 1, 3), -1, 1, 4)
+
+    reason = misses(Case(common, w=(5, 7), l=(1,)), (x,), ("l",), "scaled_rows")
+    assert reason == "l has no entry for each row"
+
 
 def test_a_branch_beside_a_scaled_product_is_doras() -> None:
     def function(case: Any, x: Tensor) -> Tensor:
@@ -773,7 +780,7 @@ def llama() -> peftc.CompiledModule:
 
 def test_training_returns_the_loss_alone(llama: peftc.CompiledModule) -> None:
     """The same loss and gradients as eval mode's, which has the logits, too."""
-    batch = inputs(llama.base)  # type: ignore[arg-type]
+    batch = inputs(llama.base)
     with_logits = llama.eval()(**batch)
     without = llama.train()(**batch)
     assert without.logits is None
@@ -790,7 +797,7 @@ def test_training_returns_the_loss_alone(llama: peftc.CompiledModule) -> None:
 
 @pytest.mark.slow
 def test_training_returns_logits_to_who_asks(llama: peftc.CompiledModule) -> None:
-    batch = inputs(llama.base)  # type: ignore[arg-type]
+    batch = inputs(llama.base)
     llama.logits_in_training = True
     assert llama(**batch).logits is not None
     assert peftc.compile(llama.base, LORA, fuse=False)(**batch).logits is not None

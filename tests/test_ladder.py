@@ -192,7 +192,7 @@ def by_hand(
 def compare(name: str, spec: str, chosen: Callable[[Block], bool] = lambda _block: True) -> None:
     """Loss, logits and every gradient, to 1e-5: float32 sums in another order."""
     module = compiled(name, spec)
-    batch = inputs(module.base)  # type: ignore[arg-type]
+    batch = inputs(module.base)
     if "attention_mask" in batch:
         batch["attention_mask"][1, -2:] = 0
     state: dict[str, dict[str, Tensor]] = {}
@@ -254,7 +254,7 @@ def test_no_gradient_enters_a_block(name: str) -> None:
     for tensor in frozen.values():
         tensor.requires_grad_()
     try:
-        module(**inputs(module.base)).loss.backward()  # type: ignore[arg-type]
+        module(**inputs(module.base)).loss.backward()
         # a block is one autograd function, whose ladder has a gradient: it says zero of what has none
         reached = {key for key, tensor in frozen.items() if tensor.grad is not None and tensor.grad.any()}
     finally:
@@ -284,7 +284,7 @@ def test_it_keeps_a_fraction_of_what_lora_keeps(name: str) -> None:
 @per_model(("llama", "gpt2"))
 def test_no_token_sees_the_future(name: str) -> None:
     module = compiled(name)
-    batch = inputs(module.base)  # type: ignore[arg-type]
+    batch = inputs(module.base)
     with torch.no_grad():
         before = module(**batch).logits
         batch["input_ids"][:, 4] = batch["input_ids"][:, 4] % 50 + 10
@@ -296,7 +296,7 @@ def test_no_token_sees_the_future(name: str) -> None:
 @per_model(("t5",))
 def test_no_decoder_token_sees_the_future_and_none_the_encoders_padding(name: str) -> None:
     module = compiled(name)
-    batch = inputs(module.base)  # type: ignore[arg-type]
+    batch = inputs(module.base)
     batch["attention_mask"][:, -2:] = 0
     with torch.no_grad():
         before = module(**batch).logits
@@ -355,7 +355,7 @@ def test_a_base_in_half_precision(name: str) -> None:
 def test_dropout_follows_the_mode(name: str) -> None:
     """Its own, and for a decoder also that of the attention it borrows."""
     module = compiled(name, "apply ladder(dropout=0.5) to block")
-    batch = inputs(module.base)  # type: ignore[arg-type]
+    batch = inputs(module.base)
     with torch.no_grad():
         assert torch.equal(module(**batch).loss, module(**batch).loss)
         module.train()
@@ -396,7 +396,7 @@ def test_blocks_without_a_residual_stream_are_refused() -> None:
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     module = compiled(name)
     fast = torch.compile(module, fullgraph=True, backend="aot_eager")
-    batch = inputs(module.base)  # type: ignore[arg-type]
+    batch = inputs(module.base)
     result = fast(**batch)
     result.loss.backward()
     torch.testing.assert_close(result.logits, module(**batch).logits, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import golden
 import peftc
+from marks import first_is_quick
 from peftc import fusion
 from peftc.errors import PeftcError
 from peftc.kernels.products import product
@@ -27,7 +28,7 @@ from peftc.savedbytes import saved_bytes
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
-NAMES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ZOO if name != "llama")]
+NAMES = first_is_quick(list(ZOO))
 LORA = "apply lora(r=4) to attn.*"
 GOLDEN = Path(__file__).parent / "golden" / "memory_plan"
 
@@ -87,16 +88,16 @@ def test_a_planned_block_computes_what_is_written(name: str, train: bool) -> Non
     plain.train(train)
     twin.train(train)
     for size in ((3, 11), (1, 5)):
-        batch = inputs(plain.base, *size)  # type: ignore[arg-type]
+        batch = inputs(plain.base, *size)
         assert_alike(step(plain, batch), step(twin, batch))
     assert all(block._lifted[train] is not None for block in blocks(twin))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ZOO)
 @pytest.mark.slow
 def test_a_plan_keeps_less(name: str) -> None:
     plain, twin = pair(name)
-    batch = inputs(plain.base, 4, 32)  # type: ignore[arg-type]
+    batch = inputs(plain.base, 4, 32)
     assert kept_bytes(twin, batch) < kept_bytes(plain, batch)
 
 

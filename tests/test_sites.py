@@ -104,6 +104,53 @@ def test_stacked_experts_are_marked_and_their_router_and_what_is_shared_are_not(
     assert marked == stacked | {path.partition("[")[0] for path in stacked}
 
 
+class Attend(nn.Module):
+    """Attention from one sequence to another, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = (
+            layer(y).unflatten(-1, (4, 8)).transpose(1, 2)
+            for layer, y in ((self.q, x), (self.k, memory), (self.v, memory))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return torch.as_tensor(x + self.o(mixed))
+
+
+class Pooling(nn.Module):
+    """Self attention, and then attention to every second row of what a linear layer makes of the block's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.memory = Attend(), Attend(), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.second(self.first(x, x), self.memory(x)[:, ::2]))
+
+
+def test_what_stands_behind_another_attention_of_its_block_is_cross_attention() -> None:
+    """Alike in all blocks, the first one's input being the model's own."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Pooling() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    found = peftc.plan(Model(), "apply lora(r=2) to linear", example=(torch.randn(2, 6, 32),)).sites
+    kinds = {site.name: sorted(role for role in site.roles if "attn.q" in role) for site in found}
+    for layer in LAYERS:
+        assert kinds[f"layers.{layer}.first.q"] == ["attn.q", "self.attn.q"]
+        assert kinds[f"layers.{layer}.second.q"] == ["attn.q", "cross.attn.q"]
+
+
 # The tables themselves, by experiment.
 
 

@@ -180,7 +180,7 @@ def test_theta_is_common_and_every_weight_has_a_seed_of_its_own() -> None:
 def test_gradients_are_those_of_the_dense_weights_through_p() -> None:
     """theta: the sum over weights of length Pᵀ dL/dW; a length: <P theta, dL/dW>."""
     compiled = said()
-    batch = inputs(compiled.base)  # type: ignore[arg-type]
+    batch = inputs(compiled.base)
     compiled.zero_grad()
     compiled(**batch).loss.backward()
 
@@ -212,14 +212,14 @@ def test_p_is_in_no_artifact_and_comes_back_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "said" / "adapter.safetensors").stat().st_size < 1500
     torch.manual_seed(99)
     loaded = peftc.load(tmp_path / "said", compiled.base).eval()
-    batch = inputs(compiled.base)  # type: ignore[arg-type]
+    batch = inputs(compiled.base)
     assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
 
 
 def test_a_copy_in_double_precision_computes_the_same() -> None:
     """P is made in the precision of theta, from the same integers."""
     compiled = said()
-    batch = inputs(compiled.base)  # type: ignore[arg-type]
+    batch = inputs(compiled.base)
     for site, state in places(compiled):
         method = compiled.plan.bindings[0].method
         twice = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}

@@ -6,9 +6,7 @@ function; Inductor itself computes.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import peftc
+from marks import by_inductor
 from peftc.module import CompiledModule
 from peftc.regions import Block
 from peftc.savedbytes import saved_bytes
@@ -29,20 +28,6 @@ DROPOUT = "apply lora(r=4, dropout=0.1) to attn.*, mlp.*"
 QUANTIZE = "quantize linear except head with"
 # The eager cut may keep a small value behind a large product, which the rule keeps: 1.06 on Llama 4's experts.
 SLACK = 1.07
-
-
-F = TypeVar("F", bound=Callable[..., None])
-
-
-def by_inductor(test: F) -> F:
-    """A test that has code generated, and the warnings that torch's own imports give."""
-    marks = (
-        pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler"),
-        pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-    )
-    for mark in marks:
-        test = mark(test)
-    return test
 
 
 def model_of(spec: str, family: str = "llama") -> CompiledModule:
@@ -115,7 +100,7 @@ def test_inductor_computes_the_same(spec: str, family: str) -> None:
     with torch._inductor.config.patch(fallback_random=True):
         fast = compiled(model, "inductor", dynamic=True)
         for size in ((2, 16), (3, 11)):
-            assert_alike(model, fast, inputs(model.base, *size))  # type: ignore[arg-type]
+            assert_alike(model, fast, inputs(model.base, *size))
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------
@@ -137,7 +122,7 @@ def test_no_unpacked_weight_is_kept(spec: str, storage: str) -> None:
 def test_inductor_keeps_no_unpacked_weight() -> None:
     """Its own decompositions come before its cut. What it makes may go to torch's cache."""
     model = model_of(f"{QUANTIZE} nf4\n{LORA}")
-    batch = inputs(model.base, 2, 16)  # type: ignore[arg-type]
+    batch = inputs(model.base, 2, 16)
     fast = compiled(model, "inductor", dynamic=False)
     counters["aot_autograd"].clear()
     assert kept_bytes(model, fast, batch) <= SLACK * kept_bytes(model, model, batch)
@@ -147,7 +132,7 @@ def test_inductor_keeps_no_unpacked_weight() -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_no_more_is_kept_than_in_eager_mode(name: str) -> None:
     model = model_of("apply lora(r=4) to attn.*", name)
-    batch = inputs(model.base, 4, 32)  # type: ignore[arg-type]
+    batch = inputs(model.base, 4, 32)
     fast = compiled(model, "aot_eager", dynamic=False)
     assert_alike(model, fast, batch)
     assert kept_bytes(model, fast, batch) <= SLACK * kept_bytes(model, model, batch)
@@ -157,7 +142,7 @@ def test_no_more_is_kept_than_in_eager_mode(name: str) -> None:
 def test_a_checkpointed_block_keeps_its_input_alone(spec: str) -> None:
     """What is random beside it: the same numbers are dropped in both passes."""
     model = model_of(f"{spec}\ncheckpoint block in layers[1:]")
-    batch = inputs(model.base, 4, 32)  # type: ignore[arg-type]
+    batch = inputs(model.base, 4, 32)
     fast = compiled(model, "aot_eager", dynamic=False)
     assert_alike(model, fast, batch)
     assert kept_bytes(model, fast, batch) <= kept_bytes(model, model, batch)

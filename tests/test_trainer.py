@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArgume
 
 import models
 import peftc
+from marks import first_is_quick
 from zoo import VOCABULARY, ZOO, inputs
 
 LORA = "apply lora(r=4, alpha=8) to attn.*, mlp.*"
@@ -315,10 +316,6 @@ IA3_PLACES = {
 LEAVES = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m", "ia3_l": "l"}
 
 
-def all_but_one_slow(quick: str) -> list[Any]:
-    return [pytest.param(name, marks=[] if name == quick else pytest.mark.slow) for name in PLACES]
-
-
 def their_tensors(theirs: nn.Module, ours: peftc.CompiledModule) -> dict[str, nn.Parameter]:
     """HF PEFT's trainable tensors by the names they have in the compiled model."""
     found = {}
@@ -365,7 +362,7 @@ def assert_same(
     ours.zero_grad()
 
 
-@pytest.mark.parametrize("name", all_but_one_slow("llama"))
+@pytest.mark.parametrize("name", first_is_quick(list(PLACES)))
 def test_low_rank_methods_equal_hf_pefts(name: str) -> None:
     """One model with a method on each kind of layer; HF PEFT has them as adapters that are active together."""
     base = ZOO[name]()
@@ -403,7 +400,7 @@ def assert_starts_equal(theirs: nn.Module, ours: peftc.CompiledModule, places: d
             torch.testing.assert_close(product, expected[b] @ expected[a], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", all_but_one_slow("gpt2"))
+@pytest.mark.parametrize("name", PLACES)
 @pytest.mark.slow
 def test_ia3_equals_hf_pefts(name: str) -> None:
     base = ZOO[name]()
@@ -431,7 +428,7 @@ def llama() -> peftc.CompiledModule:
 @pytest.mark.xdist_group("compiled llama")
 @pytest.mark.slow
 def test_torch_compile_takes_it_as_one_graph(llama: peftc.CompiledModule) -> None:
-    batch = inputs(llama.base)  # type: ignore[arg-type]
+    batch = inputs(llama.base)
     fast = torch.compile(llama, fullgraph=True, backend="aot_eager")
     assert fast(**batch).loss.item() == pytest.approx(llama(**batch).loss.item(), abs=1e-6)
 
@@ -442,7 +439,7 @@ def test_state_of_a_bf16_model_is_fp32_and_trains() -> None:
     model = peftc.compile(ZOO["llama"]().bfloat16(), f"{LORA}\napply adapter(size=4) to mlp")
     assert model.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.trainable_parameters().values()} == {torch.float32}
-    batch = inputs(model.base)  # type: ignore[arg-type]
+    batch = inputs(model.base)
     optimiser = torch.optim.AdamW(model.param_groups(1e-2))
     losses = []
     for _ in range(6):
@@ -476,7 +473,7 @@ def test_param_groups_of_lora_plus() -> None:
 def test_dropout_follows_train_and_eval(spec: str) -> None:
     model = compiled("llama", spec)
     randomise(model)
-    batch = inputs(model.base)  # type: ignore[arg-type]
+    batch = inputs(model.base)
 
     def losses() -> set[float]:
         return {model(**batch).loss.item() for _ in range(3)}
@@ -492,7 +489,7 @@ def test_dropout_follows_train_and_eval(spec: str) -> None:
 
 @pytest.mark.xdist_group("compiled llama")
 def test_deepcopy_is_independent(llama: peftc.CompiledModule) -> None:
-    batch = inputs(llama.base)  # type: ignore[arg-type]
+    batch = inputs(llama.base)
     before = llama(**batch).loss
     other = copy.deepcopy(llama)
     assert torch.equal(other(**batch).loss, before)

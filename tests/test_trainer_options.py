@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, LlamaForSequenceClassification, Trainer, set_seed
 
 import models
 import peftc
@@ -148,7 +148,7 @@ def test_who_takes_the_number_of_items(name: str, spec: str, takes: bool) -> Non
     if not takes:
         return
     base = copy.deepcopy(model.base)
-    batch = inputs(base)  # type: ignore[arg-type]
+    batch = inputs(base)
     for fused in (False, True):
         model.logits_in_training = not fused
         for count in (5, torch.tensor(40)):
@@ -161,6 +161,14 @@ def test_who_takes_the_number_of_items(name: str, spec: str, takes: bool) -> Non
             if "prompt" not in spec:
                 torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=1e-5)
             model.train()
+
+
+@pytest.mark.slow
+def test_a_classifier_takes_no_number_of_items() -> None:
+    """transformers calls its loss without it."""
+    config = ZOO["llama"]().config
+    model = peftc.compile(LlamaForSequenceClassification(config), "apply lora(r=4) to attn.q")
+    assert not model.accepts_loss_kwargs
 
 
 @pytest.mark.slow

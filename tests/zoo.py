@@ -197,7 +197,7 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def inputs(model: PreTrainedModel, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
+def inputs(model: Any, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
     """Random arguments of the model's forward, labels included (9 of them for an encoder-decoder model)."""
     name = type(model).__name__
     random = torch.Generator().manual_seed(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from peftc.kernels.lora_linear import weight_gradients
 from peftc.kernels.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.products import product
 from peftc.kernels.shapes import rows, wide
@@ -75,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inner = grad * factor.to(grad.dtype)
         dx = inner @ (weight.t() if ctx.transposed else weight) if needs_x else None
         if needs_weight:
-            dweight = rows(x[0]).t() @ rows(inner) if ctx.transposed else rows(inner).t() @ rows(x[0])
+            (dweight,) = weight_gradients([inner], x[0], ctx.transposed, [True])
         dbias = inner.sum_to_size(length.shape) if needs_bias else None
     if needs_length:
         dlength = ((grad.to(wide(y.dtype)) * y).sum_to_size(length.shape) / factor).to(length.dtype)
