@@ -1,6 +1,10 @@
 """Options of the whole test run."""
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
@@ -17,10 +21,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected outputs anew")
 
 
-@pytest.fixture
-def one_capture_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling a model a second time starts from what was captured the first time."""
-    from captures import captured_once
-    from peftc import pipeline
+EIGHTH = 8
 
-    monkeypatch.setattr(pipeline, "capture", captured_once)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the slow cases of one test all but every eighth, or every so many-th as `share` says, are `exhaustive`, too.
+
+    Which eighth differs by file: another file takes other models. Of fewer cases one is left.
+    """
+    tables: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("slow"):
+            tables.setdefault((item.path, item.originalname), []).append(item)
+    for (path, _), cases in tables.items():
+        share = cases[0].get_closest_marker("share")
+        step = min(share.args[0] if share else EIGHTH, len(cases))
+        for place, item in enumerate(cases):
+            if (place + crc32(path.name.encode())) % step:
+                item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # what looks for leaks at the end finds none
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_looked_at_again() -> Iterator[None]:
+    """Captured and compiled models stay: going through them again and again would be a sixth of the time."""
+    yield
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def one_capture_a_kind_of_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling a model like an earlier one starts from what was captured then, but where a test is about capture."""
+    from captures import captured_once
+    from peftc import api, pipeline
+
+    if request.node.get_closest_marker("captures") is None:
+        for module in (api, pipeline):
+            monkeypatch.setattr(module, "capture", captured_once)

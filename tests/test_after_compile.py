@@ -104,6 +104,7 @@ def test_whatever_is_unfrozen_learns(name: str, spec: str) -> None:
             model.get_parameter(each).requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_by_hand_has_no_gradient(model: peftc.CompiledModule) -> None:
     before = {name: gradient.clone() for name, gradient in gradients(model).items() if gradient is not None}
     first, *_ = before
@@ -126,6 +127,7 @@ def unfrozen(model: peftc.CompiledModule) -> peftc.CompiledModule:
     return model
 
 
+@pytest.mark.slow
 def test_a_state_dict_has_what_was_unfrozen(made: peftc.CompiledModule, unfrozen: peftc.CompiledModule) -> None:
     file = io.BytesIO()
     torch.save(unfrozen.state_dict(), file)

@@ -18,8 +18,6 @@ from subjects import compiled, subject
 from variants import statement
 from zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
-
 # ---- Claim 5 on its own: what happens to an artifact that something happened to -----------------------------------
 
 SPEC = "apply lora(r=2) to attn.q, mlp.down\ntrain norm"

@@ -183,6 +183,7 @@ def test_torch_compile_takes_the_compiled_modules_and_the_floor_whole() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_hf_pefts_lora_saves_what_it_saved_before() -> None:
     """SmolLM2, batch 2 × 128: 1.31 of the floor's bytes, counted once by another program."""
     from models import smollm2

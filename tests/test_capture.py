@@ -15,6 +15,8 @@ from peftc.capture import capture
 from peftc.inputs import example_inputs
 from zoo import ZOO, inputs
 
+pytestmark = pytest.mark.captures
+
 FROZEN = "apply lora(r=2) to linear except expert"  # B = 0: an identity
 
 

@@ -29,7 +29,7 @@ from test_trainer import rows, trainer
 from zoo import VOCABULARY, ZOO, inputs
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.usefixtures("one_capture_a_model"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}  # single precision, in another order of additions
 State = dict[str, Tensor]
@@ -204,6 +204,7 @@ def plain_with(states: Sequence[State]) -> CompiledModule:
 
 def test_a_pass_of_a_mixture_uses_one_copy_a_site_all_alike_often() -> None:
     model = randomised("llama", MIXTURE.format(0)).train()
+    model.logits_in_training = True
     batch = inputs(base("llama"))
     torch.manual_seed(0)
     counts = torch.zeros(len(model.plan.bindings), 3)

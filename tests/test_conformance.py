@@ -47,8 +47,6 @@ from variants import (
     variants,
 )
 
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
-
 # Every method by default runs quickly; the variants of its parameters, and the other architectures, are slow.
 QUICK = [(home(variant), variant) for variant in DEFAULTS]
 ON_EXPERTS = [v for v in VARIANTS if Experts in kinds(built(v)) and not built(v).refuses(EXPERTS)]

@@ -746,7 +746,6 @@ def marked(cases: list[tuple[str, str, dict[str, int]]], *marks: pytest.MarkDeco
 
 
 @pytest.mark.parametrize(("name", "spec", "counts"), [*marked(COUNTS[:1]), *marked(COUNTS[1:], pytest.mark.slow)])
-@pytest.mark.usefixtures("one_capture_a_model")
 def test_whole_models(name: str, spec: str, counts: dict[str, int]) -> None:
     """Losses and gradients in eval mode, where there is no dropout, and the loss that training computes in chunks."""
     model = ZOO[name]()

@@ -19,7 +19,6 @@ from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
 nf4_rounded = partial(rounded, levels="nf4")
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (24, 128), (5, 7), (32, 48), (3, 66)], ids=str)

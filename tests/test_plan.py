@@ -249,7 +249,13 @@ def expressions(model: str) -> st.SearchStrategy[Expression]:
     )
 
 
-@pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
+on_atoms = pytest.mark.parametrize(
+    "model",
+    [pytest.param("gpt2", marks=together("gpt2")), pytest.param("phi3", marks=[together("phi3"), pytest.mark.slow])],
+)
+
+
+@on_atoms
 @given(data=st.data())
 @settings(max_examples=80)
 def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
@@ -268,7 +274,7 @@ def test_selectors_are_sets(model: str, data: st.DataObject) -> None:
     assert sum(len(denotation([site])) for site in found) == len(expected), "a row stands in two sites"
 
 
-@pytest.mark.parametrize("model", [pytest.param(name, marks=together(name)) for name in ATOMS])
+@on_atoms
 @given(data=st.data())
 @settings(max_examples=30)
 def test_laws_of_the_algebra(model: str, data: st.DataObject) -> None:
@@ -376,6 +382,7 @@ def test_counts_of_t5_base() -> None:
     assert counts(recipes / "compacter_pp.peft").trainable == 104_704
 
 
+@pytest.mark.slow
 def test_counts_of_one_layer_of_t5_base(tmp_path: Path) -> None:
     """Of one layer a stack: two self-attentions, two feed-forwards, seven norms, and the matrices that all share."""
     config = json.loads((EXAMPLES / "configs" / "t5-base.json").read_text())

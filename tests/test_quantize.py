@@ -21,7 +21,6 @@ from peftc.site import Projection
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 LORA = "apply lora(r=4, alpha=8) to attn.*, mlp.*"
 SLOW = pytest.mark.slow

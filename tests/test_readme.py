@@ -54,6 +54,7 @@ def test_its_specs_have_no_errors() -> None:
         assert peftc.check(spec) == []
 
 
+@pytest.mark.slow
 def test_its_python_runs(tmp_path: Path) -> None:
     (code,) = fenced("python")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

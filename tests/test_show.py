@@ -33,7 +33,8 @@ from peftc.show.layout import lay_out
 from zoo import ZOO
 
 # One worker of pytest-xdist gets the file: it compiles each model once, see `compiled`.
-pytestmark = pytest.mark.xdist_group("show")
+# Its texts have the names that a capture gives.
+pytestmark = [pytest.mark.xdist_group("show"), pytest.mark.captures]
 
 GOLDEN = Path(__file__).parent / "golden" / "show"
 

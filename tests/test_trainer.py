@@ -229,7 +229,7 @@ def trained(
     ("factory", "loss"),
     [
         pytest.param(models.smollm2, own_loss(token_batch), marks=pytest.mark.slow, id="smollm2"),
-        pytest.param(models.gpt2, own_loss(token_batch), id="gpt2"),
+        pytest.param(models.gpt2, own_loss(token_batch), marks=pytest.mark.slow, id="gpt2"),
         pytest.param(models.minilm, pair_loss, marks=pytest.mark.slow, id="minilm"),
         pytest.param(models.t5, own_loss(token_batch), marks=pytest.mark.slow, id="t5"),
         pytest.param(models.vit, own_loss(image_batch), marks=pytest.mark.slow, id="vit"),
