@@ -28,7 +28,7 @@ from transformers.exporters.utils import patch_attributes
 from peftc.errors import PeftcError
 from peftc.inputs import Example, fake_mode_of
 from peftc.ir import get_attribute, set_tensor
-from peftc.model_errors import CannotCapture, StaysRandom
+from peftc.model_errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
 from peftc.weights import Checkpoint
@@ -56,6 +56,10 @@ class Captured:
         own: torch.Tensor = get_attribute(self.model, name).detach()
         return self.checkpoint.read(name) if own.is_meta and self.checkpoint is not None else own
 
+    def packed(self, name: str) -> dict[str, torch.Tensor] | None:
+        """bitsandbytes' state dict of the layer with this weight, where it comes from a checkpoint that has it so."""
+        return self.checkpoint.packed(name) if self.checkpoint is not None else None
+
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
         """The graph's name of each tensor -> all the names the model has for it, more than one where it is tied."""
@@ -71,9 +75,14 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
     `timings` is told apart what `torch.export` takes and what making a plain graph of its program takes.
 
     Raises:
-        PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up.
+        PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up, or
+            `packed-layers`, where another library than torch keeps the weights.
     """
     timings = timings or Timings()
+    packed = [name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes.")]
+    if packed:
+        kind = type(model.get_submodule(packed[0])).__name__
+        raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
     with timings.stage("torch.export"), _prepared(model, example):
         try:
             program = torch.export.export(

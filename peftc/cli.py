@@ -180,6 +180,7 @@ def _merge(given: argparse.Namespace) -> None:
     """Folds an artifact into a plain model."""
     import peftc
     from peftc.merge import save_merged
+    from peftc.repack import Repacked, repack
     from peftc.report import lost_table
 
     _watched_only()
@@ -191,16 +192,20 @@ def _merge(given: argparse.Namespace) -> None:
         with timings.stage("compile"):
             compiled = peftc.load(given.artifact, model)
         with timings.stage("merge"):
-            merged, lost = compiled.merge(requantize=True) if given.requantize else (compiled.merge(), {})
+            again = repack(compiled) if given.requantize else Repacked(compiled.merge(), {}, None)
+            merged, lost = again.model, again.lost
         with timings.stage("save"):
-            save_merged(merged, given.output)
+            save_merged(merged, given.output, again.packing)
     if given.json:
-        report = {"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds}
+        packed = again.packing is not None
+        report = {"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds, "packed": packed}
         _print_json(report | {"lost": {name: asdict(rounding) for name, rounding in lost.items()}})
     else:
         if lost:
             _print(lost_table(lost))
-        print(f"a plain {type(merged).__name__}, written to {given.output}")
+        how = "its weights rounded, in full precision" if lost else "in full precision"
+        how = "packed for bitsandbytes" if again.packing is not None else how
+        print(f"a plain {type(merged).__name__}, {how}, written to {given.output}")
 
 
 def _bench(given: argparse.Namespace) -> int:
@@ -334,7 +339,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote")
     made.add_argument("-o", "--output", metavar="DIR", required=True, help="where the plain model goes")
     made.add_argument(
-        "--requantize", action="store_true", help="round what was quantised again, and print what that loses"
+        "--requantize",
+        action="store_true",
+        help="quantise again what was, print what that loses, and write it as bitsandbytes packs it",
     )
     made.add_argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}")
     made = command("bench", _bench, model=True, spec=True)

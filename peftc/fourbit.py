@@ -26,6 +26,8 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CHUNK = 1 << 18
 SMALLEST = 1e-38  # bitsandbytes divides by this where a block is all zeros
 CELLS = 1024
+FACTS = "quant_state.bitsandbytes__"  # and the storage's name
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 GRID = 65535  # steps of [-1, 1] that bitsandbytes rounds to before it looks up the nearest of 256 numbers
 
 
@@ -89,14 +91,36 @@ class FourBit(Storage):
                 "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": buffers["offset"].item()
             }  # fmt: skip
         text = json.dumps(facts).encode()
-        return state | {f"weight.{self._facts}": torch.tensor(list(text), dtype=torch.uint8, device=device)}
+        return state | {f"weight.{FACTS}{self.name}": torch.tensor(list(text), dtype=torch.uint8, device=device)}
+
+    def bitsandbytes_settings(self, dtype: torch.dtype) -> dict[str, object]:
+        return {
+            "load_in_4bit": True, "bnb_4bit_quant_type": self.name, "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_compute_dtype": _name(dtype),
+        }  # fmt: skip
+
+    @classmethod
+    def of_bitsandbytes(cls, state: Mapping[str, Tensor]) -> tuple[Storage, tuple[int, ...], torch.dtype] | None:
+        facts = cls._facts_in(state)
+        if facts is None:
+            return None
+        dtype = DTYPES.get(facts["dtype"])
+        if dtype is None:
+            raise ValueError(f"a packed weight is said to be {facts['dtype']}")
+        double = "weight.nested_absmax" in state
+        return cls(double=double, block=facts["blocksize"]), tuple(facts["shape"]), dtype
+
+    @classmethod
+    def _facts_in(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """What bitsandbytes writes beside a packed weight."""
+        text = state.get(f"weight.{FACTS}{cls.name}")
+        facts: dict[str, Any] | None = None if text is None else json.loads(bytes(text.tolist()))
+        return facts
 
     def from_bitsandbytes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        if f"weight.{self._facts}" not in state:
-            return None
-        facts = json.loads(bytes(state[f"weight.{self._facts}"].tolist()))
+        facts = self._facts_in(state)
         double = "weight.nested_absmax" in state
-        if facts["blocksize"] != self.block or double != self.double:
+        if facts is None or facts["blocksize"] != self.block or double != self.double:
             return None
         device = state["weight"].device
         maps = {"weight.quant_map": levels_of(self.name, device), "weight.nested_quant_map": dynamic_map(device)}
@@ -107,10 +131,6 @@ class FourBit(Storage):
             return buffers
         offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=device)
         return buffers | {"nested_absmax": state["weight.nested_absmax"], "offset": offset}
-
-    @property
-    def _facts(self) -> str:
-        return f"quant_state.bitsandbytes__{self.name}"
 
 
 def rounded(weight: Tensor, levels: str, block: int = 64) -> Tensor:

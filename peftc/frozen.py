@@ -31,13 +31,28 @@ def is_packed(module: nn.Module, item: Stored) -> bool:
         return False
 
 
+def pack_as_found(module: nn.Module, plan: Plan, item: Stored) -> bool:
+    """Puts the packed weight into `module` as its checkpoint has it; False where that has it dense or otherwise."""
+    state = plan.captured.packed(item.weight)
+    buffers = item.packed_as(state) if state is not None else None
+    if buffers is None:
+        return False
+    _put(module, item, buffers)
+    return True
+
+
 def pack(module: nn.Module, item: Stored, weight: Tensor) -> None:
     """Puts the packed weight into `module`; of a dense one that is still there only the shape stays."""
-    for full, tensor in item.pack(weight).items():
+    _put(module, item, item.pack(weight))
+
+
+def _put(module: nn.Module, item: Stored, buffers: dict[str, Tensor]) -> None:
+    for full, tensor in buffers.items():
         set_tensor(module, full, tensor)
     owner, _, leaf = item.weight.rpartition(".")
-    if leaf in module.get_submodule(owner)._parameters:
-        set_tensor(module, item.weight, nn.Parameter(weight.detach().to("meta"), requires_grad=False))
+    dense = module.get_submodule(owner)._parameters.get(leaf)
+    if dense is not None:
+        set_tensor(module, item.weight, nn.Parameter(dense.detach().to("meta"), requires_grad=False))
 
 
 def unpack_in_graph(module: fx.GraphModule, plan: Plan, pass_name: str) -> dict[str, fx.Node]:

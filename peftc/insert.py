@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from peftc.chains import onto_block
 from peftc.errors import PeftcError
-from peftc.frozen import frozen_weight, is_packed, pack
+from peftc.frozen import frozen_weight, is_packed, pack, pack_as_found
 from peftc.grouped import product_like
 from peftc.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.method import State
@@ -81,12 +81,14 @@ def materialise(
     made: dict[str, Tensor] = {}
     with torch.no_grad():
         # A method that takes something out of a weight takes it out of the base's; the others start from what is kept.
+        changed = rewritten(plan)
         before = [b for b in plan.bindings if _prepares(b) and b.site.parameters[0] in plan.stored]
         for binding in before:
             _begin(module, plan, binding, made, state, data)
         for weight, item in plan.stored.items():
-            if not is_packed(module, item):
-                pack(module, item, _prepared(module, plan, weight))
+            if is_packed(module, item) or (weight not in changed and pack_as_found(module, plan, item)):
+                continue
+            pack(module, item, _prepared(module, plan, weight))
         for binding in plan.bindings:
             if binding not in before:
                 _begin(module, plan, binding, made, state, data)

@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
@@ -21,17 +21,10 @@ from peftc.insert import dense_weight, replace_rows, take
 from peftc.ir import get_attribute, set_tensor
 from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
+from peftc.packedfiles import Packing
 from peftc.planning import Binding
 from peftc.site import Projection
 from peftc.unfrozen import unplanned
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """What a merged weight M loses when it is packed again, to Q: max |M - Q|, and ‖M - Q‖ / ‖M‖ (Frobenius)."""
-
-    largest: float
-    relative: float
 
 
 def merge(compiled: CompiledModule) -> nn.Module:
@@ -56,34 +49,13 @@ def merge(compiled: CompiledModule) -> nn.Module:
             for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
         for name in plan.stored:
-            _write(compiled, model, name, frozen_weight(compiled, plan, name))
+            write(compiled, model, name, frozen_weight(compiled, plan, name))
         for weight, bindings in by_weight.items():
             _fold(compiled, model, weight, bindings)
     return model
 
 
-def merge_and_pack(compiled: CompiledModule) -> tuple[nn.Module, dict[str, Rounding]]:
-    """`merge`, with each weight that was packed rounded to its storage's numbers again; and what that loses of each.
-
-    The model has the rounded weights in the base's own precision: packing them once more changes little or nothing.
-    """
-    model = merge(compiled)
-    lost: dict[str, Rounding] = {}
-    with torch.no_grad():
-        for name, item in compiled.plan.stored.items():
-            merged = get_attribute(model, name).detach()
-            packed = item.unpack(item.pack(merged))
-            lost[name] = _lost(merged, packed)
-            _write(compiled, model, name, packed)
-    return model, lost
-
-
-def _lost(merged: Tensor, packed: Tensor) -> Rounding:
-    difference, norm = merged.float() - packed.float(), float(merged.float().norm())
-    return Rounding(float(difference.abs().max()), float(difference.norm()) / norm if norm else 0.0)
-
-
-def _write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor) -> None:
+def write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor) -> None:
     """Sets a weight under every name that it has; in a base whose packed weights were let go of there is none yet."""
     now = get_attribute(model, name)
     if not now.is_meta:
@@ -142,8 +114,10 @@ def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
         config.tie_word_embeddings = False
 
 
-def save_merged(model: nn.Module, folder: str | Path) -> None:
+def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = None) -> None:
     """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
+
+    With `packed` its layers are written as bitsandbytes packs them, and the configuration says so.
 
     Raises:
         PeftcError: `bad-output` if something stands at `folder` already.
@@ -155,7 +129,8 @@ def save_merged(model: nn.Module, folder: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         target = Path(temporary) / "model"
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(target)
+            with packed.said_by(model.config) if packed else nullcontext():
+                model.save_pretrained(target, state_dict=packed.in_place_of(model.state_dict()) if packed else None)
             _copy_tokenizer(model, target)
         else:
             target.mkdir()

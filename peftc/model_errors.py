@@ -49,6 +49,26 @@ class CannotCapture(Diagnostic):
         return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
 
 
+class PackedLayers(Diagnostic):
+    code = "packed-layers"
+    model: str
+    layer: str
+    kind: str
+    others: int
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more" if self.others else ""
+        return f"{self.model} cannot be captured as a graph: {self.layer}{more} are bitsandbytes' {self.kind}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "give the folder or id of the checkpoint instead: what bitsandbytes packed is read from there",
+            "or load the model without quantization_config, and let the spec say: quantize linear except head with nf4",
+        )
+
+
 class StaysRandom(Diagnostic):
     """A forward that branches on `training` in Python and draws random numbers there."""
 

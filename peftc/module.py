@@ -28,7 +28,7 @@ from peftc.unfrozen import Watch
 from peftc.use_errors import NoPickle, OnlyOnTheBase, OnTheBase, Transformed
 
 if TYPE_CHECKING:
-    from peftc.merge import Rounding
+    from peftc.repack import Rounding
     from peftc.schedule import Follower, Schedule
 
 Stages = list[tuple[str, fx.Graph]]
@@ -294,9 +294,13 @@ class CompiledModule(fx.GraphModule):
         With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
         loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
         """
-        from peftc.merge import merge, merge_and_pack
+        from peftc.merge import merge
+        from peftc.repack import repack
 
-        return merge_and_pack(self) if requantize else merge(self)
+        if not requantize:
+            return merge(self)
+        found = repack(self)
+        return found.model, found.lost
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
         """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""

@@ -6,7 +6,6 @@ A Hugging Face folder or hub id, a `.gguf` file, a bare `config.json`, or `path/
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import nn
 
 from peftc.artifact_errors import BadReference, NoWeights
 from peftc.errors import PeftcError
+from peftc.packedfiles import by_bitsandbytes
 from peftc.streaming import Leave, load_leaving, streams
 from peftc.weights import Checkpoint
 
@@ -101,7 +101,7 @@ def load_but(
 ) -> tuple[nn.Module, Checkpoint | None] | None:
     """Builds the model without the weights that `leave` names: they stay in the checkpoint, which it returns, too.
 
-    None for what can only be read as a whole: a factory's model, a `.gguf` file, a checkpoint that is packed already.
+    None for what can only be read as a whole: a factory's model, a `.gguf` file, what another library has packed.
 
     Raises:
         PeftcError: as `load_model`, and whatever `leave` raises.
@@ -114,7 +114,7 @@ def load_but(
         cls = _class_for(config)
         if not streams(cls, config):
             return None
-        return load_leaving(cls, source, leave, dtype=DTYPES[dtype] if dtype else "auto")
+        return load_leaving(cls, source, config, leave, dtype=DTYPES[dtype] if dtype else "auto")
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _readable(reference: Reference) -> Iterator[None]:
         yield
     except PeftcError:
         raise
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
 
@@ -167,7 +167,10 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         return model
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
-    loaded: nn.Module = cls.from_pretrained(source, dtype=DTYPES[dtype] if dtype else "auto", **extra)
+    precision = DTYPES[dtype] if dtype else "auto"
+    if by_bitsandbytes(config) and streams(cls, config):
+        return load_leaving(cls, source, config, lambda _skeleton: (), dtype=precision)[0]
+    loaded: nn.Module = cls.from_pretrained(source, dtype=precision, **extra)
     return loaded
 
 

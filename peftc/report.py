@@ -17,11 +17,11 @@ from rich.tree import Tree
 from peftc.combinator import Combinator
 from peftc.cost import Memory, formatted_bytes
 from peftc.fusion import Fired
-from peftc.merge import Rounding
 from peftc.method import Method, kinds, methods
 from peftc.parameterisation import Parameterisation
 from peftc.params import Configured, registered
 from peftc.planning import Plan
+from peftc.repack import Rounding
 from peftc.site import Attention, Block, Experts, Linear, Module, Sequence, Site, Sites
 from peftc.storage import Storage, storages
 

@@ -71,6 +71,19 @@ class Storage(Configured):
         """bitsandbytes' state dict of a layer with this weight, by what stands behind the layer's own path."""
         raise NotImplementedError
 
+    def bitsandbytes_settings(self, dtype: torch.dtype) -> dict[str, object]:
+        """What transformers' `BitsAndBytesConfig` calls this, for a model that computes in `dtype`."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_bitsandbytes(cls, state: Mapping[str, Tensor]) -> tuple[Storage, tuple[int, ...], torch.dtype] | None:
+        """Which storage of this kind wrote such a state dict, of a weight of what shape and dtype; None if none did.
+
+        Raises:
+            ValueError: if what the file says of itself cannot be read.
+        """
+        raise NotImplementedError
+
     def from_bitsandbytes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The buffers out of what `to_bitsandbytes` writes, or None if that was packed with other parameters."""
         raise NotImplementedError

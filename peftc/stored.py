@@ -67,6 +67,16 @@ class Stored:
         packed = self.storage.pack(self._turned(weight.detach()))
         return {self.names[name]: tensor for name, tensor in packed.items()}
 
+    def packed_as(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Full name -> buffer, out of bitsandbytes' state dict; None if that is of another storage."""
+        packed = self.storage.from_bitsandbytes(state)
+        return packed and {self.names[name]: tensor for name, tensor in packed.items()}
+
+    def to_bitsandbytes(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """bitsandbytes' state dict of a layer with this weight, of its buffers by full name."""
+        packed = {name: buffers[full] for name, full in self.names.items()}
+        return self.storage.to_bitsandbytes(self.shape, self.dtype, packed)
+
     def unpack(self, buffers: Mapping[str, Tensor]) -> Tensor:
         """The weight as the base model held it (a view, where that is transposed), out of its buffers by full name."""
         packed = {name: buffers[full] for name, full in self.names.items()}

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftc.ir import set_tensor
+from peftc.packedfiles import by_bitsandbytes, gathered
 from peftc.weights import Checkpoint, on_disk
 
 Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the parameters that are not to be read
@@ -27,31 +28,39 @@ Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the paramet
 def streams(cls: type[PreTrainedModel], config: Any) -> bool:
     """Whether the weights of such a model can be read one by one.
 
-    Not where the checkpoint is packed already, or the class loads itself in a way of its own.
+    Not where the class loads itself in a way of its own, or another library than bitsandbytes packed the checkpoint.
     """
     usual = cls.from_pretrained.__func__ is PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    return usual and getattr(config, "quantization_config", None) is None
+    return usual and (getattr(config, "quantization_config", None) is None or by_bitsandbytes(config))
 
 
 def load_leaving(
-    cls: type[PreTrainedModel], source: str, leave: Leave, **options: Any
+    cls: type[PreTrainedModel], source: str, config: Any, leave: Leave, **options: Any
 ) -> tuple[nn.Module, Checkpoint | None]:
     """`cls.from_pretrained(source, **options)`, except that the parameters that `leave` names stay on the meta device.
 
-    `leave` is asked before a weight is read, and not at all where the checkpoint has no safetensors files.
+    `leave` is asked before a weight is read, and not at all where the checkpoint has no safetensors files. What
+    bitsandbytes packed is read as the weights that it stands for, into ordinary layers.
+
+    Raises:
+        ValueError: where packed weights are in other files than safetensors.
     """
-    reader = _Reader(cls, leave)
+    reader = _Reader(cls, leave, by_bitsandbytes(config))
+    if reader.is_packed:
+        config = copy.deepcopy(config)
+        del config.quantization_config
     from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
-    model: nn.Module = from_pretrained(reader, source, **options)
+    model: nn.Module = from_pretrained(reader, source, config=config, **options)
     return model, reader.checkpoint
 
 
 class _Reader:
     """Stands for a model class in `from_pretrained`, and reads the checkpoint its own way."""
 
-    def __init__(self, cls: type[PreTrainedModel], leave: Leave) -> None:
+    def __init__(self, cls: type[PreTrainedModel], leave: Leave, is_packed: bool) -> None:
         self.cls = cls
         self.leave = leave
+        self.is_packed = is_packed
         self.checkpoint: Checkpoint | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -66,8 +75,11 @@ class _Reader:
         """transformers' step of that name, which is given less to read."""
         load = cast(Any, self.cls)._load_pretrained_model
         if state_dict is not None or not files or not all(file.endswith(".safetensors") for file in files):
+            if self.is_packed:
+                raise ValueError("packed weights are read from safetensors files alone")
             return load(model, state_dict, files, config)
-        self.checkpoint = checkpoint = Checkpoint(model, on_disk(files), config.weight_mapping, config.dtype_plan)
+        tensors = gathered(on_disk(files)) if self.is_packed else on_disk(files)
+        self.checkpoint = checkpoint = Checkpoint(model, tensors, config.weight_mapping, config.dtype_plan)
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         left = {name for name in self.leave(skeleton(model, checkpoint)) if name in checkpoint} - tied
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}

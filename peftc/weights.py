@@ -12,7 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from peftc.artifact_errors import ChangedCheckpoint
 from peftc.errors import PeftcError
+from peftc.packedfiles import Packed, Readable
 
 
 class OnDisk:
@@ -83,16 +85,21 @@ class Checkpoint:
     def __init__(
         self,
         model: PreTrainedModel,
-        tensors: Mapping[str, OnDisk],
+        tensors: Mapping[str, Readable],
         transforms: Iterable[Any],
         precisions: Mapping[str, torch.dtype],
     ) -> None:
         self.model = model
-        self.tensors = tensors
+        self.tensors = dict(tensors)
         self.digests: dict[str, str] = {}
         self.on_read: Callable[[str], None] = lambda _name: None
         self._recipes = _recipes(model, tensors, list(transforms), precisions)
         self._makers = {name: recipe for recipe in self._recipes for name in recipe.makes}
+        for recipe in self._recipes:
+            key, owner = recipe.sources[0][1], recipe.first.rpartition(".")[0]
+            packed = self.tensors[key]
+            if isinstance(packed, Packed) and isinstance(model.get_submodule(owner), Conv1D):
+                self.tensors[key] = replace(packed, turned=True)
 
     def __contains__(self, name: str) -> bool:
         return name in self._makers
@@ -116,12 +123,27 @@ class Checkpoint:
         give_back()  # the weight before and what packing it took
         try:
             tensor = self._made(self._makers[name], name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise PeftcError(ChangedCheckpoint(weight=name, reason=str(error))) from error
         found = digest(tensor)
         if self.digests.setdefault(name, found) != found:
             raise PeftcError(ChangedCheckpoint(weight=name, reason="it has other numbers than before"))
         return tensor
+
+    def packed(self, name: str) -> dict[str, Tensor] | None:
+        """bitsandbytes' state dict of the layer whose weight this is, where the checkpoint has it packed.
+
+        Raises:
+            PeftcError: as `read`.
+        """
+        recipe = self._makers.get(name)
+        if recipe is None or recipe.converter is not None:
+            return None
+        source = self.tensors[recipe.sources[0][1]]
+        if not isinstance(source, Packed):
+            return None
+        self.read(name)  # it is what it was before
+        return source.state()
 
     def _made(self, recipe: Recipe, name: str) -> Tensor:
         if recipe.converter is None:

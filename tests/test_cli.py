@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftc
 from peftc.cli import main
+from peftc.references import load_model, parse_reference
 
 SPEC = "apply lora(r=4, alpha=8) to attn.q, attn.v\ntrain norm\n"
 Run = Callable[..., tuple[int, str, str]]
@@ -133,13 +135,33 @@ def test_what_is_quantised_is_counted_merged_and_rounded_again(run: Run, model: 
     assert "error / weight" in out
     assert "model.layers.1.mlp.down_proj.weight" in out
     status, out, _ = run("merge", tmp_path / "qlora", "-o", tmp_path / "again", "--requantize", "--json")
-    lost = json.loads(out)["lost"]
-    assert len(lost) == 14
+    told = json.loads(out)
+    assert told["packed"]
+    assert len(told["lost"]) == 14
     dense, rounded = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "rounded")
+        load_model(parse_reference(str(tmp_path / name)))[0].state_dict() for name in ("dense", "rounded")
     )
-    for name, rounding in lost.items():
+    for name, rounding in told["lost"].items():
         assert rounding["largest"] == float((dense[name] - rounded[name]).abs().max())
+
+
+@pytest.mark.slow
+def test_a_packed_model_is_a_base_like_any_other(run: Run, model: Path, tmp_path: Path) -> None:
+    spec, first, second = (tmp_path / name for name in ("qlora.peft", "first", "second"))
+    spec.write_text(f"quantize linear except head with nf4(double=true)\n{SPEC}")
+    base = model
+    for folder in (first, second):
+        for arguments in (("plan", spec, base), ("compile", spec, base, "-o", folder / "adapter")):
+            status, out, err = run(*arguments)
+            assert (status, err) == (0, "")
+        status, out, err = run("merge", folder / "adapter", "-o", folder / "merged", "--requantize")
+        assert (status, err) == (0, "")
+        assert "packed for bitsandbytes" in out
+        base = folder / "merged"
+    weights = [load_file(folder / "merged" / "model.safetensors") for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    status, out, err = run("bench", spec, base, "--repeats", 1, "--batch", 2, "--seq", 8)
+    assert (status, err) == (0, "")
 
 
 def test_storages_are_listed(run: Run) -> None:

@@ -155,7 +155,9 @@ def test_a_checkpoint_that_changes_meanwhile(tmp_path: Path) -> None:
     assert found[1] is not None
     checkpoint = found[1]
     before = checkpoint.read(name)
-    file = checkpoint.tensors[name].file
+    tensor = checkpoint.tensors[name]
+    assert isinstance(tensor, OnDisk)
+    file = tensor.file
     stored = load_file(file)
     save_file(stored | {name: stored[name] + 1}, file, {"format": "pt"})
     with pytest.raises(peftc.PeftcError, match="other numbers than before"):

@@ -55,6 +55,13 @@ class Int8(Storage):
         layout = torch.tensor(0, dtype=torch.uint8)  # row by row
         return {"weight": buffers["values"].view(shape), "SCB": buffers["scale"], "weight_format": layout}
 
+    def bitsandbytes_settings(self, dtype: torch.dtype) -> dict[str, object]:
+        return {"load_in_8bit": True}
+
+    @classmethod
+    def of_bitsandbytes(cls, state: Mapping[str, Tensor]) -> tuple[Storage, tuple[int, ...], torch.dtype] | None:
+        return (cls(), tuple(state["weight"].shape), torch.float32) if "SCB" in state else None
+
     def from_bitsandbytes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if "SCB" not in state or int(state.get("weight_format", torch.tensor(0))) != 0:
             return None

@@ -1,0 +1,232 @@
+"""Checkpoints in bitsandbytes' packing: read bit for bit, and written by a merge for transformers to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peftc
+from marks import first_is_quick
+from peftc.ir import get_attribute
+from peftc.merge import save_merged
+from peftc.references import load_model, parse_reference
+from peftc.repack import repack
+
+bnb = pytest.importorskip("bitsandbytes")
+torch.set_num_threads(1)
+# bitsandbytes looks for a package of kernels, which transformers' loader then warns of
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+
+LORA = "apply lora(r=4) to attn.*"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nf4(double=true)": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    },
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}  # fmt: skip
+
+
+def base(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Its layers' widths are multiples of 64: bitsandbytes' CPU kernel unpacks no others rightly."""
+    sizes: dict[str, Any] = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "gpt2":
+            model: Any = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_embd=64, n_layer=2, n_head=4, n_positions=32))
+        else:
+            llama = hf.LlamaConfig(
+                **sizes, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2,
+            )  # fmt: skip
+            model = hf.LlamaForCausalLM(llama)
+    return model.to(dtype).eval()
+
+
+def packed_by_transformers(name: str, storage: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Writes a model's checkpoint in `folder` / packed; returns the model with its layers."""
+    model = base(name, dtype)
+    model.save_pretrained(folder / "dense")
+    settings = hf.BitsAndBytesConfig(**SETTINGS[storage], bnb_4bit_compute_dtype=dtype)
+    packed = type(model).from_pretrained(folder / "dense", quantization_config=settings, device_map="cpu", dtype=dtype)
+    packed.save_pretrained(folder / "packed")
+    return packed
+
+
+def unpacked(packed: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weight that each packed layer stands for, by bitsandbytes' own functions; its modules are not run."""
+    for name, module in packed.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, bnb.nn.Linear4bit):
+            yield name, bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            yield name, bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+
+
+def as_held(model: nn.Module, name: str) -> Tensor:
+    """A layer's weight as [n_out, n_in]."""
+    layer = model.get_submodule(name)
+    weight: Tensor = get_attribute(layer, "weight")
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+CASES = first_is_quick(
+    [("llama", "nf4(double=true)"), ("llama", "fp4"), ("llama", "int8"), ("gpt2", "nf4(double=true)"), ("gpt2", "int8")]
+)
+every_case = pytest.mark.parametrize(("name", "storage"), CASES)
+
+
+@every_case
+@pytest.mark.share(1)
+def test_it_is_read_as_what_it_stands_for(name: str, storage: str, tmp_path: Path) -> None:
+    packed = packed_by_transformers(name, storage, tmp_path)
+    model, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    weights = dict(unpacked(packed))
+    assert len(weights) == (14 if name == "llama" else 8)
+    for layer, weight in weights.items():
+        torch.testing.assert_close(as_held(model, layer), weight, rtol=0, atol=0)
+    for key, parameter in model.named_parameters():
+        if key.removesuffix(".weight") not in weights:
+            assert torch.equal(parameter, packed.get_parameter(key))
+    compiled = peftc.compile(tmp_path / "packed", LORA).eval()
+    ids = torch.randint(3, 97, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+@pytest.mark.share(1)
+def test_the_same_storage_takes_it_as_it_is(name: str, storage: str, tmp_path: Path) -> None:
+    packed_by_transformers(name, storage, tmp_path)
+    compiled = peftc.compile(tmp_path / "packed", f"quantize linear except head with {storage}\n{LORA}")
+    on_disk = load_file(tmp_path / "packed" / "model.safetensors")
+    assert compiled.plan.stored
+    for weight, item in compiled.plan.stored.items():
+        buffers = {full: get_attribute(compiled, full) for full in item.buffers}
+        for key, tensor in item.to_bitsandbytes(buffers).items():
+            assert torch.equal(tensor, on_disk[f"{weight.removesuffix('.weight')}.{key}"])
+
+
+@pytest.mark.slow
+def test_another_storage_rounds_what_it_stands_for(tmp_path: Path) -> None:
+    packed_by_transformers("llama", "int8", tmp_path)
+    model, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    compiled = peftc.compile(tmp_path / "packed", f"quantize linear except head with nf4\n{LORA}")
+    for weight, item in compiled.plan.stored.items():
+        expected = item.pack(get_attribute(model, weight).detach())
+        assert all(torch.equal(get_attribute(compiled, full), tensor) for full, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_method_that_writes_the_weight_starts_from_what_it_stands_for(tmp_path: Path) -> None:
+    """PiSSA takes its part out of the weight, and the rest is rounded: what lies in the file would be too much."""
+    packed_by_transformers("llama", "fp4", tmp_path)
+    model, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    spec = "quantize linear except head with fp4\napply lora(r=4, init=pissa) to attn.q"
+    from_file, from_model = peftc.compile(tmp_path / "packed", spec), peftc.compile(model, spec)
+    for name, item in from_model.plan.stored.items():
+        if name.endswith("q_proj.weight"):
+            assert all(torch.equal(get_attribute(from_file, f), get_attribute(from_model, f)) for f in item.buffers)
+
+
+@pytest.mark.slow
+def test_half_precision(tmp_path: Path) -> None:
+    packed = packed_by_transformers("llama", "nf4(double=true)", tmp_path, torch.bfloat16)
+    model, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    assert model.get_parameter("model.norm.weight").dtype is torch.bfloat16
+    for layer, weight in unpacked(packed):
+        assert weight.dtype is torch.bfloat16
+        assert torch.equal(as_held(model, layer), weight)
+
+
+def trained(name: str, storage: str) -> peftc.CompiledModule:
+    """A quantised model whose adapter is not zero."""
+    compiled = peftc.compile(base(name), f"quantize linear except head with {storage}\n{LORA}")
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in compiled.trainable_parameters().values():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=random))
+    return compiled
+
+
+@every_case
+@pytest.mark.share(1)
+def test_a_merged_model_is_written_for_transformers(name: str, storage: str, tmp_path: Path) -> None:
+    found = repack(trained(name, storage))
+    save_merged(found.model, tmp_path / "packed", found.packing)
+    save_merged(found.model, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("packed", "dense")]
+    assert sizes[0] < 0.5 * sizes[1]
+
+    packed = type(found.model).from_pretrained(tmp_path / "packed", device_map="cpu")  # type: ignore[attr-defined]
+    weights = dict(unpacked(packed))
+    assert {f"{layer}.weight" for layer in weights} == found.lost.keys()
+    for layer, weight in weights.items():
+        assert torch.equal(as_held(found.model, layer), weight)
+    again, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    assert all(torch.equal(tensor, found.model.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    first_is_quick([
+        "quantize attn.* with nf4\nquantize mlp.* with int8",
+        "quantize attn.* with nf4\nquantize mlp.* with nf4(double=true)",
+    ]),
+)  # fmt: skip
+def test_what_no_configuration_says_is_written_dense(spec: str) -> None:
+    found = repack(peftc.compile(base("llama"), spec + "\napply lora to attn.q"))
+    assert found.packing is None
+    assert len(found.lost) == 14
+
+
+@pytest.mark.slow
+def test_layers_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
+    packed = packed_by_transformers("llama", "fp4", tmp_path)
+    with pytest.raises(peftc.PeftcError) as caught:
+        peftc.compile(packed, LORA)
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "packed-layers"
+    assert "model.layers.0.self_attn.q_proj and 13 more are bitsandbytes' Linear4bit" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.share(1)
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b'"float32"', b'"complex"', "said to be complex"),
+        (b'"quant_type"', b'"quant_type', "Expecting"),
+        (b'"blocksize"', b'"blacksize"', "blocksize"),
+    ],
+)
+def test_a_damaged_file(old: bytes, new: bytes, reason: str, tmp_path: Path) -> None:
+    packed_by_transformers("llama", "fp4", tmp_path)
+    file = tmp_path / "packed" / "model.safetensors"
+    state = load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__fp4"
+    text = bytes(state[key].tolist()).replace(old, new)
+    save_file(state | {key: torch.tensor(list(text), dtype=torch.uint8)}, file, {"format": "pt"})
+    for spec in (LORA, f"quantize linear except head with fp4\n{LORA}"):
+        with pytest.raises(peftc.PeftcError, match=reason):
+            peftc.compile(file.parent, spec)
+
+
+@pytest.mark.slow
+def test_what_another_library_packed_needs_that_library(tmp_path: Path) -> None:
+    model = base("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(peftc.PeftcError, match=r"(?i)gptq") as caught:
+        peftc.compile(tmp_path, LORA)
+    assert caught.value.diagnostics[0].code == "bad-reference"
