@@ -10,9 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from peftc.fourbit import FACTS
-from peftc.storage import storages
-
-OF_INT8 = ("SCB", "weight_format")  # beside the weight, by their own names
+from peftc.storage import Buffer, storages
 
 
 class Readable(Protocol):
@@ -36,26 +34,35 @@ class Packed:
         return {name: part[...] for name, part in self.parts.items()}
 
     def __getitem__(self, where: Any) -> Tensor:
-        state = self.state()
         try:
-            dense = _unpacked(state)
+            dense = _unpacked(self.state())
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"what bitsandbytes packed cannot be read: {error}") from error
-        if dense is None:
-            raise ValueError(f"a packed weight has {', '.join(sorted(state))}, which no storage reads")
         return (dense.T if self.turned else dense)[where]
 
 
-def _unpacked(state: Mapping[str, Tensor]) -> Tensor | None:
-    """The weight [n_out, n_in] that a layer's state dict stands for; None where no storage reads it."""
+def _unpacked(state: Mapping[str, Tensor]) -> Tensor:
+    """The weight [n_out, n_in] that a layer's state dict stands for."""
     for kind in storages().values():
         found = kind.of_bitsandbytes(state)
         if found is None:
             continue
         storage, shape, dtype = found
-        if (buffers := storage.from_bitsandbytes(state)) is not None:
-            return storage.unpack(shape, dtype, **buffers)
-    return None
+        problem = storage.conflict() or (None if _is_shape(shape) else f"a weight is said to be {list(shape)}")
+        if problem:
+            raise ValueError(problem)
+        buffers = storage.from_bitsandbytes(state)
+        if buffers is None:
+            break
+        expected = storage.buffers(shape, dtype)
+        if wrong := [name for name, item in expected.items() if Buffer.of(buffers[name]) != item]:
+            raise ValueError(f"{wrong[0]} is not that of a weight of {list(shape)}")
+        return storage.unpack(shape, dtype, **buffers)
+    raise ValueError(f"no storage reads {', '.join(sorted(state))}")
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    return len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _readable(reference: Reference) -> Iterator[None]:
         yield
     except PeftcError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
 

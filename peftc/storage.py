@@ -26,6 +26,11 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Buffer:
+        """What a tensor is."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     @property
     def bytes(self) -> int:
         """How much memory it takes."""

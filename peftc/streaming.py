@@ -85,6 +85,8 @@ class _Reader:
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
         placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
         info, offloaded = load(model, to_read, files, config)
+        for key, found, expected in sorted(info.mismatched_keys):
+            raise ValueError(f"{key} is {list(found)} in the checkpoint, where the model has {list(expected)}")
         for name, placeholder in placeholders.items():
             set_tensor(model, name, placeholder)
             info.missing_keys.discard(name)

@@ -94,6 +94,7 @@ class Checkpoint:
         self.digests: dict[str, str] = {}
         self.on_read: Callable[[str], None] = lambda _name: None
         self._recipes = _recipes(model, tensors, list(transforms), precisions)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._makers = {name: recipe for recipe in self._recipes for name in recipe.makes}
         for recipe in self._recipes:
             key, owner = recipe.sources[0][1], recipe.first.rpartition(".")[0]
@@ -125,6 +126,9 @@ class Checkpoint:
             tensor = self._made(self._makers[name], name)
         except (OSError, SafetensorError, ValueError) as error:
             raise PeftcError(ChangedCheckpoint(weight=name, reason=str(error))) from error
+        if tensor.shape != self._shapes[name]:
+            reason = f"it is {list(tensor.shape)}, where the model has {list(self._shapes[name])}"
+            raise PeftcError(ChangedCheckpoint(weight=name, reason=reason))
         found = digest(tensor)
         if self.digests.setdefault(name, found) != found:
             raise PeftcError(ChangedCheckpoint(weight=name, reason="it has other numbers than before"))

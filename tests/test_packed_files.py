@@ -18,8 +18,10 @@ import peftc
 from marks import first_is_quick
 from peftc.ir import get_attribute
 from peftc.merge import save_merged
+from peftc.packedfiles import Packed
 from peftc.references import load_model, parse_reference
 from peftc.repack import repack
+from peftc.storage import storages
 
 bnb = pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
@@ -208,6 +210,7 @@ def test_layers_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
         (b'"float32"', b'"complex"', "said to be complex"),
         (b'"quant_type"', b'"quant_type', "Expecting"),
         (b'"blocksize"', b'"blacksize"', "blocksize"),
+        (b"[128, 64]", b"[64, 128]", r"up_proj.*128, 64"),
     ],
 )
 def test_a_damaged_file(old: bytes, new: bytes, reason: str, tmp_path: Path) -> None:
@@ -220,6 +223,57 @@ def test_a_damaged_file(old: bytes, new: bytes, reason: str, tmp_path: Path) -> 
     for spec in (LORA, f"quantize linear except head with fp4\n{LORA}"):
         with pytest.raises(peftc.PeftcError, match=reason):
             peftc.compile(file.parent, spec)
+
+
+SHAPE = (48, 64)
+FACTS = "weight.quant_state.bitsandbytes__nf4"
+
+
+def a_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A layer's state dict, and what it says of itself."""
+    storage: Any = storages()["nf4"](double=True)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    state = storage.to_bitsandbytes(SHAPE, weight.dtype, storage.pack(weight))
+    return state, json.loads(bytes(state[FACTS].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        (fact, value)
+        for fact, values in {
+            "blocksize": (0, -64, 63, 128, 6.4, 1 << 40, "64", None),
+            "shape": ([-1], [], [48], [48, 65], [48, 64, 1], [1 << 40, 1 << 40], [[3]], "x", None),
+            "nested_offset": (None, "a", []),
+            "dtype": ("complex64", 3, [], None),
+        }.items()
+        for value in values
+    ],
+)
+def test_facts_that_cannot_be_are_refused(fact: str, value: Any) -> None:
+    state, facts = a_state()
+    assert Packed(state)[...].shape == SHAPE
+    said = json.dumps(facts | {fact: value}).encode()
+    with pytest.raises(ValueError, match="what bitsandbytes packed cannot be read"):
+        Packed(state | {FACTS: torch.tensor(list(said), dtype=torch.uint8)})[...]
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        ("weight", torch.zeros(5, 1, dtype=torch.uint8)),
+        ("weight.absmax", torch.zeros(1, dtype=torch.uint8)),
+        ("weight.absmax", torch.zeros(48)),
+        ("weight.nested_absmax", torch.zeros(1, dtype=torch.int32)),
+        ("weight.quant_map", torch.zeros(16)),
+        (FACTS, torch.zeros(3)),
+        (FACTS, torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+    ],
+)
+def test_tensors_that_cannot_be_are_refused(key: str, tensor: Tensor) -> None:
+    state, _ = a_state()
+    with pytest.raises(ValueError, match="what bitsandbytes packed cannot be read"):
+        Packed(state | {key: tensor})[...]
 
 
 @pytest.mark.slow
