@@ -13,7 +13,6 @@ from peftc.capture import capture
 from peftc.errors import PeftcError
 from peftc.inputs import example_inputs
 from peftc.loading import load_and_plan
-from peftc.model_errors import NeedsCalibration
 from peftc.module import CompiledModule
 from peftc.planning import Plan
 from peftc.references import load_model, parse_reference
@@ -23,6 +22,7 @@ from peftc.site import Sites
 from peftc.specs import as_spec
 from peftc.syntax import Spec
 from peftc.timings import Timings
+from peftc.use_errors import NeedsCalibration
 
 
 def compile(

@@ -22,12 +22,12 @@ from peftc.api import compile
 from peftc.batches import Arguments, batch_for
 from peftc.errors import PeftcError
 from peftc.flops import count_flops
-from peftc.model_errors import CannotMeasure
 from peftc.module import CompiledModule
 from peftc.savedbytes import saved_bytes
 from peftc.stopwatch import fastest, threads
 from peftc.syntax import Spec
 from peftc.timings import Timings
+from peftc.use_errors import CannotMeasure
 from peftc.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, hf_peft, torch_compiled
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing

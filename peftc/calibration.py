@@ -22,11 +22,11 @@ from peftc.errors import PeftcError
 from peftc.insert import dense_weight
 from peftc.ir import get_attribute, value
 from peftc.method import Data
-from peftc.model_errors import BadCalibration
 from peftc.module import CompiledModule
 from peftc.penalties import loss_node
 from peftc.planning import Binding, Plan
 from peftc.site import Linear
+from peftc.use_errors import BadCalibration
 
 Batches = Iterable[Any]
 AT_ONCE = 8  # examples of a file in a batch

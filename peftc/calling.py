@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from peftc.errors import PeftcError
-from peftc.model_errors import NoRoom
+from peftc.use_errors import NoRoom
 
 # What a caller may pass although the graph has no input for it: the compiled model already behaves so.
 HARMLESS = {

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
+from peftc.capture_errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.errors import PeftcError
 from peftc.inputs import Example, fake_mode_of
 from peftc.ir import get_attribute, set_tensor
-from peftc.model_errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
 from peftc.weights import Checkpoint

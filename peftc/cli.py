@@ -254,7 +254,7 @@ def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
 
 def _move(model: Any, device: str) -> None:
     """`model` on the device of that name."""
-    from peftc.model_errors import NoDevice
+    from peftc.use_errors import NoDevice
 
     try:
         model.to(device)

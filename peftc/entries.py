@@ -15,8 +15,8 @@ from peftc.calling import without_loss
 from peftc.errors import PeftcError
 from peftc.fusion import Fired
 from peftc.items import with_items
-from peftc.model_errors import NeedsLabels
 from peftc.training_entry import training_entry
+from peftc.use_errors import NeedsLabels
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule

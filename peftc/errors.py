@@ -91,6 +91,11 @@ def choices(words: Sequence[str], last: str = "or") -> str:
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
+def among(name: str, others: int) -> str:
+    """`a`, or `a and 3 more`."""
+    return f"{name} and {others} more" if others else name
+
+
 def _place(span: Span | None) -> dict[str, str | int | None]:
     if span is None:
         return dict.fromkeys(("file", "line", "column", "end_line", "end_column"))

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from peftc.errors import PeftcError
 from peftc.ir import is_tensor
-from peftc.model_errors import CannotGenerate
+from peftc.use_errors import CannotGenerate
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from peftc.capture_errors import NeedsExample
 from peftc.errors import PeftcError
-from peftc.model_errors import NeedsExample
 
 BATCH, LENGTH = 2, 8
 

@@ -19,12 +19,12 @@ from peftc.errors import Diagnostic, PeftcError
 from peftc.frozen import frozen_weight
 from peftc.insert import dense_weight, replace_rows, take
 from peftc.ir import get_attribute, set_tensor
-from peftc.model_errors import CannotMerge
 from peftc.module import CompiledModule
 from peftc.packedfiles import Packing
 from peftc.planning import Binding
 from peftc.site import Projection
 from peftc.unfrozen import unplanned
+from peftc.use_errors import CannotMerge
 
 
 def merge(compiled: CompiledModule) -> nn.Module:

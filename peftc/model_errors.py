@@ -1,95 +1,9 @@
-"""The mistakes that only show with a model at hand: capture, matching, attaching, budgets, using."""
+"""The mistakes that only show with a model at hand: matching, attaching, budgets."""
 
 from __future__ import annotations
 
-from peftc.errors import Diagnostic, choices, suggest
+from peftc.errors import Diagnostic, among, choices
 from peftc.text import Label, Span
-
-# --- capture ----------------------------------------------------------------------------------------------------------
-
-
-class NeedsExample(Diagnostic):
-    code = "needs-example"
-    model: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} does not say what its inputs look like"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more",)
-
-
-class CannotCapture(Diagnostic):
-    code = "cannot-capture"
-    model: str
-    reason: str
-    file: str | None
-    line: int | None
-    source: str | None
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} cannot be captured as a graph: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        where = (f"at {self.file}:{self.line}: {self.source}",) if self.file else ()
-        return (*where, self.remedy)
-
-    @property
-    def remedy(self) -> str:
-        """A branch on a value needs another remedy than a forward that fails by itself."""
-        if "data-dependent" in self.reason:
-            return (
-                "torch.export needs a forward without branches on tensor values; replace the branch by torch.where "
-                "or torch.cond, or pass an example= that avoids it"
-            )
-        return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
-
-
-class PackedLayers(Diagnostic):
-    code = "packed-layers"
-    model: str
-    layer: str
-    kind: str
-    others: int
-
-    @property
-    def title(self) -> str:
-        more = f" and {self.others} more" if self.others else ""
-        return f"{self.model} cannot be captured as a graph: {self.layer}{more} are bitsandbytes' {self.kind}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "give the folder or id of the checkpoint instead: what bitsandbytes packed is read from there",
-            "or load the model without quantization_config, and let the spec say: quantize linear except head with nf4",
-        )
-
-
-class StaysRandom(Diagnostic):
-    """A forward that branches on `training` in Python and draws random numbers there."""
-
-    code = "stays-random"
-    model: str
-    op: str
-    where: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} draws random numbers ({self.op}) that its graph could not stop drawing in eval()"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            *self.where,
-            "set its probability (drop path, layer drop) to 0, or use torch.nn.functional.dropout there",
-        )
-
-
-# --- matching ---------------------------------------------------------------------------------------------------------
 
 
 class NoMatch(Diagnostic):
@@ -190,8 +104,7 @@ class Refused(Diagnostic):
 
     @property
     def title(self) -> str:
-        more = f" and {self.others} more" if self.others else ""
-        return f"{self.method} cannot attach to {self.site}{more}: {self.reason}"
+        return f"{self.method} cannot attach to {among(self.site, self.others)}: {self.reason}"
 
 
 class CannotCheckpoint(Diagnostic):
@@ -246,8 +159,7 @@ class SameMethodTwice(Diagnostic):
 
     @property
     def title(self) -> str:
-        more = f" and {self.others} more" if self.others else ""
-        return f"{self.method} is applied twice to {self.site}{more}"
+        return f"{self.method} is applied twice to {among(self.site, self.others)}"
 
     @property
     def secondary(self) -> tuple[Label, ...]:
@@ -321,69 +233,6 @@ class TrainsTied(Diagnostic):
         return "name all of them to train them together"
 
 
-# --- storage ----------------------------------------------------------------------------------------------------------
-
-
-class CannotStore(Diagnostic):
-    code = "cannot-store"
-    storage: str
-    site: str
-    reason: str
-    others: int
-
-    @property
-    def title(self) -> str:
-        more = f" and {self.others} more" if self.others else ""
-        return f"{self.storage} cannot store {self.site}{more}: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("leave it out, for example: quantize linear except head with nf4",)
-
-
-class StoredTwice(Diagnostic):
-    code = "stored-twice"
-    weight: str
-    others: int
-    first: Span
-
-    @property
-    def title(self) -> str:
-        more = f" and {self.others} more have" if self.others else " has"
-        return f"{self.weight}{more} two storages"
-
-    @property
-    def secondary(self) -> tuple[Label, ...]:
-        return (Label(self.first, "first here"),)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("a weight is stored as a whole, and once: take it out of one of them with 'except'",)
-
-
-class StoredAndTrained(Diagnostic):
-    code = "stored-and-trained"
-    weight: str
-    others: int
-    first: Span
-
-    @property
-    def title(self) -> str:
-        more = f" and {self.others} more are" if self.others else " is"
-        return f"{self.weight}{more} to be stored frozen and to be trained"
-
-    @property
-    def secondary(self) -> tuple[Label, ...]:
-        return (Label(self.first, "trains it"),)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("packed numbers have no gradient: leave it out of one of them, or apply a method such as lora to it",)
-
-
-# --- budgets ----------------------------------------------------------------------------------------------------------
-
-
 class OverBudget(Diagnostic):
     code = "over-budget"
     quantity: str
@@ -413,9 +262,6 @@ class NothingTrains(Diagnostic):
         return ("for example: apply lora(r=8) to attn.q, attn.v",)
 
 
-# --- inside the compiler ----------------------------------------------------------------------------------------------
-
-
 class VerifierFailed(Diagnostic):
     code = "verifier-failed"
     pass_name: str
@@ -428,146 +274,3 @@ class VerifierFailed(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("this is a bug in peftc, not in the spec: please report it with the spec and the model's config",)
-
-
-# --- using a compiled model -------------------------------------------------------------------------------------------
-
-
-class NeedsLabels(Diagnostic):
-    code = "needs-labels"
-    model: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} was compiled with labels, and makes its decoder's inputs from them"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("pass labels=, or compile with example={'input_ids': …, 'decoder_input_ids': …}",)
-
-
-class NoRoom(Diagnostic):
-    code = "no-room"
-    given: int
-    room: int
-
-    @property
-    def title(self) -> str:
-        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("cut the input, or compile a shorter prompt or prefix",)
-
-
-class CannotGenerate(Diagnostic):
-    code = "cannot-generate"
-    model: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} does not continue text, or was captured without an attention mask"
-
-
-class NeedsCalibration(Diagnostic):
-    """A method that starts from data, compiled without any."""
-
-    code = "needs-calibration"
-    method: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} starts from data, and there is none"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
-
-
-class BadSchedule(Diagnostic):
-    code = "bad-schedule"
-    method: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"the schedule of {self.method} does not fit the training: {self.reason}"
-
-
-class BadCalibration(Diagnostic):
-    code = "bad-calibration"
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"the calibration batches cannot be used: {self.reason}"
-
-
-class CannotMerge(Diagnostic):
-    code = "cannot-merge"
-    method: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} cannot be merged: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("save() keeps it beside the base model, which every method can do",)
-
-
-# --- show -------------------------------------------------------------------------------------------------------------
-
-
-class UnknownBlock(Diagnostic):
-    code = "unknown-block"
-    name: str
-    model: str
-    near: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} has no block '{self.name}'"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"nearest: {', '.join(self.near)}",) if self.near else ("peftc sites lists the blocks of a model",)
-
-
-class UnknownPass(Diagnostic):
-    code = "unknown-pass"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"there is no pass '{self.name}'"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        near = suggest(self.name, self.known)
-        return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
-
-
-# --- bench ------------------------------------------------------------------------------------------------------------
-
-
-class CannotMeasure(Diagnostic):
-    code = "cannot-measure"
-    model: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"no step of {self.model} can be measured: {self.reason}"
-
-
-class NoDevice(Diagnostic):
-    code = "no-device"
-    name: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"there is no device '{self.name}': {self.reason}"

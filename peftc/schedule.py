@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from peftc.errors import PeftcError
 from peftc.insert import prepare
 from peftc.ir import get_attribute
-from peftc.model_errors import BadSchedule
 from peftc.site import Site
+from peftc.use_errors import BadSchedule
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from peftc import model_errors as say
+from peftc import storage_errors as say
 from peftc.capture import Captured
 from peftc.errors import Diagnostic
 from peftc.ir import get_attribute

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from peftc.errors import PeftcError
 from peftc.graphtext import as_text, diff
-from peftc.model_errors import UnknownBlock, UnknownPass
 from peftc.show.artist import draw
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
 from peftc.show.page import to_html
+from peftc.use_errors import UnknownBlock, UnknownPass
 
 if TYPE_CHECKING:
     from peftc.module import CompiledModule
