@@ -50,6 +50,7 @@ def pytest_sessionfinish() -> None:
 def what_stays_is_not_looked_at_again() -> Iterator[None]:
     """Captured and compiled models stay: going through them again and again would be a sixth of the time."""
     yield
+    gc.collect()
     gc.freeze()
 
 
