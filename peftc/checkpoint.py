@@ -95,13 +95,13 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> CompiledModule:
+def load(folder: str | Path, model: nn.Module | str | Path | None = None) -> CompiledModule:
     """The compiled model that was saved at `folder`, on its base model.
 
     Args:
         folder: what `CompiledModule.save` wrote.
-        model: the base model. Without it, the folder or hub id that the base was loaded from is read again; a model
-            from a Python file must be passed, since an artifact never runs code.
+        model: the base model, or a reference to it. Without it, the folder or hub id that the base was loaded from is
+            read again; a model from a Python file must be passed, since an artifact never runs code.
 
     Raises:
         PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered; `wrong-base` if the

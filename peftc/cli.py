@@ -185,26 +185,21 @@ def _merge(given: argparse.Namespace) -> None:
 
     _watched_only()
     with _progress(given) as timings:
-        model = None
-        if given.model:
-            with timings.stage("load"):
-                model = _load_model(given.model)[0]
         with timings.stage("compile"):
-            compiled = peftc.load(given.artifact, model)
+            compiled = peftc.load(given.artifact, given.model)
         with timings.stage("merge"):
             again = repack(compiled) if given.requantize else Repacked(compiled.merge(), {}, None)
             merged, lost = again.model, again.lost
         with timings.stage("save"):
-            save_merged(merged, given.output, again.packing)
+            packed = save_merged(merged, given.output, again.packing)
     if given.json:
-        packed = again.packing is not None
         report = {"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds, "packed": packed}
         _print_json(report | {"lost": {name: asdict(rounding) for name, rounding in lost.items()}})
     else:
         if lost:
             _print(lost_table(lost))
         how = "its weights rounded, in full precision" if lost else "in full precision"
-        how = "packed for bitsandbytes" if again.packing is not None else how
+        how = "packed for bitsandbytes" if packed else how
         print(f"a plain {type(merged).__name__}, {how}, written to {given.output}")
 
 

@@ -86,9 +86,12 @@ def materialise(
         for binding in before:
             _begin(module, plan, binding, made, state, data)
         for weight, item in plan.stored.items():
-            if is_packed(module, item) or (weight not in changed and pack_as_found(module, plan, item)):
+            if is_packed(module, item):
                 continue
-            pack(module, item, _prepared(module, plan, weight))
+            prepared = _prepared(module, plan, weight) if weight in changed else None
+            same = prepared is None or torch.equal(prepared, _base(module, plan, weight))
+            if not (same and pack_as_found(module, plan, item)):
+                pack(module, item, _base(module, plan, weight) if prepared is None else prepared)
         for binding in plan.bindings:
             if binding not in before:
                 _begin(module, plan, binding, made, state, data)

@@ -6,7 +6,6 @@ import copy
 import shutil
 import tempfile
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
@@ -114,10 +113,11 @@ def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
         config.tie_word_embeddings = False
 
 
-def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = None) -> None:
+def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = None) -> bool:
     """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
 
-    With `packed` its layers are written as bitsandbytes packs them, and the configuration says so.
+    With `packed` its layers are written as bitsandbytes packs them, and the configuration says so: returns whether
+    they are, which they cannot be where the library's files have other tensors than its model has.
 
     Raises:
         PeftcError: `bad-output` if something stands at `folder` already.
@@ -128,9 +128,10 @@ def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = N
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         target = Path(temporary) / "model"
+        is_packed = isinstance(model, PreTrainedModel) and packed is not None and packed.saved(model, target)
         if isinstance(model, PreTrainedModel):
-            with packed.said_by(model.config) if packed else nullcontext():
-                model.save_pretrained(target, state_dict=packed.in_place_of(model.state_dict()) if packed else None)
+            if not is_packed:
+                model.save_pretrained(target)
             _copy_tokenizer(model, target)
         else:
             target.mkdir()
@@ -138,6 +139,7 @@ def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = N
         if folder.exists():
             folder.rmdir()
         target.rename(folder)
+    return is_packed
 
 
 def _copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:

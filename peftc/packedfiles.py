@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from peftc.fourbit import FACTS
+from peftc.ondisk import Readable, on_disk
 from peftc.storage import Buffer, storages
-
-
-class Readable(Protocol):
-    """A tensor of a checkpoint, which is read when it is indexed."""
-
-    def __getitem__(self, where: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Packed:
         try:
             dense = _unpacked(self.state())
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"what bitsandbytes packed cannot be read: {error}") from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"what bitsandbytes packed cannot be read: {why}") from error
         return (dense.T if self.turned else dense)[where]
 
 
@@ -75,32 +74,38 @@ class Packing:
     layers: Mapping[str, Mapping[str, Tensor]]
     settings: dict[str, object]
 
-    def in_place_of(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's state dict, with what is packed for what it stands for."""
-        kept = {name: tensor for name, tensor in dense.items() if name.removesuffix(".weight") not in self.layers}
-        packed = {f"{path}.{name}": item for path, state in self.layers.items() for name, item in state.items()}
-        return kept | packed
+    def saved(self, model: PreTrainedModel, folder: Path) -> bool:
+        """Writes `model` with what is packed in place of what it stands for; False, and nothing, where that cannot be.
 
-    @contextmanager
-    def said_by(self, config: Any) -> Iterator[None]:
-        """Meanwhile the configuration of a model says what is packed."""
-        config.quantization_config = self.settings
+        transformers writes some models otherwise than they are: layers that are one in its files cannot be packed.
+        """
+        packed = {f"{path}.{name}": item for path, state in self.layers.items() for name, item in state.items()}
+        dense = {name: t for name, t in model.state_dict().items() if name.removesuffix(".weight") not in self.layers}
+        model.config.quantization_config = self.settings
         try:
-            yield
+            model.save_pretrained(folder, state_dict=dense | packed)
         finally:
-            del config.quantization_config
+            del model.config.quantization_config
+        there = on_disk(sorted(folder.glob("*.safetensors")))
+        if all(name in there and torch.equal(there[name][...], item) for name, item in packed.items()):
+            return True
+        shutil.rmtree(folder)
+        return False
 
 
 def by_bitsandbytes(config: Any) -> bool:
     """Whether a model's configuration says that bitsandbytes packed its checkpoint."""
     said = getattr(config, "quantization_config", None)
-    return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes"
+    if not isinstance(said, dict):
+        return False
+    method = said.get("quant_method")  # older files do without
+    return method == "bitsandbytes" or (method is None and bool(said.get("load_in_4bit") or said.get("load_in_8bit")))
 
 
 def gathered(tensors: Mapping[str, Readable]) -> dict[str, Readable]:
     """The tensors of a checkpoint, with one `Packed` in the place of all that a packed layer has but its bias."""
     layers = {key.partition(f".weight.{FACTS}")[0] for key in tensors if f".weight.{FACTS}" in key}
-    layers |= {key.removesuffix(".SCB") for key in tensors if key.endswith(".SCB")}
+    layers |= {key.rpartition(".")[0] for key in tensors if key.endswith((".SCB", ".weight_format"))}
     parts: dict[str, dict[str, Readable]] = {layer: {} for layer in layers}
     found: dict[str, Readable] = {}
     for key, tensor in tensors.items():

@@ -14,6 +14,7 @@ from peftc.ir import get_attribute
 from peftc.merge import merge, write
 from peftc.module import CompiledModule
 from peftc.packedfiles import Packing
+from peftc.site import Projection
 from peftc.stored import Stored
 
 
@@ -40,7 +41,8 @@ class Repacked:
 def repack(compiled: CompiledModule) -> Repacked:
     """`merge`, with each weight that is packed in `compiled` rounded to its storage's numbers again.
 
-    The model has the rounded weights in the base's own precision: packing them once more changes little or nothing.
+    The model has the rounded weights in the base's own precision: packing them once more changes little or nothing. A
+    weight that no method changes stays packed as it is.
 
     Raises:
         PeftcError: as `merge`.
@@ -48,10 +50,12 @@ def repack(compiled: CompiledModule) -> Repacked:
     model = merge(compiled)
     lost: dict[str, Rounding] = {}
     layers: dict[str, dict[str, Tensor]] = {}
+    changed = {binding.site.weight for binding in compiled.plan.bindings if isinstance(binding.site, Projection)}
     with torch.no_grad():
         for name, item in compiled.plan.stored.items():
             merged = get_attribute(model, name).detach()
-            buffers = item.pack(merged)
+            as_it_is = {full: get_attribute(compiled, full) for full in item.buffers}
+            buffers = item.pack(merged) if name in changed else as_it_is
             rounded = item.unpack(buffers)
             lost[name] = _lost(merged, rounded)
             layers[name.removesuffix(".weight")] = item.to_bitsandbytes(buffers)
@@ -77,8 +81,10 @@ def _settings(compiled: CompiledModule, model: nn.Module) -> dict[str, object] |
         name for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in stored
     ]  # fmt: skip
-    if not all(should_convert_module(name.removesuffix(".weight"), skipped) for name in stored):
-        return None  # a packed layer's name is like one that is not
+    # A layer is left dense that is like one of these by name, or is one that the model keeps in full precision.
+    dense = [*skipped, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    if not all(should_convert_module(name.removesuffix(".weight"), dense) for name in stored):
+        return None
     return {"quant_method": "bitsandbytes", **first, "llm_int8_skip_modules": skipped}
 
 

@@ -19,8 +19,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftc.ir import set_tensor
+from peftc.ondisk import on_disk
 from peftc.packedfiles import by_bitsandbytes, gathered
-from peftc.weights import Checkpoint, on_disk
+from peftc.weights import Checkpoint
 
 Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the parameters that are not to be read
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -32,32 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peftc.artifact_errors import ChangedCheckpoint
 from peftc.errors import PeftcError
-from peftc.packedfiles import Packed, Readable
+from peftc.ondisk import OnDisk, Readable
+from peftc.packedfiles import Packed
 
-
-class OnDisk:
-    """One tensor of a safetensors file, read when it is indexed; nothing of the file stays open or mapped.
-
-    Pages of a mapped file would count as the process's memory for as long as the mapping is there.
-    """
-
-    def __init__(self, file: Path, key: str) -> None:
-        self.file = file
-        self.key = key
-
-    def __getitem__(self, where: Any) -> Tensor:
-        with safe_open(self.file, framework="pt", backend="pread") as shard:
-            tensor: Tensor = shard.get_tensor(self.key)
-        return tensor[where]
-
-
-def on_disk(files: Iterable[str | Path]) -> dict[str, OnDisk]:
-    """Every tensor of some safetensors files by its name there; of the files only the headers are read."""
-    found: dict[str, OnDisk] = {}
-    for file in map(Path, files):
-        with safe_open(file, framework="pt", backend="pread") as shard:
-            found |= {key: OnDisk(file, key) for key in shard.keys()}  # noqa: SIM118 -- no mapping
-    return found
+WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -97,6 +74,7 @@ class Checkpoint:
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._makers = {name: recipe for recipe in self._recipes for name in recipe.makes}
         for recipe in self._recipes:
+            _refuse_whole_numbers(recipe, self.tensors)
             key, owner = recipe.sources[0][1], recipe.first.rpartition(".")[0]
             packed = self.tensors[key]
             if isinstance(packed, Packed) and isinstance(model.get_submodule(owner), Conv1D):
@@ -182,6 +160,18 @@ def give_back() -> None:
 @cache
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _refuse_whole_numbers(recipe: Recipe, tensors: Mapping[str, Readable]) -> None:
+    """Codes that lost what they stand for would become weights.
+
+    Raises:
+        ValueError: where a weight is to be made of integers.
+    """
+    for _pattern, key in recipe.sources:
+        source = tensors[key]
+        if recipe.dtype.is_floating_point and isinstance(source, OnDisk) and source.kind in WHOLE_NUMBERS:
+            raise ValueError(f"{key} is {source.kind} in the checkpoint, and nothing there says what packed it")
 
 
 def _recipes(

@@ -158,8 +158,13 @@ def test_a_packed_model_is_a_base_like_any_other(run: Run, model: Path, tmp_path
         assert (status, err) == (0, "")
         assert "packed for bitsandbytes" in out
         base = folder / "merged"
-    weights = [load_file(folder / "merged" / "model.safetensors") for folder in (first, second)]
+    status, _, err = run(
+        "merge", second / "adapter", "-o", tmp_path / "told", "--requantize", "--model", first / "merged"
+    )
+    assert (status, err) == (0, "")
+    weights = [load_file(folder / "model.safetensors") for folder in (second / "merged", tmp_path / "told")]
     assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
     status, out, err = run("bench", spec, base, "--repeats", 1, "--batch", 2, "--seq", 8)
     assert (status, err) == (0, "")
 

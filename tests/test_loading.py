@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 import peftc
 from checkpoints import write_llama
+from peftc.ondisk import OnDisk
 from peftc.references import load_but, load_model, parse_reference
-from peftc.weights import Checkpoint, OnDisk
+from peftc.weights import Checkpoint
 from zoo import ENCODER, GROUPED, TOKENS, ZOO
 
 # How a checkpoint differs from the model: prefixes, fused and stacked weights, transposed ones, ties, a fresh head.

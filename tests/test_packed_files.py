@@ -20,8 +20,9 @@ from peftc.ir import get_attribute
 from peftc.merge import save_merged
 from peftc.packedfiles import Packed
 from peftc.references import load_model, parse_reference
-from peftc.repack import repack
+from peftc.repack import Rounding, repack
 from peftc.storage import storages
+from zoo import ZOO
 
 bnb = pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
@@ -85,6 +86,7 @@ CASES = first_is_quick(
     [("llama", "nf4(double=true)"), ("llama", "fp4"), ("llama", "int8"), ("gpt2", "nf4(double=true)"), ("gpt2", "int8")]
 )
 every_case = pytest.mark.parametrize(("name", "storage"), CASES)
+every_storage = pytest.mark.parametrize("storage", first_is_quick(list(SETTINGS)))
 
 
 @every_case
@@ -164,8 +166,8 @@ def trained(name: str, storage: str) -> peftc.CompiledModule:
 @pytest.mark.share(1)
 def test_a_merged_model_is_written_for_transformers(name: str, storage: str, tmp_path: Path) -> None:
     found = repack(trained(name, storage))
-    save_merged(found.model, tmp_path / "packed", found.packing)
-    save_merged(found.model, tmp_path / "dense")
+    assert save_merged(found.model, tmp_path / "packed", found.packing)
+    assert not save_merged(found.model, tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("packed", "dense")]
     assert sizes[0] < 0.5 * sizes[1]
@@ -190,6 +192,83 @@ def test_what_no_configuration_says_is_written_dense(spec: str) -> None:
     found = repack(peftc.compile(base("llama"), spec + "\napply lora to attn.q"))
     assert found.packing is None
     assert len(found.lost) == 14
+
+
+def zeroed(name: str, spec: str) -> peftc.CompiledModule:
+    """A quantised zoo model."""
+    return peftc.compile(ZOO[name](), f"quantize linear except head with {spec}\napply lora(r=4) to attn.q")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_what_transformers_keeps_in_full_precision_is_not_packed(storage: str) -> None:
+    """T5's second feed-forward layer, whatever a configuration says."""
+    assert repack(zeroed("t5", storage)).packing is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_layers_that_are_one_in_the_file_are_written_dense(storage: str, tmp_path: Path) -> None:
+    config = hf.Dinov2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8, use_swiglu_ffn=True,
+    )  # fmt: skip
+    model = hf.Dinov2ForImageClassification(config).eval()
+    compiled = peftc.compile(model, f"quantize linear except head with {storage}\napply lora(r=4) to attn.q")
+    found = repack(compiled)
+    assert found.packing is not None
+    assert not save_merged(found.model, tmp_path / "merged", found.packing)
+    again = hf.Dinov2ForImageClassification.from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(tensor, found.model.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+@every_storage
+def test_what_no_method_changes_keeps_its_bits(storage: str) -> None:
+    compiled = peftc.compile(base("llama"), f"quantize linear except head with {storage}\n{LORA}")
+    found = repack(compiled)
+    assert found.packing is not None
+    for weight, item in compiled.plan.stored.items():
+        if "mlp" in weight:
+            assert found.lost[weight] == Rounding(0.0, 0.0)
+            buffers = item.to_bitsandbytes({full: get_attribute(compiled, full) for full in item.buffers})
+            written = found.packing.layers[weight.removesuffix(".weight")]
+            assert all(torch.equal(tensor, written[key]) for key, tensor in buffers.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["relora", "dora", "said(dim=8)"])
+def test_a_method_that_starts_as_the_base_starts_as_the_file(method: str, tmp_path: Path) -> None:
+    packed_by_transformers("llama", "nf4(double=true)", tmp_path)
+    model, _ = load_model(parse_reference(str(tmp_path / "packed")))
+    spec = f"quantize linear except head with nf4(double=true)\napply {method} to attn.*"
+    compiled = peftc.compile(tmp_path / "packed", spec).eval()
+    ids = torch.randint(3, 97, (2, 9))
+    with torch.no_grad():  # float32, in another order
+        torch.testing.assert_close(compiled(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.share(1)
+@pytest.mark.parametrize("lost", [("SCB",), ("SCB", "weight_format")])
+def test_codes_without_their_scales_are_no_weights(lost: tuple[str, ...], tmp_path: Path) -> None:
+    packed_by_transformers("llama", "int8", tmp_path)
+    file = tmp_path / "packed" / "model.safetensors"
+    state = load_file(file)
+    for name in lost:
+        del state[f"model.layers.1.mlp.up_proj.{name}"]
+    save_file(state, file, {"format": "pt"})
+    for spec in (LORA, f"quantize linear except head with int8\n{LORA}"):
+        with pytest.raises(peftc.PeftcError, match="packed"):
+            peftc.compile(file.parent, spec)
+
+
+@pytest.mark.slow
+def test_an_older_configuration_does_without_the_name(tmp_path: Path) -> None:
+    packed_by_transformers("llama", "fp4", tmp_path)
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["quant_method"]
+    file.write_text(json.dumps(config))
+    assert peftc.compile(file.parent, LORA).plan.trainable
 
 
 @pytest.mark.slow
