@@ -28,7 +28,7 @@ from transformers.exporters.utils import patch_attributes
 from peftc.capture_errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.errors import PeftcError
 from peftc.inputs import Example, fake_mode_of
-from peftc.ir import get_attribute, set_tensor
+from peftc.ir import get_attribute, set_tensor, tensors
 from peftc.normalise import normalise, stays_random
 from peftc.timings import Timings
 from peftc.weights import Checkpoint
@@ -103,9 +103,9 @@ def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) ->
 
     Where `model` is on the meta device the graph has its fake tensors still, and `checkpoint` the weights.
     """
-    own = _tensors(model)
+    own = tensors(model)
     aliases: dict[int, torch.Tensor] = {}
-    for name in _tensors(captured.module):
+    for name in tensors(captured.module):
         if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
             set_tensor(captured.module, name, _alias(own[name], aliases))
     return replace(captured, model=model, checkpoint=checkpoint)
@@ -173,11 +173,6 @@ def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
             continue
         set_tensor(root, node.target, _alias(tensor, seen))
     return root
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, a tied one under each of its names."""
-    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:

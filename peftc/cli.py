@@ -198,9 +198,8 @@ def _merge(given: argparse.Namespace) -> None:
     else:
         if lost:
             _print(lost_table(lost))
-        how = "its weights rounded, in full precision" if lost else "in full precision"
-        how = "packed for bitsandbytes" if packed else how
-        print(f"a plain {type(merged).__name__}, {how}, written to {given.output}")
+        how = "packed for bitsandbytes, " if packed else "its weights rounded but not packed, " if lost else ""
+        print(f"a plain {type(merged).__name__}, {how}written to {given.output}")
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -81,21 +81,24 @@ def materialise(
     made: dict[str, Tensor] = {}
     with torch.no_grad():
         # A method that takes something out of a weight takes it out of the base's; the others start from what is kept.
-        changed = rewritten(plan)
         before = [b for b in plan.bindings if _prepares(b) and b.site.parameters[0] in plan.stored]
         for binding in before:
             _begin(module, plan, binding, made, state, data)
         for weight, item in plan.stored.items():
-            if is_packed(module, item):
-                continue
-            prepared = _prepared(module, plan, weight) if weight in changed else None
-            same = prepared is None or torch.equal(prepared, _base(module, plan, weight))
-            if not (same and pack_as_found(module, plan, item)):
-                pack(module, item, _base(module, plan, weight) if prepared is None else prepared)
+            if not is_packed(module, item):
+                _pack(module, plan, weight)
         for binding in plan.bindings:
             if binding not in before:
                 _begin(module, plan, binding, made, state, data)
         _prepare(module, plan, [weight for weight in rewritten(plan) if weight not in plan.stored])
+
+
+def _pack(module: nn.Module, plan: Plan, weight: str) -> None:
+    """Packs a weight with what methods change of it; one that none changes lies as its checkpoint has it, if packed."""
+    base = _base(module, plan, weight)
+    prepared = _prepared(module, plan, weight, base)
+    if prepared is not base or not pack_as_found(module, plan, plan.stored[weight]):
+        pack(module, plan.stored[weight], prepared)
 
 
 def _begin(
@@ -138,13 +141,14 @@ def prepare(module: nn.Module, plan: Plan) -> None:
 
 def _prepare(module: nn.Module, plan: Plan, weights: Iterable[str]) -> None:
     for weight in weights:
-        prepared = _prepared(module, plan, weight)
+        base = _base(module, plan, weight)
+        prepared = _prepared(module, plan, weight, base)
         if weight in plan.stored:
             pack(module, plan.stored[weight], prepared)
             continue
         now = get_attribute(module, weight)
         if now.data_ptr() != prepared.data_ptr() and not torch.equal(now, prepared):
-            own = prepared.clone() if prepared.data_ptr() == _base(module, plan, weight).data_ptr() else prepared
+            own = prepared.clone() if prepared.data_ptr() == base.data_ptr() else prepared
             set_tensor(module, weight, nn.Parameter(own, requires_grad=False))
 
 
@@ -164,9 +168,9 @@ def _base(module: nn.Module, plan: Plan, weight: str) -> Tensor:
     return plan.captured.frozen(weight).to(device)
 
 
-def _prepared(module: nn.Module, plan: Plan, weight: str) -> Tensor:
+def _prepared(module: nn.Module, plan: Plan, weight: str, base: Tensor) -> Tensor:
     """The base's weight less what methods take out of it, or with what they add; itself, if none does."""
-    whole = base = _base(module, plan, weight)
+    whole = base
     for binding in plan.bindings:
         site = binding.site
         if not _prepares(binding) or not isinstance(site, Projection) or site.weight != weight:

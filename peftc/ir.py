@@ -88,13 +88,17 @@ def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
         root.register_buffer(leaf, tensor)
 
 
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, a tied one under each of its names."""
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+
+
 def keep_unread(root: nn.Module, made: nn.Module) -> None:
     """Gives `made`, a GraphModule on `root`, the tensors of `root` that no node reads and that it therefore left out.
 
     Such as the start that a method took out of a weight: it is saved, and needed to take it out again.
     """
-    named = (*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False))
-    known = {name for name, _ in named}
+    known = tensors(made)
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if name not in known:
             set_tensor(made, name, tensor)

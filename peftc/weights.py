@@ -115,17 +115,13 @@ class Checkpoint:
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """bitsandbytes' state dict of the layer whose weight this is, where the checkpoint has it packed.
 
-        Raises:
-            PeftcError: as `read`.
+        For who has just read it: that is where what cannot be right is found.
         """
         recipe = self._makers.get(name)
         if recipe is None or recipe.converter is not None:
             return None
         source = self.tensors[recipe.sources[0][1]]
-        if not isinstance(source, Packed):
-            return None
-        self.read(name)  # it is what it was before
-        return source.state()
+        return source.state() if isinstance(source, Packed) else None
 
     def _made(self, recipe: Recipe, name: str) -> Tensor:
         if recipe.converter is None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from peftc.capture import Captured, capture, over
 from peftc.inputs import Example, fake_mode_of
-from peftc.ir import set_tensor
+from peftc.ir import set_tensor, tensors
 
 captures: dict[Hashable, Captured] = {}
 
@@ -27,7 +26,7 @@ def captured_once(model: nn.Module, example: Example, *more: Any) -> Captured:
     graph = fx.Graph()
     graph.output(graph.graph_copy(known.module.graph, {}))
     module = fx.GraphModule(known.module, graph, class_name=type(model).__name__)
-    for name, tensor in tensors(known.module):  # the second name of a tied weight is read by nothing
+    for name, tensor in tensors(known.module).items():  # the second name of a tied weight is read by nothing
         set_tensor(module, name, tensor)
     own = replace(known, module=module, example=example)
     return own if known.model is model else over(own, model, None)
@@ -44,13 +43,8 @@ def kind_of(model: nn.Module) -> Hashable:
         type(model),
         model.config.to_json_string(use_diff=False),
         *((type(module).__name__, str(settings(module))) for module in model.modules()),
-        *((name, first.setdefault(id(t), name), t.shape, t.dtype, t.device) for name, t in tensors(model)),
+        *((name, first.setdefault(id(t), name), t.shape, t.dtype, t.device) for name, t in tensors(model).items()),
     )
-
-
-def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, a tied one under each of its names."""
-    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
 
 
 def settings(module: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ EIGHTH = 8
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the slow cases of one test all but every eighth, or every so many-th as `share` says, are `exhaustive`, too.
+    """Of the slow cases of one test all but every eighth are `exhaustive`, too, where it is not `whole`.
 
     Which eighth differs by file: another file takes other models. Of fewer cases one is left.
     """
@@ -35,8 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("slow"):
             tables.setdefault((item.path, item.originalname), []).append(item)
     for (path, _), cases in tables.items():
-        share = cases[0].get_closest_marker("share")
-        step = min(share.args[0] if share else EIGHTH, len(cases))
+        step = 1 if cases[0].get_closest_marker("whole") else min(EIGHTH, len(cases))
         for place, item in enumerate(cases):
             if (place + crc32(path.name.encode())) % step:
                 item.add_marker(pytest.mark.exhaustive)

@@ -114,7 +114,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.share(1)
+@pytest.mark.whole
 @pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # fp16 is multiplied as bf16 is
 def test_no_kernel_spills(target: str, dtype: torch.dtype) -> None:

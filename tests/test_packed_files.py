@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from bitsandbytes import functional
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,10 +26,7 @@ from peftc.repack import Rounding, repack
 from peftc.storage import storages
 from zoo import ZOO
 
-bnb = pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
-# bitsandbytes looks for a package of kernels, which transformers' loader then warns of
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
 
 LORA = "apply lora(r=4) to attn.*"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,10 +68,10 @@ def unpacked(packed: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weight that each packed layer stands for, by bitsandbytes' own functions; its modules are not run."""
     for name, module in packed.named_modules():
         weight: Any = getattr(module, "weight", None)
-        if isinstance(module, bnb.nn.Linear4bit):
-            yield name, bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            yield name, bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        if isinstance(module, Linear4bit):
+            yield name, functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(module, Linear8bitLt):
+            yield name, functional.int8_vectorwise_dequant(weight.data, weight.SCB)
 
 
 def as_held(model: nn.Module, name: str) -> Tensor:
@@ -90,7 +89,7 @@ every_storage = pytest.mark.parametrize("storage", first_is_quick(list(SETTINGS)
 
 
 @every_case
-@pytest.mark.share(1)
+@pytest.mark.whole
 def test_it_is_read_as_what_it_stands_for(name: str, storage: str, tmp_path: Path) -> None:
     packed = packed_by_transformers(name, storage, tmp_path)
     model, _ = load_model(parse_reference(str(tmp_path / "packed")))
@@ -103,12 +102,12 @@ def test_it_is_read_as_what_it_stands_for(name: str, storage: str, tmp_path: Pat
             assert torch.equal(parameter, packed.get_parameter(key))
     compiled = peftc.compile(tmp_path / "packed", LORA).eval()
     ids = torch.randint(3, 97, (2, 9))
-    with torch.no_grad():
+    with torch.no_grad():  # float32, in another order
         torch.testing.assert_close(compiled(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @every_case
-@pytest.mark.share(1)
+@pytest.mark.whole
 def test_the_same_storage_takes_it_as_it_is(name: str, storage: str, tmp_path: Path) -> None:
     packed_by_transformers(name, storage, tmp_path)
     compiled = peftc.compile(tmp_path / "packed", f"quantize linear except head with {storage}\n{LORA}")
@@ -147,7 +146,9 @@ def test_half_precision(tmp_path: Path) -> None:
     packed = packed_by_transformers("llama", "nf4(double=true)", tmp_path, torch.bfloat16)
     model, _ = load_model(parse_reference(str(tmp_path / "packed")))
     assert model.get_parameter("model.norm.weight").dtype is torch.bfloat16
-    for layer, weight in unpacked(packed):
+    weights = dict(unpacked(packed))
+    assert len(weights) == 14
+    for layer, weight in weights.items():
         assert weight.dtype is torch.bfloat16
         assert torch.equal(as_held(model, layer), weight)
 
@@ -163,7 +164,7 @@ def trained(name: str, storage: str) -> peftc.CompiledModule:
 
 
 @every_case
-@pytest.mark.share(1)
+@pytest.mark.whole
 def test_a_merged_model_is_written_for_transformers(name: str, storage: str, tmp_path: Path) -> None:
     found = repack(trained(name, storage))
     assert save_merged(found.model, tmp_path / "packed", found.packing)
@@ -172,7 +173,7 @@ def test_a_merged_model_is_written_for_transformers(name: str, storage: str, tmp
     sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("packed", "dense")]
     assert sizes[0] < 0.5 * sizes[1]
 
-    packed = type(found.model).from_pretrained(tmp_path / "packed", device_map="cpu")  # type: ignore[attr-defined]
+    packed = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cpu")
     weights = dict(unpacked(packed))
     assert {f"{layer}.weight" for layer in weights} == found.lost.keys()
     for layer, weight in weights.items():
@@ -247,7 +248,7 @@ def test_a_method_that_starts_as_the_base_starts_as_the_file(method: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.share(1)
+@pytest.mark.whole
 @pytest.mark.parametrize("lost", [("SCB",), ("SCB", "weight_format")])
 def test_codes_without_their_scales_are_no_weights(lost: tuple[str, ...], tmp_path: Path) -> None:
     packed_by_transformers("llama", "int8", tmp_path)
@@ -282,7 +283,7 @@ def test_layers_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.share(1)
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
