@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from models import mixtral, smollm2
-from peftc.bench import bench
-from peftc.variants import FLOOR, FUSED, HF_PEFT, PLAIN
+from peftc.bench.bench import bench
+from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, PLAIN
 
 FOLDER = Path(__file__).parent / "benchmarks"
 RESULTS = FOLDER / "results.json"

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import peftc
-from peftc.timings import Timings
+from peftc.diagnostics.timings import Timings
 
 SPEC = "apply lora(r=16, alpha=32) to attn.*, mlp.*"
 

@@ -9,12 +9,12 @@ if not (Path(__file__).parent / "passes").exists():  # run from a checkout, not 
 
 if TYPE_CHECKING:
     from peftc.api import compile, plan, sites
-    from peftc.checkpoint import load
-    from peftc.errors import Diagnostic, PeftcError
-    from peftc.interop import load_peft
-    from peftc.module import CompiledModule
-    from peftc.planning import Plan
-    from peftc.specs import check
+    from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+    from peftc.files.artifact import load
+    from peftc.files.peft_folder import load_peft
+    from peftc.planning.planner import Plan
+    from peftc.runtime.module import CompiledModule
+    from peftc.spec.check import check
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,9 +22,17 @@ __all__ = [
 ]  # fmt: skip
 
 _HOME = {
-    "CompiledModule": "module", "Diagnostic": "errors", "PeftcError": "errors", "Plan": "planning", "check": "specs",
-    "compile": "api", "load": "checkpoint", "load_peft": "interop", "plan": "api", "sites": "api",
-}  # fmt: skip
+    "CompiledModule": "runtime.module",
+    "Diagnostic": "diagnostics.diagnostic",
+    "PeftcError": "diagnostics.diagnostic",
+    "Plan": "planning.planner",
+    "check": "spec.check",
+    "compile": "api",
+    "load": "files.artifact",
+    "load_peft": "files.peft_folder",
+    "plan": "api",
+    "sites": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from peftc import pipeline
-from peftc.capture import capture
-from peftc.errors import PeftcError
-from peftc.inputs import example_inputs
-from peftc.loading import load_and_plan
-from peftc.module import CompiledModule
-from peftc.planning import Plan
-from peftc.references import load_model, parse_reference
-from peftc.resolve import Intentions, resolve
-from peftc.roles import find_sites
-from peftc.site import Sites
-from peftc.specs import as_spec
-from peftc.syntax import Spec
-from peftc.timings import Timings
-from peftc.use_errors import NeedsCalibration
+from peftc.capture.capture import capture
+from peftc.capture.inputs import example_inputs
+from peftc.capture.references import load_model, parse_reference
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.timings import Timings
+from peftc.driver import pipeline
+from peftc.driver.loading import load_and_plan
+from peftc.language.syntax import Spec
+from peftc.planning.planner import Plan
+from peftc.protocol.site import Sites
+from peftc.roles.find import find_sites
+from peftc.runtime.errors import NeedsCalibration
+from peftc.runtime.module import CompiledModule
+from peftc.spec.check import as_spec
+from peftc.spec.resolve import Intentions, resolve
 
 
 def compile(

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from peftc import debug
-from peftc.errors import PeftcError
-from peftc.text import render
-from peftc.timings import Timings
+from peftc.diagnostics import debug
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.source import render
+from peftc.diagnostics.timings import Timings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +64,8 @@ def _complain(error: PeftcError, *, as_json: bool) -> None:
 def _compile(given: argparse.Namespace) -> None:
     """Compiles, verifies, reports; with -o writes the artifact."""
     import peftc
-    from peftc.calibration import read_batches
-    from peftc.report import fusions_table, plan_table, timings_table
+    from peftc.driver.calibration import read_batches
+    from peftc.show.tables import fusions_table, plan_table, timings_table
 
     with _progress(given) as timings:
         with timings.stage("check"):
@@ -95,7 +95,7 @@ def _compile(given: argparse.Namespace) -> None:
 def _plan(given: argparse.Namespace) -> None:
     """What each statement matches, and what a step needs, from shapes alone."""
     import peftc
-    from peftc.report import memory_table, plan_table
+    from peftc.show.tables import memory_table, plan_table
 
     with _progress(given) as timings:
         plan = peftc.plan(given.model, Path(given.spec), dtype=given.dtype, timings=timings)
@@ -123,7 +123,7 @@ def _check(given: argparse.Namespace) -> int:
 def _sites(given: argparse.Namespace) -> None:
     """The tree of sites with their roles."""
     import peftc
-    from peftc.report import sites_tree
+    from peftc.show.tables import sites_tree
 
     with _progress(given):
         found = peftc.sites(given.model)
@@ -135,10 +135,10 @@ def _sites(given: argparse.Namespace) -> None:
 
 def _methods(given: argparse.Namespace) -> None:
     """The registry of methods and storages, or one of it."""
-    from peftc import report
-    from peftc.method import methods
-    from peftc.spec_errors import UnknownMethod
-    from peftc.storage import storages
+    from peftc.protocol.method import methods
+    from peftc.protocol.storage import storages
+    from peftc.show import tables as report
+    from peftc.spec.errors import UnknownMethod
 
     known = methods()
     if given.name and given.name not in known and given.name not in storages():
@@ -179,9 +179,9 @@ def _show(given: argparse.Namespace) -> None:
 def _merge(given: argparse.Namespace) -> None:
     """Folds an artifact into a plain model."""
     import peftc
-    from peftc.merge import save_merged
-    from peftc.repack import Repacked, repack
-    from peftc.report import lost_table
+    from peftc.files.merge import save_merged
+    from peftc.files.repack import Repacked, repack
+    from peftc.show.tables import lost_table
 
     _watched_only()
     with _progress(given) as timings:
@@ -205,9 +205,9 @@ def _merge(given: argparse.Namespace) -> None:
 def _bench(given: argparse.Namespace) -> int:
     """Measures a training step against the frozen base model and HF PEFT."""
     import peftc
-    from peftc.bench import bench
-    from peftc.benchtable import bench_table
-    from peftc.calibration import read_batches
+    from peftc.bench.bench import bench
+    from peftc.bench.table import bench_table
+    from peftc.driver.calibration import read_batches
 
     with _progress(given) as timings:
         with timings.stage("check"):
@@ -240,7 +240,7 @@ def _model_to_compile(given: argparse.Namespace, timings: Timings, **options: An
 
 def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
     """The model and its example."""
-    from peftc.references import load_model, parse_reference
+    from peftc.capture.references import load_model, parse_reference
 
     _watched_only()
     return load_model(parse_reference(text), **options)
@@ -248,7 +248,7 @@ def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
 
 def _move(model: Any, device: str) -> None:
     """`model` on the device of that name."""
-    from peftc.use_errors import NoDevice
+    from peftc.runtime.errors import NoDevice
 
     try:
         model.to(device)
@@ -358,7 +358,7 @@ def _version() -> str:
 
 
 def _optimizers() -> tuple[str, ...]:
-    from peftc.optimizers import STATE_BYTES
+    from peftc.planning.optimizers import STATE_BYTES
 
     return tuple(STATE_BYTES)
 
@@ -385,7 +385,7 @@ def _progress(given: argparse.Namespace) -> Iterator[Any]:
 
 
 def _print(*items: Any) -> None:
-    from peftc.report import print_all
+    from peftc.show.tables import print_all
 
     print_all(*items)
 

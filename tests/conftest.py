@@ -57,7 +57,8 @@ def what_stays_is_not_looked_at_again() -> Iterator[None]:
 def one_capture_a_kind_of_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling a model like an earlier one starts from what was captured then, but where a test is about capture."""
     from captures import captured_once
-    from peftc import api, pipeline
+    from peftc import api
+    from peftc.driver import pipeline
 
     if request.node.get_closest_marker("captures") is None:
         for module in (api, pipeline):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftc
+from peftc.capture.references import load_model, parse_reference
 from peftc.cli import main
-from peftc.references import load_model, parse_reference
 
 SPEC = "apply lora(r=4, alpha=8) to attn.q, attn.v\ntrain norm\n"
 Run = Callable[..., tuple[int, str, str]]

@@ -16,15 +16,15 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.resolve import resolve
-from peftc.specs import as_spec
-from peftc.syntax import parse, parse_file, unparse
-from peftc.text import Source
+from paths import EXAMPLES
+from peftc.diagnostics.source import Source
+from peftc.language.syntax import parse, parse_file, unparse
+from peftc.spec.check import as_spec
+from peftc.spec.resolve import resolve
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.peft"))
 NAMES = {
     "lora", "lora_qv", "rslora", "pissa", "olora", "lora_plus", "dora", "ia3", "houlsby", "pfeiffer",

@@ -15,9 +15,9 @@ import pytest
 
 import peftc
 from benchmark import recorded
-from peftc.report import methods_markdown, parameterisations_markdown, storages_markdown
+from paths import ROOT
+from peftc.show.tables import methods_markdown, parameterisations_markdown, storages_markdown
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.ir import value as fake
-from peftc.patterns import add, anything, cast, either, mul, number, op, read_elsewhere, value
+from peftc.graph.ir import value as fake
+from peftc.graph.patterns import add, anything, cast, either, mul, number, op, read_elsewhere, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 TOKENS, ENTRIES = 128, 1 << 22  # as many tokens a chunk as are fast, and more where their logits are small

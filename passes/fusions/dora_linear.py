@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import BesideFrozen, beside, frozen, unbiased
-from peftc.fusion import Editor, Match, Miss, fusion
-from peftc.ir import value as fake
-from peftc.patterns import add, either, mul, value
+from peftc.graph.ir import value as fake
+from peftc.graph.patterns import add, either, mul, value
+from peftc.optimise.fuse import Editor, Match, Miss, fusion
+from peftc.protocol.branches import BesideFrozen, beside, frozen, unbiased
 
 _length = value("length")
 

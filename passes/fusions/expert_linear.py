@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import GROUPED
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.patterns import op, value
+from peftc.graph.patterns import op, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.branches import GROUPED
 
 
 @fusion

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import GROUPED, beside, branches, check_branches, joined
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.patterns import add, either, op, read_elsewhere, value
+from peftc.graph.patterns import add, either, op, read_elsewhere, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.branches import GROUPED, beside, branches, check_branches, joined
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.ir import value as fake
-from peftc.patterns import either, mul, op, read_elsewhere, value
+from peftc.graph.ir import value as fake
+from peftc.graph.patterns import either, mul, op, read_elsewhere, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import beside_one
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.ir import value as fake
-from peftc.patterns import anything, either, op, read_elsewhere, value
+from peftc.graph.ir import value as fake
+from peftc.graph.patterns import anything, either, op, read_elsewhere, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.branches import beside_one
 
 aten = torch.ops.aten
 

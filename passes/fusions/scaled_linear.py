@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.branches import MOST, frozen
-from peftc.fusion import Editor, Fusion, Match, Miss, fusion
-from peftc.ir import value as fake
-from peftc.patterns import Pattern, either, mul, read_elsewhere, value
+from peftc.graph.ir import value as fake
+from peftc.graph.patterns import Pattern, either, mul, read_elsewhere, value
+from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.branches import MOST, frozen
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.fusion import Editor, Fusion, Match, fusion
-from peftc.patterns import add, either, mul, number, op, value
+from peftc.graph.patterns import add, either, mul, number, op, value
+from peftc.optimise.fuse import Editor, Fusion, Match, fusion
 
 aten = torch.ops.aten
 

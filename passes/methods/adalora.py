@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.method import Method, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.site import Linear
 
 if TYPE_CHECKING:
-    from peftc.schedule import Place, Step
+    from peftc.runtime.schedule import Place, Step
 
 LEARNS = ("P", "E", "Q")
 NAMES = {"lora_A": "Q", "lora_B": "P", "lora_E": "E"}

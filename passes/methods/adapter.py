@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.method import Method, Stage, State, method, param
-from peftc.parameterisation import Parameterisation
-from peftc.site import Module
+from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.parameterisation import Parameterisation
+from peftc.protocol.site import Module
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.method import Method, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.site import Linear
 
 
 @method

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.method import Data, Method, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Data, Method, State, method, param
+from peftc.protocol.site import Linear
 
 
 @method

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.combinator import INNER, Combinator
-from peftc.method import REQUIRED, Method, Stage, State, method, param
-from peftc.site import Attention
+from peftc.protocol.combinator import INNER, Combinator
+from peftc.protocol.method import REQUIRED, Method, Stage, State, method, param
+from peftc.protocol.site import Attention
 
 
 @method

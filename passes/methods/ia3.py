@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.method import Method, Stage, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.site import Linear
 
 
 @method

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.method import Method, Stage, State, method, param
-from peftc.site import Sequence
+from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.site import Sequence
 
 
 @method

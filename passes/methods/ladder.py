@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.method import Method, Stage, State, method, param
-from peftc.site import Block
+from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.site import Block
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

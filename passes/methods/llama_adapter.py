@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.method import Method, Stage, State, method, param
-from peftc.site import Attention
+from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.site import Attention
 
 
 @method

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from peftc.fourbit import rounded
-from peftc.method import Data, Init, Method, State, method, param
-from peftc.site import Experts, Linear, Projection
+from peftc.protocol.fourbit import rounded
+from peftc.protocol.method import Data, Init, Method, State, method, param
+from peftc.protocol.site import Experts, Linear, Projection
 
 # In HF PEFT's words: starts that leave the base model's weights alone, and options that make another method of it.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")

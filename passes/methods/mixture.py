@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.combinator import INNER, Combinator
-from peftc.method import REQUIRED, Init, Method, Stage, State, method, param
+from peftc.protocol.combinator import INNER, Combinator
+from peftc.protocol.method import REQUIRED, Init, Method, Stage, State, method, param
 
 
 @method

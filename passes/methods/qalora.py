@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.method import Method, State, divisors_near, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, State, divisors_near, method, param
+from peftc.protocol.site import Linear
 
 
 @method

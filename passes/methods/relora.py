@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.method import Method, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.site import Linear
 
 if TYPE_CHECKING:
-    from peftc.schedule import Place, Step
+    from peftc.runtime.schedule import Place, Step
 
 START = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from peftc.method import Method, State, method, param
-from peftc.site import Linear
+from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.site import Linear
 
 MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # the odd constants of splitmix64
 RADIX = 5  # a Walsh-Hadamard transform is done 32 by 32: a few products instead of many sums

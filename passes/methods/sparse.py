@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.combinator import INNER, Combinator
-from peftc.method import REQUIRED, Data, Method, State, method, param
+from peftc.protocol.combinator import INNER, Combinator
+from peftc.protocol.method import REQUIRED, Data, Method, State, method, param
 
 Probed = Mapping[str, tuple[Tensor, Tensor]]  # state name -> its values and their gradients, in the probe
 PROBE = partial(torch.nn.init.normal_, std=0.02)  # what a matrix that starts at zero is judged by

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peftc.method import State
-from peftc.parameterisation import Parameterisation, param, parameterisation
+from peftc.protocol.method import State
+from peftc.protocol.parameterisation import Parameterisation, param, parameterisation
 
 
 @parameterisation

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.method import State
-from peftc.parameterisation import Parameterisation, param, parameterisation
+from peftc.protocol.method import State
+from peftc.protocol.parameterisation import Parameterisation, param, parameterisation
 
 
 @parameterisation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftc.kernels.dequantize import dequantize_int8
-from peftc.storage import Buffer, Storage, storage
+from peftc.protocol.storage import Buffer, Storage, storage
 
 # Numbers that are rounded at a time: what that takes is no multiple of a large weight.
 CHUNK = 1 << 20

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from peftc.fourbit import FourBit
-from peftc.storage import param, storage
+from peftc.protocol.fourbit import FourBit
+from peftc.protocol.storage import param, storage
 
 
 @storage

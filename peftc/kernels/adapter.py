@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.activations import activate, check, differentiate_
+from peftc.kernels.common.activations import activate, check, differentiate_
+from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
+from peftc.kernels.common.shapes import like, rows
 from peftc.kernels.lora_linear import accumulate_
-from peftc.kernels.operation import follow_autocast, on_cuda, operation
-from peftc.kernels.shapes import like, rows
 
 
 def reference(

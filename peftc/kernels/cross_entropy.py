@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.operation import first_derivative, operation
-from peftc.kernels.products import product
-from peftc.kernels.shapes import wide
+from peftc.kernels.common.operation import first_derivative, operation
+from peftc.kernels.common.products import product
+from peftc.kernels.common.shapes import wide
 
 
 def reference(

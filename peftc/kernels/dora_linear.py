@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import lora_linear
-from peftc.kernels.operation import follow_autocast, on_cuda, operation
-from peftc.kernels.shapes import rows
+from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
+from peftc.kernels.common.shapes import rows
 
 
 def reference(

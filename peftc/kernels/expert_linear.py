@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.operation import follow_autocast, operation
-from peftc.kernels.products import product
+from peftc.kernels.common.operation import follow_autocast, operation
+from peftc.kernels.common.products import product
 
 
 def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

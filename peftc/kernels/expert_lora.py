@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import expert_linear
+from peftc.kernels.common.operation import follow_autocast, operation
+from peftc.kernels.common.products import product
+from peftc.kernels.common.shapes import like
 from peftc.kernels.expert_linear import groups, zeros_behind
 from peftc.kernels.lora_linear import accumulate_
-from peftc.kernels.operation import follow_autocast, operation
-from peftc.kernels.products import product
-from peftc.kernels.shapes import like
 
 
 def reference(x: Tensor, weight: Tensor, ends: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:

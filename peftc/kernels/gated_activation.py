@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.kernels.activations import activate, activate_into, check, differentiate_
-from peftc.kernels.operation import on_cuda, operation
-from peftc.kernels.shapes import like
+from peftc.kernels.common.activations import activate, activate_into, check, differentiate_
+from peftc.kernels.common.operation import on_cuda, operation
+from peftc.kernels.common.shapes import like
 
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:

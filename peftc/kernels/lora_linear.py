@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from peftc.kernels import seeded_dropout as dropout
-from peftc.kernels.operation import follow_autocast, on_cuda, operation
-from peftc.kernels.products import add_product_, product
-from peftc.kernels.scratch import scratch
-from peftc.kernels.shapes import rows
+from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
+from peftc.kernels.common.products import add_product_, product
+from peftc.kernels.common.scratch import scratch
+from peftc.kernels.common.shapes import rows
 
 
 def reference(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.kernels.operation import on_cuda, operation
-from peftc.kernels.shapes import like, rows, wide
+from peftc.kernels.common.operation import on_cuda, operation
+from peftc.kernels.common.shapes import like, rows, wide
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
+from peftc.kernels.common.products import product
+from peftc.kernels.common.shapes import rows, wide
 from peftc.kernels.lora_linear import weight_gradients
-from peftc.kernels.operation import follow_autocast, on_cuda, operation
-from peftc.kernels.products import product
-from peftc.kernels.shapes import rows, wide
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor, transposed: bool) -> Tensor:

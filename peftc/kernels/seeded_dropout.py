@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.kernels.operation import on_cuda, operation
-from peftc.kernels.scratch import scratch
-from peftc.kernels.shapes import like, wide
+from peftc.kernels.common.operation import on_cuda, operation
+from peftc.kernels.common.scratch import scratch
+from peftc.kernels.common.shapes import like, wide
 
 LEVELS = 1 << 16
 PIECE = 1 << 18  # elements whose bits are made at a time: few calls, and what is worked on stays near a core

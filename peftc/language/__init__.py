@@ -1,4 +1,4 @@
-"""The specification language: text to a frozen syntax tree, and back. `peftc.syntax` is its face.
+"""The specification language: text to a frozen syntax tree, and back. `peftc.language.syntax` is its face.
 
 Imports go one way: tree <- build, unparse; tokens <- explain <- reader; parse puts them together.
 """

@@ -11,8 +11,10 @@ from typing import Any
 
 from lark import Token, Tree
 
-from peftc.errors import Diagnostic
-from peftc.language import mistakes, patterns
+from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.source import Source, Span
+from peftc.language import errors as mistakes
+from peftc.language import globs as patterns
 from peftc.language.explain import bad_number, unknown_operator
 from peftc.language.reader import DEEPEST
 from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS
@@ -48,7 +50,6 @@ from peftc.language.tree import (
     Value,
     Where,
 )
-from peftc.text import Source, Span
 
 
 class Builder:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from lark import Token
 
-from peftc.errors import Diagnostic, choices, suggest
-from peftc.language import mistakes, tokens
+from peftc.diagnostics.diagnostic import Diagnostic, choices, suggest
+from peftc.diagnostics.source import Source, Span
+from peftc.language import errors as mistakes
+from peftc.language import tokens
 from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, NEWLINE, VERBS, WORDS
 from peftc.language.tree import UNITS
-from peftc.text import Source, Span
 
 _SELECTOR = {"NAME", "DOTTED", "STRING", "REGEX", "LPAR"}
 _VALUE = {"NAME", "NUMBER", "STRING", "TRUE", "FALSE", "LSQB"}

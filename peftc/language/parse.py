@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lark import Tree
 
-from peftc.errors import Diagnostic, PeftcError
-from peftc.language import mistakes
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.diagnostics.source import Source, Span
+from peftc.language import errors as mistakes
 from peftc.language.build import Builder
 from peftc.language.reader import MOST_MISTAKES, Reader
 from peftc.language.tree import Spec, Statement, String, Task, Use
-from peftc.text import Source, Span
 
 LARGEST_FILE = 1 << 20  # bytes
 MOST_FILES = 100

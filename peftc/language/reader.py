@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lark import Token, Tree, UnexpectedToken
 
-from peftc.errors import Diagnostic
-from peftc.language import mistakes, tokens
+from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.source import Source
+from peftc.language import errors as mistakes
+from peftc.language import tokens
 from peftc.language.explain import Situation, unclosed
 from peftc.language.tokens import BRACKETS, CLOSING, END, NEWLINE
-from peftc.text import Source
 
 # Brackets in brackets, filters on filters: keeps every walk over a tree within Python's own stack.
 DEEPEST = 64

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from lark import Lark, Token
 
-from peftc.text import Source, Span
+from peftc.diagnostics.source import Source, Span
 
 VERBS = ("APPLY", "QUANTIZE", "TRAIN", "FREEZE", "CHECKPOINT", "LET", "TASK", "GROUP", "REQUIRE", "USE")
 WORDS = (*VERBS, "TO", "WITH", "IN", "WHERE", "EXCEPT", "TRUE", "FALSE")

@@ -8,15 +8,15 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
-from peftc.errors import PeftcError
-from peftc.graphtext import as_text, diff
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.graph.printing import as_text, diff
+from peftc.runtime.errors import UnknownBlock, UnknownPass
 from peftc.show.artist import draw
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
 from peftc.show.page import to_html
-from peftc.use_errors import UnknownBlock, UnknownPass
 
 if TYPE_CHECKING:
-    from peftc.module import CompiledModule
+    from peftc.runtime.module import CompiledModule
 
 __all__ = [
     "Drawing", "DrawnEdge", "DrawnNode", "Format", "as_text", "diff", "draw", "render_show", "to_dot", "to_html",

@@ -15,10 +15,11 @@ import networkx as nx
 import torch
 from torch import fx
 
-from peftc.calling import Convention
-from peftc.graphtext import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
-from peftc.ir import STACK, module_path
-from peftc.planning import Plan
+from peftc.capture.convention import Convention
+from peftc.diagnostics.source import Span
+from peftc.graph.ir import STACK, module_path
+from peftc.graph.printing import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
+from peftc.planning.planner import Plan
 from peftc.show.drawing import (
     Cell,
     Drawing,
@@ -33,7 +34,6 @@ from peftc.show.drawing import (
     plumbing_text,
     window,
 )  # fmt: skip
-from peftc.text import Span
 
 # Operands whose names say nothing of what they are.
 _NAMELESS = frozenset(("", "self", "other", "input", "tensors", "tensor", "tensor1", "tensor2", "mat1", "mat2", "src"))

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import fx
 
-from peftc.graphtext import file_name, plain, short_name
-from peftc.ir import STACK
-from peftc.text import Span
+from peftc.diagnostics.source import Span
+from peftc.graph.ir import STACK
+from peftc.graph.printing import file_name, plain, short_name
 
 Kind = Literal["input", "output", "parameter", "operation"]
 

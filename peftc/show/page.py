@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from peftc.graphtext import plain
-from peftc.planning import Plan
+from peftc.diagnostics.source import Source
+from peftc.graph.printing import plain
+from peftc.planning.planner import Plan
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode, Origin, origin_of
 from peftc.show.layers import BADGE, named_ports
 from peftc.show.layout import Layout, Route, lay_out
 from peftc.show.style import CSS, SCRIPT
-from peftc.text import Source
 
 HUES = 8
 Stages = list[tuple[str, Drawing]]

@@ -6,10 +6,10 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from peftc.kernels.activations import check
+from peftc.kernels.common.activations import check
+from peftc.kernels.common.shapes import like, rows
 from peftc.kernels.gpu.gated_activation import activate
 from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two, precision
-from peftc.kernels.shapes import like, rows
 
 WIDEST = 128
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from peftc.kernels.activations import check
+from peftc.kernels.common.activations import check
 from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device
 
 BLOCK = 1024

@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from peftc.kernels.common.shapes import rows
 from peftc.kernels.gpu.launch import HALVES, TRITON_DTYPES, on_device, power_of_two, precision, product_tile
 from peftc.kernels.gpu.random_bits import keeps, word_keys
 from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
-from peftc.kernels.shapes import rows
 
 GROUP = 4  # weights a launch
 SWIZZLE = tl.constexpr(8)  # rows of tiles that go through the columns together: their weights stay in the cache

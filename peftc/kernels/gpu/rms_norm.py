@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from peftc.kernels.common.shapes import like, rows, wide
 from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two
-from peftc.kernels.shapes import like, rows, wide
 
 WIDEST = 16384
 PARTIAL_SUMS = 512

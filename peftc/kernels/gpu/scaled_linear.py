@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peftc.kernels.common.shapes import rows
 from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device
 from peftc.kernels.gpu.lora_linear import grouped
 from peftc.kernels.scaled_linear import smallest
-from peftc.kernels.shapes import rows
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor, transposed: bool) -> Tensor:

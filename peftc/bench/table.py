@@ -1,0 +1,44 @@
+"""The table that `peftc bench` prints."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from peftc.bench.bench import Bench, Row
+from peftc.planning.cost import formatted_bytes
+
+FOOTNOTE = (
+    "A step is forward and backward, without an optimiser; × is of the first row. Saved: what autograd keeps for the\n"
+    "backward, parameters aside. Peak: the most that a step allocates above what stays. FLOPs: of products only."
+)
+
+
+def bench_table(bench: Bench) -> Group:
+    """A row a variant: time, saved bytes, peak and operations, each beside its ratio to the frozen base's."""
+    size = f"batch {bench.batch} × {bench.seq}" if bench.seq else f"batch {bench.batch}"
+    where = f"{bench.device}, {bench.threads} threads" if bench.threads > 1 else f"{bench.device}, one thread"
+    title = f"{bench.model}, {bench.dtype}, {size}, {where}, fastest of {bench.repeats}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("step", overflow="fold")
+    for heading in ("time", "×", "saved", "×", "peak", "×", "GFLOP", "×", "loss"):
+        table.add_column(heading, justify="right")
+    for row in bench.rows:
+        table.add_row(*_cells(bench, row), style=None if row.agrees else "red")
+    notes = [Text(f"{row.name}: {row.note}") for row in bench.rows if row.note]
+    return Group(table, *notes, Text(FOOTNOTE))
+
+
+def _cells(bench: Bench, row: Row) -> list[str]:
+    figures = {
+        "seconds": row.seconds and f"{row.seconds:.4f} s",
+        "saved": row.saved is not None and formatted_bytes(row.saved),
+        "peak": row.peak is not None and formatted_bytes(row.peak),
+        "flops": row.flops is not None and f"{row.flops / 1e9:.2f}",
+    }
+    cells = [row.name]
+    for name, figure in figures.items():
+        ratio = bench.ratio(row, name)
+        cells += [figure or "–", f"{ratio:.2f}" if ratio is not None else ""]
+    return [*cells, f"{row.loss:.5f}" if row.loss is not None else "–"]

@@ -1,0 +1,203 @@
+"""Model -> one flat ATen graph, by `torch.export`: dynamic batch and sequence, dropout that follows `train()`."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import linecache
+import logging
+import os
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import fx, nn
+from torch._guards import TracingContext, tracing
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
+from transformers.exporters.utils import patch_attributes
+
+from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
+from peftc.capture.inputs import Example, fake_mode_of
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.timings import Timings
+from peftc.graph.ir import get_attribute, set_tensor, tensors
+from peftc.graph.normalise import normalise, stays_random
+
+LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
+
+    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns. `checkpoint` has
+    the weights that were not read with the model.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    result: pytree.TreeSpec
+    model: nn.Module
+    example: Example
+    checkpoint: Checkpoint | None = None
+
+    def frozen(self, name: str) -> torch.Tensor:
+        """A tensor of the model, which is read now if it was not before: then it is the caller's, to be let go of."""
+        own: torch.Tensor = get_attribute(self.model, name).detach()
+        return self.checkpoint.read(name) if own.is_meta and self.checkpoint is not None else own
+
+    def packed(self, name: str) -> dict[str, torch.Tensor] | None:
+        """bitsandbytes' state dict of the layer with this weight, where it comes from a checkpoint that has it so."""
+        return self.checkpoint.packed(name) if self.checkpoint is not None else None
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """The graph's name of each tensor -> all the names the model has for it, more than one where it is tied."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return {name: group for group in names.values() for name in group}
+
+
+def capture(model: nn.Module, example: Example, timings: Timings | None = None) -> Captured:
+    """Exports `model` in train mode on `example`, without changing the model.
+
+    `timings` is told apart what `torch.export` takes and what making a plain graph of its program takes.
+
+    Raises:
+        PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up, or
+            `packed-layers`, where another library than torch keeps the weights.
+    """
+    timings = timings or Timings()
+    packed = [name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes.")]
+    if packed:
+        kind = type(model.get_submodule(packed[0])).__name__
+        raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
+    with timings.stage("torch.export"), _prepared(model, example):
+        try:
+            program = torch.export.export(
+                model,
+                example.args,
+                example.kwargs,
+                dynamic_shapes=example.dynamic_shapes(),
+                strict=False,
+            )
+        except Exception as error:
+            raise PeftcError(_diagnose(model, error)) from error
+    with timings.stage("capture"):
+        return _as_plain_graph(program, model, example)
+
+
+def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) -> Captured:
+    """The same graph over the tensors of `model`, for which the captured one stood; it is used up.
+
+    Where `model` is on the meta device the graph has its fake tensors still, and `checkpoint` the weights.
+    """
+    own = tensors(model)
+    aliases: dict[int, torch.Tensor] = {}
+    for name in tensors(captured.module):
+        if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
+            set_tensor(captured.module, name, _alias(own[name], aliases))
+    return replace(captured, model=model, checkpoint=checkpoint)
+
+
+def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:
+    """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
+    exported = program.module(check_guards=False)
+    result = program.call_spec.out_spec
+    assert isinstance(exported, fx.GraphModule)
+    assert result is not None
+    exported.graph.set_codegen(fx.graph.CodeGen())
+    module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
+    normalise(module)
+    if (node := stays_random(module.graph)) is not None:
+        where = str(node.meta.get("stack_trace", "")).strip().splitlines()
+        raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
+    inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
+    return Captured(module, inputs, result, model, example)
+
+
+@contextmanager
+def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
+    """The model as it is to be traced, and afterwards as it was: train mode, no cache, a flat signature."""
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.callback(_restore_modes, modes)
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
+        if not os.environ.get("PEFTC_DEBUG"):
+            stack.enter_context(redirect_stderr(io.StringIO()))  # where torch prints the graph it gave up on
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.no_grad())
+        if (mode := fake_mode_of(model)) is not None:  # else torch.export makes another, which these do not mix with
+            stack.enter_context(tracing(TracingContext(mode)))
+        model.train()
+        if example.config is not None:
+            if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
+                stack.callback(model.__dict__.pop, "forward", None)
+            stack.enter_context(reset_model_state(model))
+            settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
+            stack.enter_context(patch_attributes(settings))
+            forward, constants = model.forward, example.constants
+            stack.enter_context(
+                patch_attributes([(model, "forward", lambda _old: lambda **given: forward(**given, **constants))])
+            )
+            stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
+        yield
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
+    """The tensors the graph reads, as frozen parameters over the same storage: tied ones stay one object."""
+    root = nn.Module()
+    seen: dict[int, torch.Tensor] = {}
+    for node in exported.graph.find_nodes(op="get_attr"):
+        tensor = get_attribute(exported, node.target)
+        if isinstance(tensor, nn.Module):  # the body of a higher-order operator
+            root.add_module(node.target, tensor)
+            continue
+        set_tensor(root, node.target, _alias(tensor, seen))
+    return root
+
+
+def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A frozen tensor over the same memory, one for each that there is."""
+    if id(tensor) not in seen:
+        detached = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+    return seen[id(tensor)]
+
+
+def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:
+    """The last frame outside torch is where the model did what cannot be exported."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((*LIBRARIES, str(Path(__file__).parent.parent), "<"))
+        and "exporters" not in Path(frame.filename).parts
+    ]
+    last = own[-1] if own else None
+    return CannotCapture(
+        model=type(model).__name__,
+        reason=(str(error).strip() or type(error).__name__).splitlines()[0].partition(" (unhinted")[0],
+        file=last.filename if last else None,
+        line=last.lineno if last else None,
+        source=linecache.getline(last.filename, last.lineno or 0).strip() if last else None,
+    )

@@ -1,0 +1,128 @@
+"""How a compiled model is called: arguments to placeholders, output leaves to what the base model returns."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.runtime.errors import NoRoom
+
+# What a caller may pass although the graph has no input for it: the compiled model already behaves so.
+HARMLESS = {
+    "return_dict": True, "use_cache": False, "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+# An input that may be left out, and what it is then made of the model's main input.
+FILLED_IN = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+LOSS_INPUTS = ("labels",)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The inputs by name, in order, and the shape of the result."""
+
+    inputs: tuple[str, ...]
+    result: pytree.TreeSpec
+    room: tuple[str, int] | None = None  # an input, and how long it may be
+    consistency: float = 0.0  # weight of a loss between two passes of a training step; 0 for one pass
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """What `inspect.signature(model.forward)` says, which Trainer chooses a data set's columns by."""
+        optional = {*FILLED_IN, *LOSS_INPUTS}
+        needed = [place for place, name in enumerate(self.inputs) if name not in optional]
+        first = next((place for place, name in enumerate(self.inputs) if name in optional), len(self.inputs))
+        late = next((place for place in needed if place > first), len(self.inputs))  # Python wants these by name
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD if place < late else inspect.Parameter.KEYWORD_ONLY,
+                    default=None if name in optional else inspect.Parameter.empty,
+                )
+                for place, name in enumerate(self.inputs)
+            ]
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs by name; left out are only labels.
+
+        Raises:
+            TypeError: on a missing input, or one that the graph does not have.
+            PeftcError: `no-room` where the model has no positions for both the prompt and the input.
+        """
+        given = dict(zip(self.inputs, args, strict=False))
+        if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
+            raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
+        given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, fill in FILLED_IN.items():
+            if name in self.inputs and name not in given and self.inputs[0] in given:
+                given[name] = fill(given[self.inputs[0]])
+        if unknown := given.keys() - set(self.inputs):
+            raise TypeError(
+                f"the compiled model has no input {', '.join(sorted(unknown))}; it takes {', '.join(self.inputs)} "
+                "(pass example= to compile it with others)"
+            )
+        missing = [name for name in self.inputs if name not in given and name not in LOSS_INPUTS]
+        if missing:
+            raise TypeError(f"the compiled model needs {', '.join(missing)}")
+        if self.room and given[self.room[0]].shape[1] > self.room[1]:
+            raise PeftcError(NoRoom(given=given[self.room[0]].shape[1], room=self.room[1]))
+        return {name: given[name] for name in self.inputs if name in given}
+
+    def unflatten(self, leaves: tuple[Any, ...], *, with_loss: bool) -> Any:
+        """The base model's kind of result, such as a `CausalLMOutputWithPast`."""
+        if with_loss or not self.keys:
+            return pytree.tree_unflatten(leaves, self.result)
+        assert self.result.type is not None
+        subspecs = [spec for key, spec in zip(self.keys, self.result.children(), strict=True) if key != "loss"]
+        values, start = [], 0
+        for spec in subspecs:
+            values.append(pytree.tree_unflatten(leaves[start : start + spec.num_leaves], spec))
+            start += spec.num_leaves
+        keys = [key for key in self.keys if key != "loss"]
+        return self.result.type(**dict(zip(keys, values, strict=True)))
+
+    @property
+    def logits(self) -> tuple[int, ...]:
+        """Which leaves hold logits, behind the loss."""
+        return tuple(place for place, key in enumerate(self.keys) if key.endswith("logits"))
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
+        kind = self.result.type
+        return list(self.result.context) if isinstance(kind, type) and issubclass(kind, dict) else []
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    return name in HARMLESS and value == HARMLESS[name] and not isinstance(value, Tensor)
+
+
+def without_loss(graph: fx.Graph, keys: list[str]) -> fx.Graph | None:
+    """The graph for a call without labels: the same nodes less those that only the loss needs.
+
+    None where the logits themselves depend on the labels, as where decoder inputs are made of them.
+    """
+    if not keys or keys[0] != "loss":
+        return None
+    pruned = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    leaves = pruned.graph_copy(graph, known)
+    assert isinstance(leaves, tuple)
+    pruned.output(leaves[1:])
+    for old, new in known.items():
+        new.meta = dict(old.meta)
+    pruned.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    for node in pruned.find_nodes(op="placeholder"):
+        if node.target in LOSS_INPUTS:
+            if node.users:
+                return None
+            pruned.erase_node(node)
+    return pruned

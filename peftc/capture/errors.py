@@ -1,0 +1,86 @@
+"""What keeps a model from becoming a graph."""
+
+from __future__ import annotations
+
+from peftc.diagnostics.diagnostic import Diagnostic, among
+
+
+class NeedsExample(Diagnostic):
+    code = "needs-example"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} does not say what its inputs look like"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more",)
+
+
+class CannotCapture(Diagnostic):
+    code = "cannot-capture"
+    model: str
+    reason: str
+    file: str | None
+    line: int | None
+    source: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} cannot be captured as a graph: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        where = (f"at {self.file}:{self.line}: {self.source}",) if self.file else ()
+        return (*where, self.remedy)
+
+    @property
+    def remedy(self) -> str:
+        """A branch on a value needs another remedy than a forward that fails by itself."""
+        if "data-dependent" in self.reason:
+            return (
+                "torch.export needs a forward without branches on tensor values; replace the branch by torch.where "
+                "or torch.cond, or pass an example= that avoids it"
+            )
+        return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
+
+
+class PackedLayers(Diagnostic):
+    code = "packed-layers"
+    model: str
+    layer: str
+    kind: str
+    others: int
+
+    @property
+    def title(self) -> str:
+        layers = among(self.layer, self.others)
+        return f"{self.model} cannot be captured as a graph: {layers} are bitsandbytes' {self.kind}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "give the folder or id of the checkpoint instead: what bitsandbytes packed is read from there",
+            "or load the model without quantization_config, and let the spec say: quantize linear except head with nf4",
+        )
+
+
+class StaysRandom(Diagnostic):
+    """A forward that branches on `training` in Python and draws random numbers there."""
+
+    code = "stays-random"
+    model: str
+    op: str
+    where: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} draws random numbers ({self.op}) that its graph could not stop drawing in eval()"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            *self.where,
+            "set its probability (drop path, layer drop) to 0, or use torch.nn.functional.dropout there",
+        )

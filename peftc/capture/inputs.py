@@ -1,0 +1,156 @@
+"""Example inputs for capture: given by the user, or made from what a transformers model says of itself.
+
+Only names that transformers itself fixes for all models are used (`main_input_name`, `input_ids`, `labels`, …);
+what the labels look like is read off the logits, never off the class's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from peftc.capture.errors import NeedsExample
+from peftc.diagnostics.diagnostic import PeftcError
+
+BATCH, LENGTH = 2, 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs to trace with. `constants` are passed but not traced; `config` is set while tracing.
+
+    `config` is None for a plain `nn.Module`. Batch and sequence must not be 1, which would be baked in.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+    def dynamic_shapes(self) -> Any:
+        """Batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
+        if not self.args:
+            return {name: _dynamic(tensor, self.config is None) for name, tensor in self.kwargs.items()}
+        return (*(_dynamic(tensor, True) for tensor in self.args), *(
+            _dynamic(tensor, True) for tensor in self.kwargs.values()
+        ))  # fmt: skip
+
+
+def _dynamic(tensor: Any, guess: bool) -> dict[int, Any] | None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
+        return None
+    kind = Dim.AUTO if guess else Dim.DYNAMIC
+    dims = range(min(2, tensor.dim())) if not tensor.is_floating_point() else range(1)
+    return dict.fromkeys(dims, kind)
+
+
+def example_inputs(model: nn.Module, example: Any = None) -> Example:
+    """The user's `example` (a tensor, a tuple or a dict) or, for a transformers model, one made for it.
+
+    Raises:
+        PeftcError: `needs-example` where neither is to be had.
+    """
+    if isinstance(example, Example):
+        return example
+    if isinstance(model, PreTrainedModel):
+        if example is not None and not isinstance(example, Mapping):
+            raise PeftcError(NeedsExample(model=type(model).__name__))
+        given = _inputs_of(model) if example is None else {name: _two_rows(item) for name, item in example.items()}
+        return _with_conventions(model, given)
+    if example is None:
+        raise PeftcError(NeedsExample(model=type(model).__name__))
+    if isinstance(example, dict):
+        return Example(kwargs={name: _two_rows(tensor) for name, tensor in example.items()})
+    args = example if isinstance(example, tuple | list) else (example,)
+    return Example(args=tuple(_two_rows(tensor) for tensor in args))
+
+
+def _two_rows(tensor: Any) -> Any:
+    """A batch of one, doubled: torch.export bakes a size of 1 into the graph."""
+    if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[0] == 1:
+        return torch.cat([tensor, tensor])
+    return tensor
+
+
+def _inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One valid batch: tokens or pixels, mask, decoder tokens, labels, by the names `forward` takes."""
+    accepts = inspect.signature(type(model).forward).parameters
+    device = model.device
+    main = str(model.main_input_name)
+    given: dict[str, torch.Tensor] = {}
+    if main == "pixel_values":
+        given[main] = torch.zeros(BATCH, *_image_shape(model), device=device, dtype=model.dtype)
+    elif main == "input_ids":
+        given[main] = torch.ones(BATCH, LENGTH, dtype=torch.long, device=device)
+        if "attention_mask" in accepts:
+            given["attention_mask"] = torch.ones_like(given[main])
+        if "token_type_ids" in accepts and getattr(model.config, "type_vocab_size", None):
+            given["token_type_ids"] = torch.zeros_like(given[main])
+    else:
+        raise PeftcError(NeedsExample(model=type(model).__name__))
+    if "labels" not in accepts:
+        if "decoder_input_ids" in accepts:
+            given["decoder_input_ids"] = torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=device)
+        return given
+    given["labels"] = _labels_for(model, given)
+    return given
+
+
+def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(model.config.num_channels), int(height), int(width)
+
+
+def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels in the shape of the logits: one a token, or one an example (a class, or a number to regress)."""
+    if model.config.is_encoder_decoder:
+        return torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=model.device)
+    if model.can_generate():
+        return torch.ones_like(given["input_ids"])
+    main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
+    with fake_mode_of(model) or FakeTensorMode() as fake, torch.no_grad():
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
+        logits = torch.func.functional_call(model, state, kwargs={main: _faked(given[main], fake)}).logits
+    if logits.dim() == 3:
+        return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
+    if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
+        shape = logits.shape if logits.shape[-1] > 1 else logits.shape[:1]
+        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+    return torch.zeros(logits.shape[0], dtype=torch.long, device=model.device)
+
+
+def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """The mode of the fake tensors that `model` is made of, or None if it is made of others."""
+    found: FakeTensorMode | None = detect_fake_mode([*model.parameters(), *model.buffers()])
+    return found
+
+
+def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+
+
+def _with_conventions(model: PreTrainedModel, kwargs: dict[str, torch.Tensor]) -> Example:
+    """No cache in a training graph, and the loss that the labels' type asks for, fixed before tracing."""
+    accepts = inspect.signature(type(model).forward).parameters
+    constants = {"use_cache": False} if "use_cache" in accepts else {}
+    config: dict[str, Any] = {}
+    labels = kwargs.get("labels")
+    if labels is not None and hasattr(model.config, "problem_type") and model.config.problem_type is None:
+        per_example = labels.dim() == 1
+        config["problem_type"] = (
+            None if not per_example
+            else "regression" if labels.is_floating_point()
+            else "single_label_classification"
+        )  # fmt: skip
+    return Example(kwargs=kwargs, constants=constants, config=config)

@@ -1,0 +1,188 @@
+"""Model references: what the command line and an artifact name a model by, and how one is built from it.
+
+A Hugging Face folder or hub id, a `.gguf` file, a bare `config.json`, or `path/to/file.py:factory`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from peftc.capture.bitsandbytes import by_bitsandbytes
+from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.streaming import Leave, load_leaving, streams
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.files.errors import BadReference, NoWeights
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One parsed reference; `kind` is folder, gguf, config or factory."""
+
+    text: str
+    kind: str
+    path: Path | None = None
+    factory: str = ""
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether building the model executes a file that the reference names."""
+        return self.kind == "factory"
+
+
+def parse_reference(text: str) -> Reference:
+    """Tells the kinds of reference apart by their spelling and by what is on disk.
+
+    Raises:
+        PeftcError: `bad-reference`.
+    """
+    file, colon, factory = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        if not Path(file).is_file():
+            raise PeftcError(BadReference(reference=text, reason=f"there is no file {file}"))
+        return Reference(text, "factory", Path(file), factory)
+    path = Path(text)
+    if text.endswith(".py"):
+        reason = "name a function in it"
+        raise PeftcError(BadReference(reference=text, reason=reason, hint=f"{text}:make_model"))
+    if path.suffix in (".gguf", ".json"):
+        if not path.is_file():
+            raise PeftcError(BadReference(reference=text, reason="there is no such file"))
+        return Reference(text, "gguf" if path.suffix == ".gguf" else "config", path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PeftcError(BadReference(reference=text, reason="the folder has no config.json"))
+        return Reference(text, "folder", path)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise PeftcError(BadReference(reference=text, reason="there is no such folder"))
+    return Reference(text, "folder")
+
+
+def load_model(
+    reference: Reference, *, meta: bool = False, random_weights: bool = False, dtype: str | None = None
+) -> tuple[nn.Module, Any]:
+    """Builds the model, and its example inputs where a factory gives them.
+
+    Args:
+        reference: from `parse_reference`.
+        meta: build shapes only, whatever weights there are; a factory builds what it builds.
+        random_weights: initialise instead of reading weights.
+        dtype: a key of `DTYPES`; the checkpoint's own by default.
+
+    Raises:
+        PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`.
+    """
+    if reference.runs_code:
+        model, example = _from_factory(reference)
+        return (model.to(DTYPES[dtype]) if dtype else model), example
+    with _readable(reference):
+        return _from_transformers(reference, meta, random_weights, dtype), None
+
+
+def load_but(
+    reference: Reference, leave: Leave, *, dtype: str | None = None
+) -> tuple[nn.Module, Checkpoint | None] | None:
+    """Builds the model without the weights that `leave` names: they stay in the checkpoint, which it returns, too.
+
+    None for what can only be read as a whole: a factory's model, a `.gguf` file, what another library has packed.
+
+    Raises:
+        PeftcError: as `load_model`, and whatever `leave` raises.
+    """
+    if reference.kind != "folder":
+        return None
+    with _readable(reference):
+        source = str(reference.path or reference.text)
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = _class_for(config)
+        if not streams(cls, config):
+            return None
+        return load_leaving(cls, source, config, leave, dtype=DTYPES[dtype] if dtype else "auto")
+
+
+@contextmanager
+def _readable(reference: Reference) -> Iterator[None]:
+    try:
+        yield
+    except PeftcError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
+
+
+def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
+    assert reference.path is not None
+    spec = importlib.util.spec_from_file_location(f"peftc_factory_{reference.path.stem}", reference.path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    make = getattr(module, reference.factory, None)
+    if not callable(make):
+        names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
+        reason = f"{reference.path} has no function {reference.factory!r}"
+        raise PeftcError(BadReference(reference=reference.text, reason=reason, hint=", ".join(names)))
+    made = make()
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        reason = f"{reference.factory} returned {type(model).__name__}, not a torch.nn.Module"
+        raise PeftcError(BadReference(reference=reference.text, reason=reason))
+    return model, example
+
+
+def _from_transformers(reference: Reference, meta: bool, random_weights: bool, dtype: str | None) -> nn.Module:
+    path = reference.path
+    if reference.kind == "gguf":
+        assert path is not None
+        source, extra = str(path.parent), {"gguf_file": path.name}
+    else:
+        source, extra = str(path or reference.text), {}
+    config = transformers.AutoConfig.from_pretrained(source, **extra)
+    cls = _class_for(config)
+    kind = DTYPES[dtype] if dtype else getattr(config, "dtype", None) or torch.float32
+    if meta or random_weights:
+        # A checkpoint's quantisation says how its weights are stored, not what the model is.
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta" if meta else "cpu"):
+            model: nn.Module = cls._from_config(config, dtype=kind)
+        return model
+    if reference.kind == "config":
+        raise PeftcError(NoWeights(reference=reference.text))
+    precision = DTYPES[dtype] if dtype else "auto"
+    if by_bitsandbytes(config) and streams(cls, config):
+        return load_leaving(cls, source, config, lambda _skeleton: (), dtype=precision)[0]
+    loaded: nn.Module = cls.from_pretrained(source, dtype=precision, **extra)
+    return loaded
+
+
+def _class_for(config: Any) -> Any:
+    """The class the checkpoint was saved from, else the first that transformers has for such a config."""
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"transformers has no model class for {type(config).__name__}")

@@ -1,0 +1,108 @@
+"""Every mistake a user can make, one small class each, in sections by the stage that finds it.
+
+A class holds the facts of one mistake as fields and derives its words from them. `code` is stable, for
+tools and for the golden files; the words may improve. Declaring a subclass of `Diagnostic` makes it a frozen,
+keyword-only dataclass.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, dataclass_transform
+
+from peftc.diagnostics.source import Label, Span, render
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """One mistake: where it is, what is wrong, and what would help."""
+
+    code: ClassVar[str]
+    span: Span | None = None
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    @property
+    def title(self) -> str:
+        """The headline: what is wrong, without an article or a full stop."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """Words at the caret, usually the remedy."""
+        return ""
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        """Other places that matter, in this file or another."""
+        return ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines below the excerpt."""
+        return ()
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnostic as plain data; lines and columns count from 1, and the end is exclusive."""
+        return {
+            "code": self.code,
+            "title": self.title,
+            **_place(self.span),
+            "label": self.label,
+            "notes": list(self.notes),
+            "secondary": [{**_place(label.span), "label": label.text} for label in self.secondary],
+        }
+
+
+class PeftcError(Exception):
+    """What peftc raises for a mistake of the user: all the diagnostics that could be found at once."""
+
+    def __init__(self, *diagnostics: Diagnostic) -> None:
+        super().__init__(*diagnostics)
+        self.diagnostics = diagnostics
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(render, self.diagnostics))
+
+
+def in_file_order(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """By place in the text; files in the order in which something in them was found, what has no place first."""
+    found = list(problems)
+    files = {file: index for index, file in enumerate(dict.fromkeys(p.span.source.name for p in found if p.span))}
+    return sorted(found, key=lambda p: (files[p.span.source.name], p.span.start) if p.span else (-1, 0))
+
+
+def suggest(word: str, candidates: Iterable[str]) -> str | None:
+    """`did you mean 'rank'?` for the candidate nearest to a misspelt word, or None when none is near."""
+    folded = {candidate.casefold(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    return f"did you mean '{folded[near[0]]}'?" if near else None
+
+
+def choices(words: Sequence[str], last: str = "or") -> str:
+    """`a, b or c`."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def among(name: str, others: int) -> str:
+    """`a`, or `a and 3 more`."""
+    return f"{name} and {others} more" if others else name
+
+
+def _place(span: Span | None) -> dict[str, str | int | None]:
+    if span is None:
+        return dict.fromkeys(("file", "line", "column", "end_line", "end_column"))
+    return {
+        "file": span.source.name,
+        "line": span.line,
+        "column": span.column,
+        "end_line": span.end_line,
+        "end_column": span.end_column,
+    }

@@ -1,0 +1,89 @@
+"""What must hold after every pass. A failure is a bug of peftc, and names the pass and the statement."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.graph.ir import PROVENANCE, Provenance, computed, get_attribute
+from peftc.planning.errors import VerifierFailed
+from peftc.planning.planner import Plan
+
+
+class Verifier:
+    """Holds what the graph was at first, and compares."""
+
+    def __init__(self, module: fx.GraphModule, plan: Plan) -> None:
+        self.plan = plan
+        self.original = set(module.graph.nodes)
+        self.checked: set[fx.Node] = set()
+        self.known: dict[tuple[Any, str], str] = {}
+        self.frozen = {
+            str(node.target): get_attribute(module, str(node.target))
+            for node in module.graph.find_nodes(op="get_attr")
+            if str(node.target) not in plan.trained and str(node.target) not in plan.stored
+        }
+        self.replaceable = {
+            parameter for binding in plan.bindings if binding.method.prepares for parameter in binding.site.parameters
+        }
+
+    def check(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Raises PeftcError (`verifier-failed`) unless every invariant holds."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
+            module.graph.lint()
+        self._new_nodes(module, pass_name)
+        self._tensors(module, pass_name)
+
+    def _new_nodes(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Provenance on each new node, and the shape and dtype it claims."""
+        fresh = [n for n in module.graph.nodes if n not in self.original and n not in self.checked]
+        for node in fresh:
+            self.checked.add(node)
+            if node.op != "call_function":
+                continue
+            stamp = node.meta.get(PROVENANCE)
+            if not isinstance(stamp, Provenance):
+                self._fail(pass_name, f"{node.name} does not say where it comes from", None)
+            self._shapes(node, pass_name, stamp)
+            for user in node.users:
+                if user in self.original and user.op == "call_function":
+                    self._shapes(user, pass_name, stamp)
+
+    def _shapes(self, node: fx.Node, pass_name: str, stamp: Any) -> None:
+        """Runs one node on the fake values of its inputs and compares with what the graph says."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+        claimed = node.meta["val"]
+        if not isinstance(claimed, torch.Tensor):
+            return
+        key = (node.target, str(pytree.tree_map(_signature, (args, kwargs))))
+        if key not in self.known:  # equal blocks ask the same question
+            self.known[key] = _signature(computed(node))
+        if self.known[key] != _signature(claimed):
+            reason = f"{node.name} is {self.known[key]} where {_signature(claimed)} was promised"
+            self._fail(pass_name, reason, stamp)
+
+    def _tensors(self, module: fx.GraphModule, pass_name: str) -> None:
+        """Frozen tensors are the same objects, so tied ones are still tied; what learns is what was planned."""
+        for name, tensor in self.frozen.items():
+            if name not in self.replaceable and get_attribute(module, name) is not tensor:
+                self._fail(pass_name, f"the frozen {name} was replaced", None)
+        planned = set(self.plan.trained)
+        planned |= {name for name, state in self.plan.tensors.items() if state.trainable}
+        learns = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
+        if learns != planned:
+            odd = sorted(learns ^ planned)
+            self._fail(pass_name, f"{odd[0]} and {len(odd) - 1} more learn unplanned, or do not", None)
+
+    def _fail(self, pass_name: str, reason: str, stamp: Provenance | None) -> None:
+        raise PeftcError(VerifierFailed(pass_name=pass_name, reason=reason, span=stamp.span if stamp else None))
+
+
+def _signature(given: Any) -> str:
+    """Shape (symbolically, so that comparing adds no guard) and dtype of a tensor; anything else as it prints."""
+    return f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else str(given)

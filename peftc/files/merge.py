@@ -1,0 +1,151 @@
+"""Folding every method into plain weights: a model of the base's own class that computes the same."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftc.capture.bitsandbytes import Packing
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.files.errors import BadOutput
+from peftc.graph.ir import get_attribute, set_tensor
+from peftc.planning.planner import Binding
+from peftc.protocol.site import Projection
+from peftc.rewrite.insert import dense_weight, replace_rows, take
+from peftc.rewrite.packed import frozen_weight
+from peftc.runtime.errors import CannotMerge
+from peftc.runtime.module import CompiledModule
+from peftc.runtime.unfrozen import unplanned
+
+
+def merge(compiled: CompiledModule) -> nn.Module:
+    """A deep copy of the base model with every change folded in; `compiled` and the base stay as they are.
+
+    A weight that was packed comes back in the base's own precision, as what its numbers stand for.
+
+    Raises:
+        PeftcError: `cannot-merge`, one for each statement whose method has no plain weight that does the same.
+    """
+    problems = list(_problems(compiled))
+    if problems:
+        raise PeftcError(*problems)
+    plan = compiled.plan
+    model = copy.deepcopy(compiled.base)
+    by_weight: dict[str, list[Binding]] = defaultdict(list)
+    for binding in plan.bindings:
+        assert isinstance(binding.site, Projection)
+        by_weight[binding.site.weight].append(binding)
+    with torch.no_grad():
+        for name in (*plan.trained, *unplanned(compiled)):
+            for alias in plan.captured.aliases.get(name, [name]):
+                get_attribute(model, alias).copy_(get_attribute(compiled, name))
+        for name in plan.stored:
+            write(compiled, model, name, frozen_weight(compiled, plan, name))
+        for weight, bindings in by_weight.items():
+            _fold(compiled, model, weight, bindings)
+    return model
+
+
+def write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor) -> None:
+    """Sets a weight under every name that it has; in a base whose packed weights were let go of there is none yet."""
+    now = get_attribute(model, name)
+    if not now.is_meta:
+        now.copy_(weight)
+        return
+    made = nn.Parameter(weight.contiguous(), requires_grad=now.requires_grad)
+    for alias in compiled.plan.captured.aliases.get(name, [name]):
+        set_tensor(model, alias, made)
+
+
+def _problems(compiled: CompiledModule) -> list[Diagnostic]:
+    found: dict[int, Diagnostic] = {}
+    for binding in compiled.plan.bindings:
+        reason = binding.method.unmergeable
+        if (
+            reason is None
+            and isinstance(binding.site, Projection)
+            and (binding.method.adds_bias(binding.site) and binding.site.bias is None)
+        ):
+            reason = f"{binding.site.name} has no bias to take the shift"
+        if reason and binding.statement not in found:
+            found[binding.statement] = CannotMerge(method=binding.method.name, reason=reason, span=binding.span)
+    return list(found.values())
+
+
+def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: list[Binding]) -> None:
+    """Folds all that stands on one weight, in the order in which it acts."""
+    first = bindings[0].site
+    assert isinstance(first, Projection)
+    stored = frozen_weight(compiled, compiled.plan, weight).clone()
+    bias = get_attribute(compiled, first.bias).detach().clone() if first.bias else None
+    for binding in bindings:
+        site = binding.site
+        assert isinstance(site, Projection)
+        state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
+        part = None if bias is None else take(bias, site, -1)
+        new_weight, new_bias = binding.method.fold(site, dense_weight(stored, site), part, state)
+        replace_rows(stored, site, new_weight)
+        if bias is not None and new_bias is not None and new_bias is not part:
+            bias[slice(None) if site.rows is None else list(site.rows)] = new_bias
+    _store(model, first, stored)
+    if bias is not None and first.bias:
+        get_attribute(model, first.bias).copy_(bias)
+
+
+def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
+    """Writes a folded weight. A tied one becomes the layer's own, so that the other layer keeps what it had."""
+    if not site.tied:
+        get_attribute(model, site.owner).copy_(weight)
+        return
+    owner, _, leaf = site.owner.rpartition(".")
+    before = get_attribute(model, site.owner)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(before.device, before.dtype)))
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False
+
+
+def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = None) -> bool:
+    """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
+
+    With `packed` its layers are written as bitsandbytes packs them, and the configuration says so: returns whether
+    they are, which they cannot be where the library's files have other tensors than its model has.
+
+    Raises:
+        PeftcError: `bad-output` if something stands at `folder` already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise PeftcError(BadOutput(folder=str(folder)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        target = Path(temporary) / "model"
+        is_packed = isinstance(model, PreTrainedModel) and packed is not None and packed.saved(model, target)
+        if isinstance(model, PreTrainedModel):
+            if not is_packed:
+                model.save_pretrained(target)
+            _copy_tokenizer(model, target)
+        else:
+            target.mkdir()
+            safetensors.torch.save_model(model, str(target / "model.safetensors"))
+        if folder.exists():
+            folder.rmdir()
+        target.rename(folder)
+    return is_packed
+
+
+def _copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+    """The tokenizer files beside the base model, where it was read from a folder."""
+    source = Path(model.config._name_or_path or "")
+    if model.config._name_or_path and source.is_dir():
+        for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*"):
+            for file in source.glob(pattern):
+                shutil.copy2(file, folder / file.name)

@@ -1,0 +1,63 @@
+"""Stacked experts in HF PEFT's folder: `target_parameters`, whose wrappers are nested in one another.
+
+Of the parameters of one module that are adapted, the one registered first is wrapped first, so it lies deepest:
+`experts.base_layer.lora_A.weight` is of the first of two, `experts.lora_A.weight` of the second. A [experts, r, n_in]
+is stored as [experts * r, n_in], and B [experts, n_out, r] as [n_out, r * experts].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftc.protocol.site import Experts
+
+WRAPPED = "base_layer"
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+def place(model: nn.Module, parameter: str, adapted: Iterable[str]) -> str:
+    """The module name under which HF PEFT keeps what belongs to `parameter`, of all that are `adapted`."""
+    module, _, name = parameter.rpartition(".")
+    order = _in_order(model, module, adapted)
+    return ".".join([module, *[WRAPPED] * (len(order) - 1 - order.index(name))])
+
+
+def misread(model: nn.Module, site: Experts) -> str | None:
+    """Why HF PEFT would take inputs for outputs at `site`, or None: it asks the module, and else guesses."""
+    module, _, _ = site.name.rpartition(".")
+    if getattr(model.get_submodule(module), "is_transposed", False) == site.transposed:
+        return None
+    return f"it takes the inputs of {site.name} for its outputs"
+
+
+def stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One adapter's tensors as HF PEFT stores them."""
+    return {A: tensors[A].flatten(0, 1), B: tensors[B].permute(1, 2, 0).flatten(1)}
+
+
+def restored(
+    model: nn.Module, config: dict[str, Any], grouped: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """What a folder holds by module, with the wrappers of parameters under those parameters' own names."""
+    targets = tuple(config.get("target_parameters") or ())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    adapted = [name for name in shapes if any(name == target or name.endswith(f".{target}") for target in targets)]
+    places = {place(model, name, adapted): name for name in adapted if len(shapes[name]) == 3}
+    found: dict[str, dict[str, Tensor]] = {}
+    for module, own in grouped.items():
+        if module in places and own.keys() == {A, B}:
+            experts = shapes[places[module]][0]
+            a, b = own[A].unflatten(0, (experts, -1)), own[B].unflatten(1, (-1, experts)).permute(2, 0, 1)
+            found[places[module]] = {A: a, B: b}
+        else:
+            found[module] = own
+    return found
+
+
+def _in_order(model: nn.Module, module: str, adapted: Iterable[str]) -> list[str]:
+    """The adapted parameters of one module as they are registered."""
+    names = {name.removeprefix(f"{module}.") for name in adapted}
+    return [name for name, _ in model.get_submodule(module).named_parameters(recurse=False) if name in names]

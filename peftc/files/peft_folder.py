@@ -1,0 +1,238 @@
+"""HF PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+A folder of HF PEFT holds one method on whole modules. What does not fit that is refused, not approximated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from peftc.capture.inputs import example_inputs
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.source import Source
+from peftc.diagnostics.timings import Timings
+from peftc.driver import pipeline
+from peftc.files import peft_experts as expertfolders
+from peftc.files.artifact import check_tensors, write_folder
+from peftc.files.errors import BadArtifact, CannotExport
+from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, load_prefix, prefix_folder
+from peftc.files.peft_prompt import has_prompt, load_prompt, prompt_folder
+from peftc.graph.ir import get_attribute
+from peftc.language.syntax import parse
+from peftc.planning.planner import Binding, Plan
+from peftc.protocol.method import methods
+from peftc.protocol.site import Experts, Linear, Projection
+from peftc.runtime.module import CompiledModule
+from peftc.runtime.unfrozen import refuse_unplanned
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ROOT = "base_model."  # of what all modules share
+MARKS = (".lora_", ".ia3_", ".hada_", ".lokr_", ".vera_")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
+
+
+def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
+    """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
+
+    Raises:
+        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec` as for `save`.
+    """
+    refuse_unplanned(compiled)
+    bindings = compiled.plan.bindings
+    problems = _problems(compiled)
+    if problems:
+        raise PeftcError(*problems)
+    if has_prompt(compiled):
+        config, tensors = prompt_folder(compiled)
+    elif has_prefix(compiled):
+        config, tensors = prefix_folder(compiled)
+    else:
+        config, tensors = _modules(bindings, compiled)
+    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
+    write_folder(folder, files)
+
+
+def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors of a method that adapts modules one by one."""
+    config: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    stacks = sorted(binding.site.name for binding in bindings if isinstance(binding.site, Experts))
+    for binding in bindings:
+        state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
+        settings, own = binding.method.to_peft(binding.site, state)
+        _join(config, settings, binding.site.name)
+        place = binding.site.name
+        if isinstance(binding.site, Experts):
+            if reason := expertfolders.misread(compiled.base, binding.site):
+                raise PeftcError(CannotExport(reason=reason, span=binding.span))
+            place, own = expertfolders.place(compiled.base, place, stacks), expertfolders.stored(own)
+        tensors |= {f"{PREFIX}{place}.{name}": tensor for name, tensor in own.items()}
+        for theirs, ours in binding.method.peft_shared.items():
+            if not torch.equal(tensors.setdefault(ROOT + theirs, state[ours]), state[ours]):
+                raise PeftcError(CannotExport(reason=f"{theirs} is the same for all modules there", span=binding.span))
+    config |= {
+        "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
+        "target_modules": sorted({binding.site.name for binding in bindings} - set(stacks)),
+        "inference_mode": True,
+        "task_type": None,
+    }
+    if stacks:
+        config["target_parameters"] = stacks
+    if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
+        config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
+    return config, tensors
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
+    """`model` compiled with an adapter that HF PEFT saved at `folder`.
+
+    Raises:
+        PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
+    """
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
+        return load_prompt(model, folder, config, tensors)
+    if config.get("peft_type") == KIND and TENSOR in tensors:
+        return load_prefix(model, folder, config, tensors)
+    common = {
+        key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
+    }
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        mark = _separator(key)
+        module, _, name = key.removeprefix(PREFIX).rpartition(mark)
+        grouped[module][mark[1:] + name] = tensor
+    try:
+        lines, states = _recognised(model, folder, config, grouped)
+    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+        reason = f"its settings are damaged ({type(error).__name__}: {error})"
+        raise PeftcError(BadArtifact(folder=str(folder), reason=reason)) from None
+    text = "\n".join(
+        f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
+    )
+    spec = parse(Source(f"{folder.name}/{CONFIG}", text))
+    plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
+    for binding in plan.bindings:
+        if isinstance(binding.site, Experts) and (misread := expertfolders.misread(model, binding.site)):
+            raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {misread}"))
+    state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
+    state |= _shared(plan, common)
+    check_tensors(folder, plan, state)
+    return pipeline.build(plan, Timings(), state)
+
+
+def _recognised(
+    model: nn.Module, folder: Path, config: dict[str, Any], grouped: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Tensor]]]:
+    """The modules of each method call, and the state at each module."""
+    grouped = expertfolders.restored(model, config, grouped)
+    lines: dict[str, list[str]] = defaultdict(list)
+    states: dict[str, dict[str, Tensor]] = {}
+    for module, own in grouped.items():
+        for cls in methods().values():
+            found = cls.from_peft(_for_module(config, module), module, own)
+            if found is not None:
+                arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items() if value is not None)
+                lines[f"{cls.name}({arguments})"].append(module)
+                states[module] = found[1]
+                break
+        else:
+            reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    return lines, states
+
+
+def _shared_names() -> set[str]:
+    return {theirs for cls in methods().values() for theirs in cls.peft_shared}
+
+
+def _shared(plan: Plan, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all modules share: from the folder, else as it starts, which the settings alone decide."""
+    found: dict[str, Tensor] = {}
+    for binding in plan.bindings:
+        for name, spec in binding.shared.items():
+            theirs = next((theirs for theirs, ours in binding.method.peft_shared.items() if ours == name), None)
+            known = given[theirs] if theirs in given else spec.init(torch.empty(spec.shape, dtype=spec.dtype))
+            found.setdefault(binding.names[name], known)
+    return found
+
+
+def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
+    """The settings of one module: HF PEFT's patterns are regular expressions for the end of its name."""
+    own = dict(config)
+    for name, pattern in PATTERNS.items():
+        for key, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                own[name] = value
+                break
+    return own
+
+
+def _problems(compiled: CompiledModule) -> list[CannotExport]:
+    found: dict[Any, CannotExport] = {}
+    first = compiled.plan.bindings[0].method if compiled.plan.bindings else None
+    for binding in compiled.plan.bindings:
+        if (reason := _reason(binding, type(first))) and binding.statement not in found:
+            found[binding.statement] = CannotExport(reason=reason, span=binding.span)
+    for span in compiled.plan.trained.values():
+        found.setdefault(span, CannotExport(reason="it holds no parameters of the base model", span=span))
+    return list(found.values())
+
+
+def _reason(binding: Binding, first: type[Any]) -> str | None:
+    if binding.method.peft_type is None:
+        return f"it has no {binding.method!r}"
+    if reason := binding.method.unexportable(binding.site):
+        return reason
+    if type(binding.method) is not first:
+        return f"one folder holds one method, and {first.name} comes first"
+    if isinstance(binding.site, Projection) and binding.site.rows is not None:
+        return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    return None
+
+
+def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None:
+    """One config for all modules: the first one's settings, with what differs in the patterns HF PEFT has."""
+    for name, value in settings.items():
+        if isinstance(value, list):
+            config.setdefault(name, []).extend(value)
+        elif isinstance(value, dict):
+            config.setdefault(name, {}).update(value)
+        elif config.setdefault(name, value) != value:
+            if name not in PATTERNS:
+                raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
+            config.setdefault(PATTERNS[name], {})[module] = value
+
+
+def _separator(key: str) -> str:
+    """What stands between a module's name and a tensor's: every tensor's name starts with its method's."""
+    return next((mark for mark in MARKS if mark in key), ".")
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+        if not isinstance(config.get("lora_alpha", 0), int | float):
+            raise ValueError("lora_alpha is no number")
+        return {"lora_alpha": 8, **config}, tensors
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"{type(error).__name__}: {error}")) from None

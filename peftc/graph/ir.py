@@ -1,0 +1,201 @@
+"""The small graph helpers every stage shares: tracing plain PyTorch, splicing it, saying who wrote what.
+
+The graph is a flat ATen `torch.fx.Graph` straight from `torch.export`. Every node has its fake value in
+`meta["val"]`, and every node peftc adds carries a `Provenance` in `meta["peftc"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from peftc.diagnostics.source import Span
+
+PROVENANCE = "peftc"
+STACK = "nn_module_stack"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who put a node into the graph: the pass, the site it serves, and the statement that asked for it."""
+
+    pass_name: str
+    site: str
+    span: Span | None = None
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor `node` computes. Only for nodes known to yield one tensor."""
+    return cast(torch.Tensor, node.meta["val"])
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether `node` computes exactly one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether `node` writes into one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def memory(node: fx.Node) -> int:
+    """Which memory a value lies in: views of one tensor share it."""
+    return int(value(node).untyped_storage()._cdata)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode, and so the shape environment, that `graph` was captured under."""
+    for node in graph.nodes:
+        if isinstance(fake := node.meta.get("val"), FakeTensor):
+            return fake.fake_mode
+    raise ValueError("a graph without a single tensor has no fake mode")
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module whose forward made `node`, '' where none is known."""
+    stack = node.meta.get(STACK)
+    return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+
+
+def get_attribute(root: nn.Module, path: str) -> Any:
+    """`root.a.b.c` for the dotted path `a.b.c`."""
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Registers `tensor` as parameter or buffer at a dotted path, making the empty modules on the way."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = cast(nn.Module, root._modules[part])
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(leaf, tensor)
+    else:
+        root._parameters.pop(leaf, None)
+        root.register_buffer(leaf, tensor)
+
+
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, a tied one under each of its names."""
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+
+
+def keep_unread(root: nn.Module, made: nn.Module) -> None:
+    """Gives `made`, a GraphModule on `root`, the tensors of `root` that no node reads and that it therefore left out.
+
+    Such as the start that a method took out of a weight: it is saved, and needed to take it out again.
+    """
+    known = tensors(made)
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if name not in known:
+            set_tensor(made, name, tensor)
+
+
+def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
+    """The one `get_attr` node of `path`, made at the top of the graph on first use."""
+    for node in graph.find_nodes(op="get_attr", target=path):
+        return cast(fx.Node, node)
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_before(first):
+        made = graph.create_node("get_attr", path)
+    made.meta["val"] = fake_mode(graph).from_tensor(get_attribute(root, path), static_shapes=True)
+    return made
+
+
+def computed(node: fx.Node) -> Any:
+    """The fake value of `node` from those of its inputs, whatever its own says; sizes stay symbols.
+
+    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+    mode = fake_mode(node.graph)
+    assert callable(node.target)
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def moved(node: fx.Node, before: int) -> None:
+    """Computes the values behind `node` again that lay in the memory `before`: its views lie in its own now."""
+    touched, after = {node}, False
+    for other in node.graph.nodes:
+        if after and not touched.isdisjoint(other.all_input_nodes):
+            leaves = pytree.tree_leaves(other.meta.get("val"))
+            if any(isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == before for leaf in leaves):
+                other.meta["val"] = computed(other)
+                touched.add(other)
+        after = after or other is node
+
+
+def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:
+    """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order.
+
+    Nodes that were copied from one template have one fake value, which tracing would take for one argument.
+    """
+    distinct = [fake if id(fake) not in map(id, fakes[:place]) else fake.detach() for place, fake in enumerate(fakes)]
+    module = make_fx(function, pre_dispatch=True)(*distinct)
+    module.graph.eliminate_dead_code()
+    return module.graph
+
+
+def splice(
+    graph: fx.Graph,
+    template: fx.Graph,
+    args: Sequence[fx.Node],
+    after: fx.Node,
+    stamp: Provenance,
+    inside: fx.Node | None = None,
+) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """Copies `template`'s body behind `after`, with `args` for its placeholders.
+
+    Returns the node that computes its result and all nodes that were made. The copies inherit the module
+    stack of `inside` (else of `after`), so that they are drawn in, and folded into, the block they serve.
+    """
+    known = dict(zip(template.find_nodes(op="placeholder"), args, strict=True))
+    end = after.next
+    with graph.inserting_before(end):
+        result = graph.graph_copy(template, known)
+    made = tuple(between(after, end))
+    for node in made:
+        node.meta[PROVENANCE] = stamp
+        node.meta[STACK] = (inside or after).meta.get(STACK)
+        node.meta.pop("stack_trace", None)
+    return cast(fx.Node, result), made
+
+
+def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """The nodes strictly between two nodes of one graph, in order."""
+    node = start.next
+    while node is not end:
+        yield node
+        node = node.next
+
+
+def users_except(node: fx.Node, excluded: Iterable[fx.Node]) -> list[fx.Node]:
+    """The users of `node` that are not among `excluded`, in no particular order."""
+    skip = set(excluded)
+    return [user for user in node.users if user not in skip]
+
+
+def redirect(old: fx.Node, new: fx.Node, keep: Iterable[fx.Node] = ()) -> None:
+    """Makes every user of `old` read `new`, but for the nodes in `keep` (those that compute `new`)."""
+    for user in users_except(old, keep):
+        user.replace_input_with(old, new)
+
+
+def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The inputs of `node` that are tensors computed in the graph (sizes are left out)."""
+    return (argument for argument in node.all_input_nodes if is_tensor(argument))

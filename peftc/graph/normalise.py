@@ -1,0 +1,169 @@
+"""The captured graph, tidied: what `torch.export` writes for its own checks goes, dropout follows `training`.
+
+Nothing here changes a number. It makes the graph a third shorter, which every later pass walks.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import cast
+
+import torch
+from torch import fx
+
+from peftc.graph.assignments import assigned
+from peftc.graph.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, memory, moved, value
+
+aten = torch.ops.aten
+
+# op -> where its `training` flag (or dropout probability, for attention) stands among the arguments
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+TRAINING_FLAG = {**dict.fromkeys(DROPOUTS, 2), **dict.fromkeys(RECURRENT, 6)}
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+
+
+def normalise(module: fx.GraphModule) -> None:
+    """Tidies `module.graph` in place and recompiles it."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target in CASTS and _is_identity(node):
+            _bypass(node)
+        elif node.target in TRAINING_FLAG:
+            if node.target in DROPOUTS and node.args[1] == 0.0:
+                _bypass(node)
+            else:
+                node.update_arg(TRAINING_FLAG[node.target], training_node(graph))
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _attention_dropout(graph, node)
+        elif node.target is aten.batch_norm.default and node.args[3] is not None:
+            node.update_arg(5, False)
+        elif assigned(node):
+            continue
+        elif (instead := _out_of_place(node.target)) and _is_private(node):
+            before = memory(node)
+            node.target = instead
+            node.meta["val"] = computed(node)
+            moved(node, before)
+    _drop_batch_counters(graph)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def tidy(module: fx.GraphModule) -> bool:
+    """Removes the casts that splicing leaves behind, and lets its dropout follow `training`.
+
+    Returns whether there was anything to do.
+    """
+    changed = False
+    for node in list(module.graph.nodes):
+        if node.target in CASTS and _is_identity(node):
+            _bypass(node)
+            changed = True
+        elif node.target in TRAINING_FLAG and node.args[TRAINING_FLAG[node.target]] is True:
+            node.update_arg(TRAINING_FLAG[node.target], training_node(module.graph))
+            changed = True
+    return bool(module.graph.eliminate_dead_code()) or changed
+
+
+def _bypass(node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """A cast to the dtype and device its input already has."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(node) or not is_tensor(source):
+        return False
+    before, after = value(source), value(node)
+    return before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
+
+
+def _out_of_place(target: object) -> torch._ops.OpOverload | None:
+    """The operation that computes what `target` writes over its first operand, where ATen has one."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+        return None
+    packet = getattr(aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _is_private(node: fx.Node) -> bool:
+    """Whether nobody sees what `node` overwrites but by its result: no other view of it is read from there on."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_function":
+        return False
+    own = memory(source)
+    seen, after = {node}, False
+    for other in node.graph.nodes:
+        if after and any(operand not in seen and _lies_in(operand, own) for operand in other.all_input_nodes):
+            return False
+        after = after or other is node
+        if any(operand in seen for operand in other.all_input_nodes):
+            seen.add(other)
+    return not any(operand.op != "call_function" and _lies_in(operand, own) for operand in source.all_input_nodes)
+
+
+def _lies_in(node: fx.Node, where: int) -> bool:
+    return is_tensor(node) and memory(node) == where
+
+
+def training_tensor(graph: fx.Graph) -> fx.Node:
+    """`self.training` as a number in a tensor of no dimensions, made once: rewrites are traced with tensors only."""
+    flag = training_node(graph)
+    for user in flag.users:
+        if user.target is aten.full.default:
+            return user
+    with graph.inserting_after(flag):
+        node = graph.call_function(aten.full.default, ((), flag), {"dtype": torch.float32})
+    node.meta["val"] = fake_mode(graph).from_tensor(torch.ones(()), static_shapes=True)
+    node.meta[PROVENANCE] = Provenance("training", "")
+    return node
+
+
+def training_node(graph: fx.Graph) -> fx.Node:
+    """Reads `self.training` where the graph runs, so that `train()` and `eval()` mean what they always mean."""
+    for known in graph.find_nodes(op="get_attr", target="training"):
+        return cast(fx.Node, known)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.create_node("get_attr", "training")
+    node.meta["val"] = True
+    return node
+
+
+def _attention_dropout(graph: fx.Graph, node: fx.Node) -> None:
+    """Multiplies an attention's dropout probability by the flag, so that it is 0 in `eval()`."""
+    probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    if not isinstance(probability, float) or probability == 0.0:
+        return
+    with graph.inserting_before(node):
+        scaled = graph.call_function(operator.mul, (training_node(graph), probability))
+    scaled.meta = {"val": probability, STACK: node.meta.get(STACK)}  # in the same block: a block's inputs are tensors
+    if len(node.args) > 4:
+        node.update_arg(4, scaled)
+    else:
+        node.update_kwarg("dropout_p", scaled)
+
+
+def stays_random(graph: fx.Graph) -> fx.Node | None:
+    """A node that draws random numbers whatever `training` says: a trace in train mode baked its branch in."""
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        follows = node.target in TRAINING_FLAG or node.target is aten.scaled_dot_product_attention.default
+        if torch.Tag.nondeterministic_seeded in tags and node.users and not follows:
+            return cast(fx.Node, node)
+    return None
+
+
+def _drop_batch_counters(graph: fx.Graph) -> None:
+    """A frozen batch norm uses its running statistics; their update counter has nothing left to count."""
+    for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
+        counter = node.args[0]
+        if isinstance(counter, fx.Node) and counter.op == "get_attr" and not node.users:
+            graph.erase_node(node)

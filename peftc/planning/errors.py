@@ -1,0 +1,276 @@
+"""The mistakes that only show with a model at hand: matching, attaching, budgets."""
+
+from __future__ import annotations
+
+from peftc.diagnostics.diagnostic import Diagnostic, among, choices
+from peftc.diagnostics.source import Label, Span
+
+
+class NoMatch(Diagnostic):
+    code = "no-match"
+    model: str
+    near: tuple[str, ...]
+    has: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"this matches nothing in {self.model}"
+
+    @property
+    def label(self) -> str:
+        return f"nearest: {', '.join(self.near)}" if self.near else ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"it has: {', '.join(self.has)}",) if self.has else ()
+
+
+class NoSuchStack(Diagnostic):
+    code = "no-such-stack"
+    model: str
+    name: str
+    stacks: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} has no {self.name}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.stacks:
+            return (f"it has: {', '.join(self.stacks)}",)
+        return ("its blocks stand in one stack: leave the filter out",)
+
+
+class FewerLayersThanGroups(Diagnostic):
+    code = "fewer-layers-than-groups"
+    model: str
+    stack: str | None
+    layers: int
+    groups: int
+    defined: Span
+
+    @property
+    def title(self) -> str:
+        place = f"the {self.stack} of {self.model}" if self.stack else self.model
+        return f"{place} has {self.layers} layers, too few for {self.groups} groups"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.defined, "one of the groups"),)
+
+
+class WrongSite(Diagnostic):
+    code = "wrong-site"
+    method: str
+    wants: str
+    site: str
+    site_kind: str
+    others: int
+    instead: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        rest = f" and {self.others} more are not" if self.others else " is not"
+        return f"{self.method} attaches to {self.wants}, which {self.site} ({self.site_kind}){rest}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.instead:
+            return ()
+        return (f"{choices(self.instead)} can; or leave the experts out with 'except expert'",)
+
+
+class NoSequence(Diagnostic):
+    code = "no-sequence"
+    method: str
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's input sequence, and {self.model} has none that could be found"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a sequence is made of tokens looked up in a table, or enters the first of several equal blocks",)
+
+
+class Refused(Diagnostic):
+    code = "refused"
+    method: str
+    site: str
+    reason: str
+    others: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} cannot attach to {among(self.site, self.others)}: {self.reason}"
+
+
+class CannotCheckpoint(Diagnostic):
+    code = "cannot-checkpoint"
+    block: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.block} cannot be computed again by itself: another part of the model runs between its operations"
+
+
+class NoPositions(Diagnostic):
+    code = "no-positions"
+    taken: int
+    positions: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.taken} of the model's {self.positions} positions are taken, and none is left for the input"
+
+
+class TakesNoTarget(Diagnostic):
+    """A sequence method that is sent to a layer."""
+
+    code = "takes-no-target"
+    method: str
+    label = "leave this out"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} goes into the model's whole input, and attaches to no part of it"
+
+
+class CannotStart(Diagnostic):
+    """A method whose start is made of something that is not there; a saved one needs no start."""
+
+    code = "cannot-start"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} has nothing to start from: {self.reason}"
+
+
+class SameMethodTwice(Diagnostic):
+    code = "same-method-twice"
+    method: str
+    site: str
+    others: int
+    first: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} is applied twice to {among(self.site, self.others)}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.first, "first here"),)
+
+
+class WeightClaimed(Diagnostic):
+    """A weight that one method needs to itself, and another statement that changes it."""
+
+    code = "weight-claimed"
+    method: str
+    site: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} needs the weight of {self.site} to itself: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "changes it too"),)
+
+
+class GradientClaimed(Diagnostic):
+    """Something that learns below a method through which no gradient passes."""
+
+    code = "gradient-claimed"
+    method: str
+    reason: str
+    other: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} keeps the gradient from what it stands on: {self.reason}"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.other, "would never learn"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"leave one of them out, or keep to what stands behind {self.method}, such as the head",)
+
+
+class TrainsASlice(Diagnostic):
+    code = "trains-a-slice"
+    site: str
+    weight: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.site} is a part of {self.weight}, which trains as a whole or not at all"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f'train "{self.weight}" for all of it, or apply lora to this part',)
+
+
+class TrainsTied(Diagnostic):
+    code = "trains-tied"
+    trains: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{choices(self.trains, 'and')} is one tensor with {choices(self.missing, 'and')}, which would train too"
+
+    @property
+    def label(self) -> str:
+        return "name all of them to train them together"
+
+
+class OverBudget(Diagnostic):
+    code = "over-budget"
+    quantity: str
+    found: str
+    op: str
+    limit: str
+    breakdown: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.quantity} is {self.found}, and the spec requires {self.op} {self.limit}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.breakdown
+
+
+class NothingTrains(Diagnostic):
+    code = "nothing-trains"
+
+    @property
+    def title(self) -> str:
+        return "nothing would train: the spec applies no method and trains no parameter"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("for example: apply lora(r=8) to attn.q, attn.v",)
+
+
+class VerifierFailed(Diagnostic):
+    code = "verifier-failed"
+    pass_name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"peftc broke the graph in pass '{self.pass_name}': {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("this is a bug in peftc, not in the spec: please report it with the spec and the model's config",)

@@ -1,0 +1,59 @@
+"""What may not learn: whatever stands below a method through which no gradient passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.source import Span
+from peftc.planning.errors import GradientClaimed
+from peftc.protocol.site import Block, Site
+
+if TYPE_CHECKING:
+    from peftc.planning.planner import Binding
+
+
+def never_learning(graph: fx.Graph, bindings: Sequence[Binding], trained: dict[str, Span]) -> Iterator[Diagnostic]:
+    """An error for each statement that waits for a gradient which a method of another keeps from it."""
+    claims = [one for one in bindings if one.method.claims_upstream()]
+    seen: set[tuple[Span, Span]] = set()
+    for one in {(claim.statement, claim.site.block): claim for claim in claims if _is_end(claim.site)}.values():
+        below = _below(one.site)
+        others = [b.span for b in bindings if b.statement != one.statement and _stands_in(graph, below, b.site)]
+        others += [span for name, span in trained.items() if _reads(graph, below, name)]
+        for other in others:
+            if (one.span, other) not in seen:
+                seen.add((one.span, other))
+                reason = one.method.claims_upstream() or ""
+                yield GradientClaimed(method=one.method.name, reason=reason, other=other, span=one.span)
+
+
+def _is_end(site: Site) -> bool:
+    """Whether nothing of its chain stands above the site."""
+    return not isinstance(site, Block) or site.after is None
+
+
+def _below(site: Site) -> set[fx.Node]:
+    """What leaves the site, and every node that depends on."""
+    start = getattr(site, "h", None)
+    assert isinstance(start, fx.Node)
+    seen, queue = {start}, [start]
+    while queue:
+        fresh = [node for node in queue.pop().all_input_nodes if node not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return seen
+
+
+def _stands_in(graph: fx.Graph, nodes: set[fx.Node], site: Site) -> bool:
+    """Whether what a method does at `site` changes one of `nodes`."""
+    if uses := getattr(site, "uses", ()):
+        return any(use.y in nodes for use in uses)
+    return any(_reads(graph, nodes, name) for name in site.parameters)
+
+
+def _reads(graph: fx.Graph, nodes: set[fx.Node], parameter: str) -> bool:
+    return any(node in nodes for node in graph.find_nodes(op="get_attr", target=parameter))

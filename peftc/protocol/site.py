@@ -1,0 +1,296 @@
+"""The kinds of place in a model that a method can attach to. `roles.py` finds them; nothing here looks at a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
+
+if TYPE_CHECKING:
+    from peftc.protocol.storage import Storage
+    from peftc.roles.flow import AttentionPattern
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One place in the graph where a linear weight is applied.
+
+    `op` is the node that multiplies (its first tensor operand is x); `y` is the node that has the bias too.
+    They are the same node for `aten.linear` and `aten.addmm`. In a grouped product, `offsets` [experts] is where each
+    expert's tokens end among the sorted ones.
+    """
+
+    op: fx.Node
+    y: fx.Node
+    x_index: int
+    offsets: fx.Node | None = None
+
+    @property
+    def x(self) -> fx.Node:
+        """The input as the graph has it now: rewriting an earlier site may have changed it."""
+        argument = self.op.args[self.x_index]
+        assert isinstance(argument, fx.Node)
+        return argument
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in the model. `name` is unique; `path` is the module under which methods keep their state."""
+
+    name: str
+    path: str
+    roles: frozenset[str]
+    layer: int | None = None
+    stack: str | None = None
+    block: str | None = None
+    parameters: tuple[str, ...] = ()
+
+    kind = "site"
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers `where` may ask for, and `--json` prints."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name} {sorted(self.roles)}>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Site):
+    """y = x Wᵀ + b, with W of shape [*batch, n_out, n_in] (`transposed`: stored as [*batch, n_in, n_out]).
+
+    `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
+    `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
+    differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
+    its transpose, so that no one change of it is a change of this layer. `product` is how the base multiplies here,
+    for the matrices of a branch: set in the site that a rewrite gets. `storage` is what the weight is packed in once a
+    method has taken its part out: set in the site that such a method gets.
+    """
+
+    n_in: int = 0
+    n_out: int = 0
+    weight: str = ""
+    owner: str = ""
+    bias: str | None = None
+    transposed: bool = False
+    rows: tuple[int, ...] | None = None
+    tied: bool = False
+    mixed: bool = False
+    uses: tuple[Use, ...] = ()
+    product: Multiply = F.linear
+    storage: Storage | None = None
+
+    def facts(self) -> dict[str, Any]:
+        return {"in_features": self.n_in, "out_features": self.n_out}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of the weight, and of every matrix of a method here."""
+        return ()
+
+    @property
+    def slice(self) -> tuple[int, int] | None:
+        """`rows` as a half-open range where they are one, which they are in most fused weights."""
+        if self.rows is None or self.rows[-1] - self.rows[0] + 1 != len(self.rows):
+            return None
+        return self.rows[0], self.rows[-1] + 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linear(Projection):
+    """One matrix W [n_out, n_in], the same for every token."""
+
+    kind = "linear"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experts(Projection):
+    """A stack of matrices W [experts, n_out, n_in], one for each token that the router sends there.
+
+    x [tokens x choices, n_in] is sorted by expert, and one grouped product serves all of them.
+    """
+
+    experts: int = 0
+
+    kind = "experts"
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "experts": self.experts}
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return (self.experts,)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Module(Site):
+    """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add."""
+
+    width: int = 0
+    entry_width: int = 0
+    entry: Use | None = None
+    h: fx.Node | None = None
+
+    kind = "module"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A cross attention, as what it does to values: `out` is their product with the weights, at operand `values`.
+
+    A rewrite may give the same weights, masks and all, values of its own.
+    """
+
+    out: fx.Node
+    values: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Block(Site):
+    """One of a model's repeated blocks: `x` is the hidden state that enters it, `h` the one that leaves it.
+
+    Both are [..., width], and None where no residual stream runs through the block. `top`: no block of its container
+    follows. `readers`: the containers of the blocks that depend on `h` further up, other than its own; `reading`: the
+    attention by which it reads the blocks in container `source`.
+
+    What one statement names in one container is a chain: `before` and `after` are the block's neighbours in it,
+    `memory` is the last block of the chain that its cross attention reads. `feeds`: another chain's blocks read this.
+    """
+
+    width: int = 0
+    x: fx.Node | None = None
+    h: fx.Node | None = None
+    top: bool = False
+    readers: tuple[str, ...] = ()
+    reading: Reading | None = None
+    source: str | None = None
+    before: Block | None = None
+    after: Block | None = None
+    memory: Block | None = None
+    feeds: bool = False
+
+    kind = "block"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    @property
+    def container(self) -> str:
+        """The path of the module that holds the blocks."""
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sequence(Site):
+    """The embedded input [batch, length, width], at the node where embeddings given by hand would enter.
+
+    `tokens` is the input that counts its positions. `filled`: each input with an entry a position, and what stands
+    there at a prompt's positions; `position_ids` goes on counting instead. `positions`: the longest sequence that the
+    model has positions for (None: any). `length`: the number of positions where the graph has it as a constant, as
+    for an image. `in_front`: whether a prompt stands before the input or, where the model reads its own tokens by
+    their place and no position matters any more, behind it. `obstacle`: why no prompt fits in, if none does.
+    """
+
+    width: int = 0
+    vocabulary: int | None = None
+    positions: int | None = None
+    tokens: str = ""
+    filled: tuple[tuple[str, int], ...] = ()
+    position_ids: str | None = None
+    mask: str | None = None
+    length: int | None = None
+    in_front: bool = True
+    obstacle: str | None = None
+    embeddings: fx.Node | None = None
+    tokenize: Callable[[str], list[int] | None] = lambda _text: None
+
+    kind = "sequence"
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    def join(self, prompt: Tensor, x: Tensor) -> Tensor:
+        """`prompt` [k, d] and every row of `x` [B, S, d] as one sequence [B, k + S, d]."""
+        rows = prompt.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.cat([rows, x] if self.in_front else [x, rows], 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Module):
+    """A sublayer whose attention is understood: softmax(q kᵀ) v with q of `heads` heads.
+
+    Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
+    heads of its own count; `groups` says which key head each of them is, where it is one. `key` and `value` are the
+    layers that project them. `positions` is how many tokens the model can count, where a table of learned positions
+    says so. `obstacle`: why nothing can stand beside its keys, if so.
+    """
+
+    pattern: AttentionPattern | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    groups: tuple[int, ...] = ()
+    key: Linear | None = None
+    value: Linear | None = None
+    cross: bool = False
+    positions: int | None = None
+    obstacle: str | None = None
+
+    kind = "attention"
+
+    def facts(self) -> dict[str, Any]:
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
+        return {**super().facts(), **heads}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Parameters(Site):
+    """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions."""
+
+    kind = "parameters"
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything a model offers to selectors, in the order of the forward pass; and beside it its sequences."""
+
+    model: str
+    items: tuple[Site, ...]
+    parameters: dict[str, int] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    sequences: tuple[Sequence, ...] = ()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def roles(self) -> list[str]:
+        """Every role some site has, sorted."""
+        return sorted({role for site in self.items for role in site.roles})
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a site: name, kind, roles, layer, stack, parameters, and the site's own numbers."""
+        return [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "roles": sorted(site.roles),
+                "layer": site.layer,
+                "stack": site.stack,
+                "parameters": list(site.parameters),
+                **site.facts(),
+            }
+            for site in self.items
+        ]

@@ -1,0 +1,149 @@
+"""Methods on blocks: what one statement names in one stack is a chain, along which a rewrite hands a value upwards.
+
+A rewrite that asks for `carry` gets what it returned beside its output at the block before (None at the first) and
+returns the pair of output and carry. Where the block's attention reads another chain, as a decoder reads its encoder,
+`memory` is the carry at the end of that one, and `attend` what the attention makes of values of the rewrite's own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from torch import Tensor, fx
+
+from peftc.graph.ir import Provenance, is_tensor, redirect, splice, trace, value
+from peftc.protocol.site import Block, Reading, Site
+
+if TYPE_CHECKING:
+    from peftc.planning.planner import Binding
+    from peftc.rewrite.insert import Inserter
+
+S = TypeVar("S", bound=Site)
+ATTEND = "attend "
+
+
+def linked(sites: list[S]) -> list[S]:
+    """The sites of one statement, with each block told its neighbours in its chain; other sites as they are."""
+    chains: dict[str, list[Block]] = defaultdict(list)
+    for site in sites:
+        if isinstance(site, Block):
+            chains[site.container].append(site)
+    known: dict[str, Block] = {}
+    # A chain stands behind the one it reads, which so is linked when its turn comes.
+    for container in sorted(chains, key=lambda name: chains[name][0].source is not None):
+        before: Block | None = None
+        for block, after in zip(chains[container], [*chains[container][1:], None], strict=True):
+            memory = chains[block.source][-1] if block.reading and block.source in chains else None
+            feeds = any(other.reading and other.source == container for chain in chains.values() for other in chain)
+            before = known[block.name] = replace(block, before=before, after=after, memory=memory, feeds=feeds)
+    return [cast(S, known.get(site.name, site)) for site in sites]
+
+
+def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], stamp: Provenance) -> None:
+    """Splices a method behind its block's hidden state, with what its chain carries."""
+    site, method = binding.site, binding.method
+    assert isinstance(site, Block)
+    assert site.x is not None
+    assert site.h is not None
+    names = method.asks(binding.names)
+    x, y = (inserter.current.get(node, node) for node in (site.x, site.h))
+    given = dict(state)
+    if "carry" in names and site.before is not None:
+        given["carry"] = inserter.carries[binding.statement, site.before.name]
+    if "memory" in names and site.memory is not None and site.reading is not None:
+        given["memory"] = inserter.carries[binding.statement, site.memory.name]
+        given |= _operands(site.reading)
+
+    def function(x: Tensor, y: Tensor, *tensors: Tensor) -> Any:
+        values: dict[str, Any] = dict(zip(given, tensors, strict=True))
+        if "memory" in values and site.reading is not None:
+            values["attend"] = _attending(site.reading, values)
+        return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+
+    args = [x, y, *given.values()]
+    template = _template(inserter, binding, function, args, tuple(given))
+    result, made = splice(inserter.graph, template, args, y, stamp)
+    _same_randomness(site.reading, made)
+    if "carry" in names:
+        result, inserter.carries[binding.statement, site.name] = cast(tuple[fx.Node, fx.Node], result)
+    if result is not y:
+        redirect(y, result, keep=made)
+        inserter.current[site.h] = result
+
+
+def _template(
+    inserter: Inserter, binding: Binding, function: Callable[..., Any], args: Sequence[fx.Node], names: tuple[str, ...]
+) -> fx.Graph:
+    """Traced once for equal blocks in equal places of a chain."""
+    site = binding.site
+    assert isinstance(site, Block)
+    fakes = [value(node) for node in args]
+    key = (
+        type(binding.method), repr(binding.method), tuple(binding.names), names, tuple(site.facts().items()),
+        _constants(site.reading), tuple((str(tuple(fake.shape)), fake.dtype, str(fake.device)) for fake in fakes),
+    )  # fmt: skip
+    if key not in inserter.templates:
+        inserter.templates[key] = trace(function, *fakes)
+    return inserter.templates[key]
+
+
+# ---- Another's attention ---------------------------------------------------------------------------------------------
+
+
+def _operands(reading: Reading) -> dict[str, fx.Node]:
+    """The tensors that the attention's weights are made of (the weights themselves, where it is spelt out)."""
+    places = [*enumerate(reading.out.args), *reading.out.kwargs.items()]
+    return {
+        f"{ATTEND}{place}": argument
+        for place, argument in places
+        if isinstance(argument, fx.Node) and place != reading.values and is_tensor(argument)
+    }
+
+
+def _constants(reading: Reading | None) -> str:
+    if reading is None:
+        return ""
+    plain = [None if isinstance(argument, fx.Node) else argument for argument in reading.out.args]
+    named = {name: None if isinstance(given, fx.Node) else given for name, given in reading.out.kwargs.items()}
+    return f"{reading.out.target} {plain} {named}"
+
+
+def _attending(reading: Reading, operands: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """values [B, S, n] -> [B, T, n]: the mean over the heads of what each makes of them."""
+    replaced = reading.out.args[reading.values]
+    assert isinstance(replaced, fx.Node)
+    heads, dtype = value(replaced).shape[1], value(replaced).dtype
+    args = [_operand(operands, place, given) for place, given in enumerate(reading.out.args)]
+    kwargs = {name: _operand(operands, name, given) for name, given in reading.out.kwargs.items()}
+
+    def attend(values: Tensor) -> Tensor:
+        args[reading.values] = values.to(dtype).unsqueeze(1).expand(-1, heads, -1, -1)
+        mixed: Tensor = cast(Any, reading.out.target)(*args, **kwargs)
+        return mixed.mean(1).to(values.dtype)
+
+    return attend
+
+
+def _operand(operands: dict[str, Any], place: object, given: Any) -> Any:
+    """A tensor from the trace; a number as the graph has it (the fake one of a node, until `_same_randomness`)."""
+    if not isinstance(given, fx.Node):
+        return given
+    tensor = operands.get(f"{ATTEND}{place}")
+    return given.meta["val"] if tensor is None else tensor.detach()
+
+
+def _same_randomness(reading: Reading | None, made: Sequence[fx.Node]) -> None:
+    """A dropout probability that the graph computes from `training` is not a tensor, and a trace makes it constant."""
+    if reading is None:
+        return
+    for node in made:
+        if node.target is reading.out.target:
+            for place, given in enumerate(reading.out.args):
+                if isinstance(given, fx.Node) and not is_tensor(given):
+                    node.update_arg(place, given)
+            for name, given in reading.out.kwargs.items():
+                if isinstance(given, fx.Node) and not is_tensor(given):
+                    node.update_kwarg(name, given)

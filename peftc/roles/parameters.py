@@ -1,0 +1,119 @@
+"""Sites for parameters that are there already: norms, biases, embeddings, convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from peftc.graph.ir import module_path, value
+from peftc.protocol.site import Block, Parameters, Site
+from peftc.roles.linears import CASTS, parameter_of
+
+aten = torch.ops.aten
+
+NORMS = {
+    aten.layer_norm.default: (2, 3),
+    aten.group_norm.default: (2, 3),
+    aten.batch_norm.default: (1, 2),
+    aten.instance_norm.default: (1, 2),
+    aten.rms_norm.default: (2,),
+}
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default} | {
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+}  # fmt: skip
+# operation -> where its bias stands
+BIASED = {
+    aten.linear.default: 2,
+    aten.addmm.default: 0,
+    **dict.fromkeys(CONVOLUTIONS, 2),
+    **{norm: places[1] for norm, places in NORMS.items() if len(places) > 1},
+}
+
+
+def existing_parameters(module: fx.GraphModule, blocks: list[Block], aliases: dict[str, list[str]]) -> list[Site]:
+    """One site a norm, bias, embedding and convolution, in the graph's order, and then the blocks."""
+    found: list[Site] = []
+    for node in module.graph.nodes:
+        found += _at(node, aliases)
+    return _merged([*found, *blocks])
+
+
+def own_name(tensor: str, module: str, aliases: dict[str, list[str]]) -> str:
+    """Of a tied tensor's names, the one that belongs to the module at hand."""
+    return next((name for name in aliases.get(tensor, []) if name.rpartition(".")[0] == module), tensor)
+
+
+def _at(node: fx.Node, aliases: dict[str, list[str]]) -> Iterator[Site]:
+    if node.target in NORMS:
+        yield from _site("norm", [node.args[index] for index in NORMS[node.target] if index < len(node.args)])
+    elif node.target is aten.embedding.default and (named := parameter_of(node.args[0])):
+        path = own_name(named[0], module_path(node), aliases).rpartition(".")[0]
+        yield Parameters(path, path, frozenset({"embed"}), parameters=(named[0],))
+    elif node.target in CONVOLUTIONS:
+        yield from _site("conv", [node.args[1], node.args[2] if len(node.args) > 2 else None])
+    elif node.op == "get_attr" and _scales_a_root_mean_square(node):
+        yield from _site("norm", [node])
+    if node.op == "get_attr" and (named := parameter_of(node)) and _is_bias(node):
+        yield Parameters(named[0], named[0].rpartition(".")[0], frozenset({"bias"}), parameters=(named[0],))
+
+
+def _site(role: str, operands: list[object]) -> Iterator[Site]:
+    names = [named[0] for operand in operands if (named := parameter_of(operand))]
+    if names:
+        path = names[0].rpartition(".")[0] or names[0]
+        yield Parameters(path, path, frozenset({role}), parameters=tuple(names))
+
+
+def _is_bias(node: fx.Node) -> bool:
+    """A 1-d parameter that some operation adds: as its bias operand, or in a sum of its own."""
+    if value(node).dim() != 1:
+        return False
+    for user in node.users:
+        if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
+            return True
+        position = BIASED.get(cast(Any, user.target))
+        if position is not None and position < len(user.args) and user.args[position] is node:
+            return True
+    return False
+
+
+def _scales_a_root_mean_square(node: fx.Node) -> bool:
+    """A 1-d parameter (or 1 + it) that multiplies x · rsqrt(mean(x²)): an RMSNorm spelt out."""
+    if node.meta.get("val") is None or not isinstance(node.meta["val"], torch.Tensor) or value(node).dim() != 1:
+        return False
+    for user in node.users:
+        if user.target is aten.mul.Tensor and any(
+            other is not node and _has_rsqrt(other) for other in user.all_input_nodes
+        ):
+            return True
+        if (user.target in CASTS or _adds_a_number(user)) and _scales_a_root_mean_square(user):
+            return True
+    return False
+
+
+def _adds_a_number(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and len(node.all_input_nodes) == 1
+
+
+def _has_rsqrt(node: fx.Node) -> bool:
+    while node.target in CASTS:
+        node = node.all_input_nodes[0]
+    return node.target is aten.mul.Tensor and any(other.target is aten.rsqrt.default for other in node.all_input_nodes)
+
+
+def _merged(sites: list[Site]) -> list[Site]:
+    """Sites of one name made one, such as an embedding read twice."""
+    by_name: dict[str, Site] = {}
+    for site in sites:
+        known = by_name.get(site.name)
+        if known is None:
+            by_name[site.name] = site
+        elif not set(site.parameters) <= set(known.parameters) or not site.roles <= known.roles:
+            names = dict.fromkeys((*known.parameters, *site.parameters))
+            kept = site if isinstance(site, Block) else known
+            by_name[site.name] = replace(kept, roles=known.roles | site.roles, parameters=tuple(names))
+    return list(by_name.values())

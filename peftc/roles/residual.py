@@ -1,0 +1,117 @@
+"""Graph -> block sites: the hidden state that enters each block and the one that leaves it, by data flow.
+
+What leaves a block is the last tensor that it computes for others. What enters it is reached from there without
+crossing a product: along the residual stream, the only way through a block on which nothing is multiplied by weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import groupby
+
+import networkx as nx
+from torch import fx
+
+from peftc.graph.ir import STACK, is_tensor, value
+from peftc.protocol.site import Block, Reading
+from peftc.roles import stacks as found
+from peftc.roles.flow import SCORES, AttentionPattern, nearest
+
+Members = dict[str, list[fx.Node]]
+Crossing = dict[str, tuple[AttentionPattern, fx.Node]]
+
+
+def block_sites(
+    graph: fx.Graph,
+    flow: nx.DiGraph[fx.Node],
+    blocks: list[found.Block],
+    is_product: Callable[[fx.Node], bool],
+    crossing: Crossing,
+) -> list[Block]:
+    """One site a block, in module order.
+
+    Args:
+        graph: a captured model.
+        flow: its values and who reads them.
+        blocks: the paths of its blocks.
+        is_product: whether a node multiplies by a weight.
+        crossing: of each block with cross attention, that and the value which its keys are made of.
+    """
+    members = _members(graph, blocks)
+    leaving = {path: h for path, nodes in members.items() if (h := _leaving(nodes)) is not None}
+    tops = {stack: list(group)[-1] for stack, group in groupby(blocks, lambda block: block.stack)}
+    ends = {h: stack for stack, block in tops.items() if (h := leaving.get(block.path)) is not None}
+    readers = {stack: _readers(flow, h, stack, blocks, members) for h, stack in ends.items()}
+    used = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+
+    def site(block: found.Block) -> Block:
+        h = leaving.get(block.path)
+        x = None if h is None else _entering(flow, h, set(members[block.path]), is_product)
+        reading, source = _reading(flow, block, crossing, ends)
+        return Block(
+            block.path, block.path, frozenset({"block"}),
+            parameters=tuple(name for name in used if name.startswith(f"{block.path}.")),
+            width=0 if h is None or x is None else int(value(h).shape[-1]),
+            x=x, h=None if x is None else h, top=block is tops[block.stack],
+            readers=readers.get(block.stack, ()), reading=reading, source=source,
+        )  # fmt: skip
+
+    return [site(block) for block in blocks]
+
+
+def _members(graph: fx.Graph, blocks: list[found.Block]) -> Members:
+    """The nodes of each block, in order."""
+    paths = {block.path for block in blocks}
+    members: Members = defaultdict(list)
+    for node in graph.nodes:
+        for path, _ in (node.meta.get(STACK) or {}).values():
+            if (plain := str(path).partition("@")[0]) in paths:
+                members[plain].append(node)
+                break
+    return members
+
+
+def _leaving(nodes: list[fx.Node]) -> fx.Node | None:
+    """The last of a block's tensors that something outside the block reads."""
+    inside = set(nodes)
+    for node in reversed(nodes):
+        if is_tensor(node) and value(node).is_floating_point() and any(user not in inside for user in node.users):
+            return node
+    return None
+
+
+def _entering(
+    flow: nx.DiGraph[fx.Node], h: fx.Node, inside: set[fx.Node], is_product: Callable[[fx.Node], bool]
+) -> fx.Node | None:
+    """The value of h's own shape, made outside the block, that reaches `h` with no product on the way."""
+
+    def stop(node: fx.Node) -> bool:
+        return node not in inside or is_product(node) or node.target in SCORES
+
+    for node in nearest(h, flow.predecessors, stop):
+        if node not in inside and node.op != "get_attr" and is_tensor(node) and value(node).shape == value(h).shape:
+            return node
+    return None
+
+
+def _readers(
+    flow: nx.DiGraph[fx.Node], h: fx.Node, stack: str, blocks: list[found.Block], members: Members
+) -> tuple[str, ...]:
+    """The other containers with a block that depends on `h`."""
+    behind = nx.descendants(flow, h)
+    others = {block.stack for block in blocks if not behind.isdisjoint(members.get(block.path, ()))}
+    return tuple(sorted(others - {stack}))
+
+
+def _reading(
+    flow: nx.DiGraph[fx.Node], block: found.Block, crossing: Crossing, ends: dict[fx.Node, str]
+) -> tuple[Reading | None, str | None]:
+    """The block's cross attention and the container that it reads; nothing where its heads stand in the batch."""
+    if block.path not in crossing:
+        return None, None
+    attention, read = crossing[block.path]
+    source = next((ends[node] for node in nearest(read, flow.predecessors, ends.__contains__)), None)
+    if source is None or value(attention.v).dim() != 4:
+        return None, source
+    return Reading(attention.out, 1 if attention.out.target in SCORES else 2), source

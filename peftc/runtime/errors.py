@@ -1,0 +1,262 @@
+"""What can go wrong with a compiled model in its user's hands, after the compile."""
+
+from __future__ import annotations
+
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, suggest
+
+
+class FixedPrecision(Diagnostic):
+    code = "fixed-precision"
+    tensor: str
+    captured: str
+    asked: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.tensor} cannot become {self.asked}: the graph's casts were made for {self.captured}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            f"cast the base model and compile that, or compile a reference with dtype='{self.asked}'",
+            "torch.autocast, and a Trainer's bf16=True, work on a compiled model as it is",
+        )
+
+
+class NoPickle(Diagnostic):
+    code = "no-pickle"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"a compiled {self.model} cannot be pickled: its code is made anew from the spec and the base model"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "model.save(folder) writes it and peftc.load(folder) reads it; torch.save(model.state_dict(), file) "
+            "writes what learns",
+            "a process that is to have it compiles or loads it itself",
+        )
+
+
+class NeverCalled(Diagnostic):
+    code = "never-called"
+    path: str
+    blocks: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.path} only holds tensors: it is a part of the graph, and nothing calls it or its hooks"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"the whole model and its blocks are called, such as {self.blocks}",) if self.blocks else ()
+
+
+class OnTheBase(Diagnostic):
+    code = "on-the-base"
+    model: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}.{self.name} acts on modules that a compiled model has as a graph"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if "checkpointing" in self.name:
+            return ("say it in the spec, for example: checkpoint block",)
+        return ("do it to the base model before the compile, or to what .merge() returns",)
+
+
+class OnlyOnTheBase(PeftcError, AttributeError):
+    """As an AttributeError, so that `hasattr` says no."""
+
+
+class CannotUnfreeze(Diagnostic):
+    code = "cannot-unfreeze"
+    weight: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.weight} cannot be unfrozen: a method on it writes it anew from the base model's"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f'say train "{self.weight}" in the spec instead of that method',)
+
+
+class NotInSpec(Diagnostic):
+    code = "not-in-spec"
+    weights: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        more = f" and {len(self.weights) - 3} more" if len(self.weights) > 3 else ""
+        return f"the spec does not train {choices(self.weights[:3], 'and')}{more}, which differs from the base model's"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "an artifact is the spec and what it trains: compile with "
+            f'train "{self.weights[0]}" in the spec, and give that model this one\'s state_dict()',
+        )
+
+
+class SecondDerivative(Diagnostic):
+    code = "second-derivative"
+
+    @property
+    def title(self) -> str:
+        return "a fused model has first derivatives only: create_graph=True asks for more"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("peftc.compile(..., fuse=False) has the others",)
+
+
+class Transformed(Diagnostic):
+    code = "transformed"
+
+    @property
+    def title(self) -> str:
+        return "a fused model cannot be transformed by torch.func or differentiated in forward mode"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("loss.backward() and torch.autograd.grad work; for others: peftc.compile(..., fuse=False)",)
+
+
+class NeedsLabels(Diagnostic):
+    code = "needs-labels"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} was compiled with labels, and makes its decoder's inputs from them"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass labels=, or compile with example={'input_ids': …, 'decoder_input_ids': …}",)
+
+
+class NoRoom(Diagnostic):
+    code = "no-room"
+    given: int
+    room: int
+
+    @property
+    def title(self) -> str:
+        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("cut the input, or compile a shorter prompt or prefix",)
+
+
+class CannotGenerate(Diagnostic):
+    code = "cannot-generate"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} does not continue text, or was captured without an attention mask"
+
+
+class NeedsCalibration(Diagnostic):
+    """A method that starts from data, compiled without any."""
+
+    code = "needs-calibration"
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} starts from data, and there is none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
+
+
+class BadSchedule(Diagnostic):
+    code = "bad-schedule"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the schedule of {self.method} does not fit the training: {self.reason}"
+
+
+class BadCalibration(Diagnostic):
+    code = "bad-calibration"
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the calibration batches cannot be used: {self.reason}"
+
+
+class CannotMerge(Diagnostic):
+    code = "cannot-merge"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} cannot be merged: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("save() keeps it beside the base model, which every method can do",)
+
+
+class UnknownBlock(Diagnostic):
+    code = "unknown-block"
+    name: str
+    model: str
+    near: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} has no block '{self.name}'"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"nearest: {', '.join(self.near)}",) if self.near else ("peftc sites lists the blocks of a model",)
+
+
+class UnknownPass(Diagnostic):
+    code = "unknown-pass"
+    name: str
+    known: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"there is no pass '{self.name}'"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        near = suggest(self.name, self.known)
+        return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
+
+
+class CannotMeasure(Diagnostic):
+    code = "cannot-measure"
+    model: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"no step of {self.model} can be measured: {self.reason}"
+
+
+class NoDevice(Diagnostic):
+    code = "no-device"
+    name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"there is no device '{self.name}': {self.reason}"

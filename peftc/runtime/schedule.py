@@ -1,0 +1,134 @@
+"""Methods with a schedule: what happens after each step of the optimiser, by hand or under a Trainer.
+
+Two hooks on the optimiser do it, so that any training loop works: one before the step, which remembers what is to be
+warmed up, one after it, which calls each scheduled method's `on_step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.graph.ir import get_attribute
+from peftc.protocol.site import Site
+from peftc.rewrite.insert import prepare
+from peftc.runtime.errors import BadSchedule
+
+if TYPE_CHECKING:
+    from peftc.planning.planner import Binding
+    from peftc.runtime.module import CompiledModule
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One site of a statement, with the method's tensors there, live: `state` by the method's own names."""
+
+    site: Site
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
+
+    number: int
+    optimizer: Optimizer
+    total: int | None = None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
+        self.optimizer.state.pop(tensor, None)
+
+
+class Follower:
+    """Drives those scheduled methods of a model whose tensors an optimiser trains, by its steps, until `remove()`."""
+
+    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
+        """`step`: how many steps have been made already, where training goes on; `total`: how many there will be.
+
+        Raises:
+            PeftcError: `bad-schedule` where a method's schedule does not fit into so many steps.
+        """
+        self.compiled = compiled
+        self.optimizer = optimizer
+        self.step = step
+        self.total = total
+        trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        scheduled = [
+            binding
+            for binding in compiled.plan.bindings
+            if binding.method.scheduled and any(id(t) in trained for t in _tensors(compiled, binding).values())
+        ]
+        self.statements = [list(members) for _, members in groupby(scheduled, key=lambda binding: binding.statement)]
+        problems = [
+            BadSchedule(method=first.method.name, reason=reason, span=first.span)
+            for first, *_ in self.statements
+            if (reason := first.method.misfit(total)) is not None
+        ]
+        if problems:
+            raise PeftcError(*problems)
+        self.cold: list[tuple[float, Tensor, Tensor]] = []
+        self.hooks: tuple[RemovableHandle, ...] = ()
+        if scheduled:
+            after = optimizer.register_step_post_hook(self._after)
+            self.hooks = (optimizer.register_step_pre_hook(self._before), after)
+
+    def remove(self) -> None:
+        """Stops following."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, *_: Any) -> None:
+        """Remembers the parameters whose step is to be a shorter one."""
+        self.cold = []
+        for bindings in self.statements:
+            warmth = bindings[0].method.warmth(self.step + 1)
+            if warmth != 1:
+                tensors = (tensor for binding in bindings for tensor in _tensors(self.compiled, binding).values())
+                learning = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
+                self.cold += [(warmth, tensor, tensor.detach().clone()) for tensor in learning.values()]
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        self.step += 1
+        for warmth, tensor, before in self.cold:  # as if the learning rate had been that multiple
+            tensor.copy_(torch.lerp(before, tensor, warmth))
+        step = Step(self.step, self.optimizer, self.total)
+        for bindings in self.statements:
+            places = [Place(binding.site, _tensors(self.compiled, binding)) for binding in bindings]
+            changed = bindings[0].method.on_step(step, places)
+            if changed and bindings[0].method.prepares:
+                prepare(self.compiled, self.compiled.plan)
+
+
+def _tensors(compiled: CompiledModule, binding: Binding) -> dict[str, Tensor]:
+    return {name: get_attribute(compiled, full) for name, full in binding.names.items()}
+
+
+class Schedule(TrainerCallback):
+    """Follows the optimiser of a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
+
+    def __init__(self, compiled: CompiledModule) -> None:
+        self.compiled = compiled
+        self.follower: Follower | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Trainer has made its optimiser, and knows at which step it goes on."""
+        self.on_train_end(args, state, control)  # of a training that was cut short, maybe with this very optimiser
+        optimizer = given["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.follower = Follower(self.compiled, optimizer, state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The optimiser may be used on for something else."""
+        if self.follower is not None:
+            self.follower.remove()
+            self.follower = None

@@ -1,0 +1,289 @@
+"""AST -> intentions: `let` and `use` expanded, methods built and their parameters checked. No model is needed.
+
+Everything `peftc check` can say is said here, all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, in_file_order
+from peftc.diagnostics.source import Span
+from peftc.language import errors as mistakes
+from peftc.language import syntax as ast
+from peftc.protocol.method import Method, Stage, methods
+from peftc.protocol.storage import Storage
+from peftc.spec import errors as say
+from peftc.spec.calls import Calls
+from peftc.spec.groups import GROUPINGS, Group, InGroup
+
+ROLES = (
+    "attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp", "mlp.up", "mlp.gate", "mlp.down", "mlp.*",
+    "block", "norm", "embed", "head", "linear", "conv", "bias", "expert", "self", "cross",
+)  # fmt: skip
+KINDS_OF_ATTENTION = ("self", "cross")
+FIELDS = ("in_features", "out_features", "width", "experts")
+STACKS = ("encoder", "decoder")
+LAYERS = "layers"
+QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
+
+
+@dataclass(frozen=True)
+class Application:
+    """`apply METHOD to SELECTOR`, with the method built. A sequence method may have no target."""
+
+    method: Method
+    target: ast.Selector | None
+    span: Span
+
+    @property
+    def where(self) -> Span:
+        """What an error about the sites points at."""
+        return self.target.span if self.target else self.span
+
+
+@dataclass(frozen=True)
+class Training:
+    """`train SELECTOR` or, with `on` false, `freeze SELECTOR`."""
+
+    target: ast.Selector
+    on: bool
+    span: Span
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """`checkpoint SELECTOR`."""
+
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
+class Storing:
+    """`quantize SELECTOR with STORAGE`, with the storage built."""
+
+    storage: Storage
+    target: ast.Selector
+    span: Span
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`require QUANTITY OP VALUE`; `arguments` are memory's batch and sequence."""
+
+    quantity: str
+    arguments: dict[str, int]
+    op: str
+    limit: ast.Number
+    span: Span
+
+
+@dataclass
+class Intentions:
+    """What a spec wants, in file order, with every name looked up."""
+
+    applications: list[Application] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
+    storings: list[Storing] = field(default_factory=list)
+    recomputings: list[Recomputing] = field(default_factory=list)
+    budgets: list[Budget] = field(default_factory=list)
+
+
+def resolve(spec: ast.Spec) -> Intentions:
+    """Looks up every name of `spec` and builds its methods.
+
+    Raises:
+        PeftcError: with everything that is wrong and can be known without a model.
+    """
+    resolver = _Resolver()
+    resolver.statements(spec.statements)
+    if resolver.problems:
+        raise PeftcError(*in_file_order(resolver.problems))
+    return resolver.found
+
+
+class _Resolver:
+    def __init__(self) -> None:
+        self.found = Intentions()
+        self.problems: list[Diagnostic] = []
+        self.lets: dict[str, ast.Let] = {}
+        self.groups: dict[str, Group] = {}
+        self.calls = Calls(self.problems, self.lets)
+
+    def statements(self, statements: tuple[ast.Statement, ...]) -> None:
+        for statement in statements:
+            match statement:
+                case ast.Use(spec=None):
+                    self.problems.append(mistakes.UseWithoutFile(path=statement.path.value, span=statement.path.span))
+                case ast.Use(spec=ast.Spec(statements=included)):
+                    self.statements(included)
+                case ast.Let():
+                    self._let(statement)
+                case ast.Apply():
+                    self._apply(statement)
+                case ast.Train() | ast.Freeze():
+                    target = self.selector(statement.target)
+                    on = isinstance(statement, ast.Train)
+                    self.found.trainings.append(Training(target, on, statement.span))
+                case ast.Require():
+                    self._require(statement)
+                case ast.Quantize():
+                    target = self.selector(statement.target)
+                    built = self.calls.build(statement.storage, Storage)
+                    if built is not None:
+                        self.found.storings.append(Storing(built, target, statement.span))
+                case ast.Checkpoint():
+                    self.found.recomputings.append(Recomputing(self.selector(statement.target), statement.span))
+                case ast.Group():
+                    self._group(statement)
+                case ast.Task():
+                    self._later("task", statement.span)
+
+    def _later(self, what: str, span: Span, instead: str = "") -> None:
+        self.problems.append(say.NotYet(what=f"'{what}'", span=span, instead=instead))
+
+    def _let(self, statement: ast.Let) -> None:
+        name = statement.name.text
+        if not self._taken(statement.name, {"a role": ROLES, "a method": methods()}):
+            value = statement.value
+            if isinstance(value, ast.Role) and value.text in methods():
+                value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
+            if isinstance(value, ast.Selector):
+                value = self.selector(value)
+            elif self.calls.build(value, Method) is None:
+                self.calls.broken.add(name)
+            self.lets[name] = ast.Let(statement.name, value, span=statement.span)
+
+    def _taken(self, name: ast.Name, reserved: dict[str, Container[str]]) -> bool:
+        """Whether `name` cannot be defined, with the reason noted: it is reserved, or defined already."""
+        what = next((what for what, names in reserved.items() if name.text in names), None)
+        first = next((known[name.text].name.span for known in (self.lets, self.groups) if name.text in known), None)
+        if what or first:
+            self.problems.append(say.NameTaken(name=name.text, what=what or "defined", first=first, span=name.span))
+        return bool(what or first)
+
+    def _group(self, statement: ast.Group) -> None:
+        """Its names are known from here on, even if something is wrong with them: one complaint is enough."""
+        call = statement.call
+        grouping = call.name.text
+        if grouping not in GROUPINGS:
+            self.problems.append(say.UnknownGrouping(name=grouping, known=tuple(GROUPINGS), span=call.name.span))
+        elif not _is_of_layers(call):
+            self.problems.append(say.GroupsLayers(name=grouping, span=call.span))
+        for index, name in enumerate(statement.names):
+            self._taken(name, {"a role": ROLES, "a method": methods(), "a part of a model": (*STACKS, LAYERS)})
+            self.groups.setdefault(name.text, Group(name, grouping, index, len(statement.names)))
+
+    def _apply(self, statement: ast.Apply) -> None:
+        built = self.calls.build(statement.method, Method)
+        target = self.selector(statement.target) if statement.target else None
+        if built is None:
+            return
+        if target is None and built.stage is not Stage.SEQUENCE:
+            example = "attn, mlp" if built.stage is Stage.MODULE else "attn.q, attn.v"
+            self.problems.append(
+                say.NoTarget(method=built.name, hint=f"add 'to {example}'", span=statement.method.span)
+            )
+            return
+        self.found.applications.append(Application(built, target, statement.span))
+
+    # Selectors
+
+    def selector(self, selector: ast.Selector) -> ast.Selector:
+        """The selector with every `let` name replaced by what it stands for."""
+        match selector:
+            case ast.Role():
+                return self._role(selector)
+            case ast.Union(items) | ast.Intersect(items):
+                return type(selector)(tuple(map(self.selector, items)), span=selector.span)
+            case ast.Except(base, removed):
+                return ast.Except(self.selector(base), self.selector(removed), span=selector.span)
+            case ast.InLayers(base, start, stop, step):
+                return ast.InLayers(self.selector(base), start, stop, step, span=selector.span)
+            case ast.InStack(base, name):
+                if name.text in self.groups:
+                    return InGroup(self.selector(base), self.groups[name.text], span=selector.span)
+                if name.text not in STACKS:
+                    known = (*STACKS, *self.groups)
+                    self.problems.append(say.UnknownStack(name=name.text, known=known, span=name.span))
+                return ast.InStack(self.selector(base), name, span=selector.span)
+            case ast.Where(base, name, op, value):
+                self._where(name, value)
+                return ast.Where(self.selector(base), name, op, value, span=selector.span)
+        return selector
+
+    def _role(self, role: ast.Role) -> ast.Selector:
+        let = self.lets.get(role.text)
+        if let is not None:
+            if isinstance(let.value, ast.Selector):
+                return let.value
+            wrong = say.WrongKindOfName(
+                name=role.text, is_a="method", wanted="selector", defined=let.name.span, span=role.span
+            )  # fmt: skip
+            self.problems.append(wrong)
+        elif not _is_role(role.parts):
+            known = (
+                *ROLES,
+                *(name for name, let in self.lets.items() if isinstance(let.value, ast.Selector)),
+            )
+            self.problems.append(say.UnknownRole(name=role.text, known=known, span=role.span))
+        return role
+
+    def _where(self, name: ast.Name, value: ast.Value) -> None:
+        if name.text not in FIELDS:
+            self.problems.append(say.UnknownField(name=name.text, known=FIELDS, span=name.span))
+        if not isinstance(value, ast.Number):
+            self.problems.append(say.NotANumber(name=name.text, span=value.span))
+
+    # Budgets
+
+    def _require(self, statement: ast.Require) -> None:
+        quantity = statement.quantity.name.text
+        if quantity not in QUANTITIES:
+            known = tuple(QUANTITIES)
+            self.problems.append(say.UnknownQuantity(name=quantity, known=known, span=statement.quantity.name.span))
+            return
+        arguments = dict(self._quantity_arguments(statement.quantity))
+        unit = statement.value.unit
+        is_bytes = bool(unit and unit.upper().endswith("B") and unit != "B")
+        if (quantity == "memory") != is_bytes and not (unit is None and statement.value.value == 0):
+            expects = "an amount of memory, such as 24 GiB" if quantity == "memory" else "a count or a percentage"
+            self.problems.append(say.WrongUnit(quantity=quantity, expects=expects, span=statement.value.span))
+        self.found.budgets.append(Budget(quantity, arguments, statement.op, statement.value, statement.span))
+
+    def _quantity_arguments(self, call: ast.Call) -> Iterator[tuple[str, int]]:
+        takes = QUANTITIES[call.name.text]
+        for argument in call.args:
+            if argument.name is None or argument.name.text not in takes:
+                given = argument.name.text if argument.name else ""
+                span = argument.name.span if argument.name else argument.span
+                self.problems.append(
+                    say.UnknownParameter(method=call.name.text, name=given, takes=takes, names=takes, span=span)
+                )
+            elif not isinstance(argument.value, ast.Number) or not isinstance(argument.value.scaled, int) or (
+                argument.value.scaled < 1
+            ):  # fmt: skip
+                problem = "expects a whole number, at least 1"
+                self.problems.append(
+                    say.BadValue(
+                        method=call.name.text, name=argument.name.text, problem=problem, span=argument.value.span
+                    )
+                )  # fmt: skip
+            else:
+                yield argument.name.text, argument.value.scaled
+
+
+def _is_of_layers(call: ast.Call) -> bool:
+    """Whether a grouping's one argument is the word `layers`."""
+    return [(argument.name, argument.value) for argument in call.args] == [(None, ast.Name(LAYERS, span=call.span))]
+
+
+def _is_role(parts: tuple[str, ...]) -> bool:
+    """A word of `ROLES`, with `self.` or `cross.` before anything of attention."""
+    text = ".".join(parts)
+    if parts[0] in KINDS_OF_ATTENTION and len(parts) > 1:
+        text = ".".join(parts[1:])
+        return text in ROLES and text.startswith("attn")
+    return text in ROLES

@@ -1,0 +1,191 @@
+"""What a `Trainer` can be asked of a compiled model, beside HF PEFT's: the same losses, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, LlamaForSequenceClassification, Trainer, set_seed
+
+import models
+import peftc
+from training import LORA, compiled, copy_state, randomise, rows, topic_blocks, trainer
+from zoo import ZOO, inputs
+
+Pair = tuple[peftc.CompiledModule, nn.Module]
+
+
+def pair_of(base: Any, spec: str, **config: Any) -> Pair:
+    """A compiled model and HF PEFT's, with the same LoRA on every linear layer but the head."""
+    ours = peftc.compile(base, spec)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", **config))
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    ours, theirs = pair_of(ZOO["llama"](), LORA, r=4, lora_alpha=8)
+    randomise(theirs)
+    copy_state(theirs, ours)
+    return ours, theirs
+
+
+def ragged(count: int = 24) -> list[dict[str, Any]]:
+    """Examples of which more or less is a prompt, whose labels are ignored."""
+    examples = rows(9, count)
+    for place, example in enumerate(examples):
+        example["labels"] = [-100] * (place % 8) + example["labels"][place % 8 :]
+    return examples
+
+
+def curve(model: nn.Module, folder: Path, function: Any = None, **settings: Any) -> list[float]:
+    """The losses of three steps of a copy."""
+    set_seed(0)
+    settings = {"per_device_train_batch_size": 2, **settings}
+    run = trainer(copy.deepcopy(model), folder, ragged(), steps=3, lr=1e-2, **settings)
+    run.compute_loss_func = function
+    run.train()
+    return run.losses
+
+
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """A loss of the caller's own, of the logits."""
+    logits = outputs["logits"][:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    assert num_items_in_batch is not None
+    return total / num_items_in_batch
+
+
+@pytest.mark.xdist_group("trainer options")
+@pytest.mark.parametrize(
+    ("function", "settings"),
+    [
+        pytest.param(None, {"gradient_accumulation_steps": 4}, id="accumulation"),
+        pytest.param(None, {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, id="smoothing"),
+        pytest.param(token_loss, {"gradient_accumulation_steps": 4}, id="own-loss"),
+    ],
+)
+@pytest.mark.slow
+def test_losses_are_hf_pefts(pair: Pair, tmp_path: Path, function: Any, settings: dict[str, Any]) -> None:
+    ours, theirs = (curve(model, tmp_path, function, **settings) for model in pair)
+    assert len(ours) == 3 * settings["gradient_accumulation_steps"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xdist_group("trainer options")
+@pytest.mark.slow
+def test_bf16_is_autocast(pair: Pair, tmp_path: Path) -> None:
+    ours, theirs = (curve(model, tmp_path, bf16=True) for model in pair)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)  # eight bits of a bfloat16, averaged over tokens
+
+
+@pytest.mark.slow
+def test_under_torch_compile(pair: Pair, tmp_path: Path) -> None:
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_accumulation_steps": 2}
+    ours, theirs = curve(pair[0], tmp_path, **settings), curve(pair[1], tmp_path, gradient_accumulation_steps=2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xdist_group("trainer options")
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}])
+def test_evaluation_sees_logits(pair: Pair, tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = []
+    for model in pair:
+        run = trainer(model, tmp_path, ragged(), steps=1, lr=1e-2, **settings)
+        run.__class__ = Trainer  # type: ignore[assignment]  # which returns outputs beside the loss
+        run.compute_metrics = metrics
+        found.append(run.evaluate(ragged()))  # type: ignore[arg-type]
+    for name in ("eval_loss", "eval_mean", "eval_right"):
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5), name
+
+
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits = torch.as_tensor(prediction.predictions)
+    right = logits[:, :-1].argmax(-1) == torch.as_tensor(prediction.label_ids)[:, 1:]
+    return {"mean": float(logits.abs().mean()), "right": float(right.float().mean())}
+
+
+@pytest.mark.xdist_group("trainer options")
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"activation_checkpointing": True}, "on-the-base"),
+        ({"neftune_noise_alpha": 5.0}, "on-the-base"),
+    ],
+)
+def test_what_a_graph_cannot_do_is_refused(pair: Pair, tmp_path: Path, settings: dict[str, Any], code: str) -> None:
+    with pytest.raises(peftc.PeftcError, match=rf"error\[{code}\]"):
+        curve(pair[0], tmp_path, **settings)
+
+
+@pytest.mark.xdist_group("trainer options")
+def test_an_evaluation_in_another_precision_is_refused(pair: Pair, tmp_path: Path) -> None:
+    run = trainer(pair[0], tmp_path, ragged(), steps=1, lr=1e-2, bf16_full_eval=True)
+    with pytest.raises(peftc.PeftcError, match=r"error\[fixed-precision\]"):
+        run.evaluate(ragged())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "takes"),
+    [
+        ("llama", LORA, True),
+        pytest.param("mixtral", "apply lora(r=4) to attn.q", True, marks=pytest.mark.slow),
+        pytest.param("gpt2", "apply prompt(length=3)", True, marks=pytest.mark.slow),
+        pytest.param("bert", "apply lora(r=4) to attn.q", False, marks=pytest.mark.slow),
+        pytest.param("llama", "apply adalora(r=4, target=2) to attn.q", False, marks=pytest.mark.slow),
+    ],
+)
+def test_who_takes_the_number_of_items(name: str, spec: str, takes: bool) -> None:
+    """Whose loss is transformers' own and stands alone: its sum is then divided by the number, as the base model's."""
+    model = compiled(name, spec)
+    assert model.accepts_loss_kwargs is takes
+    if not takes:
+        return
+    base = copy.deepcopy(model.base)
+    batch = inputs(base)
+    for fused in (False, True):
+        model.logits_in_training = not fused
+        for count in (5, torch.tensor(40)):
+            single = model(**batch).loss * (batch["labels"][:, 1:] != -100).sum()
+            if name == "llama":  # without a dropout, and without what a router adds
+                torch.testing.assert_close(model(**batch, num_items_in_batch=count).loss, single / count)
+            expected = base.train(False)(**batch, num_items_in_batch=count).loss
+            actual = model.train(False)(**batch, num_items_in_batch=count)
+            assert actual.logits is not None
+            if "prompt" not in spec:
+                torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=1e-5)
+            model.train()
+
+
+@pytest.mark.slow
+def test_a_classifier_takes_no_number_of_items() -> None:
+    """transformers calls its loss without it."""
+    config = ZOO["llama"]().config
+    model = peftc.compile(LlamaForSequenceClassification(config), "apply lora(r=4) to attn.q")
+    assert not model.accepts_loss_kwargs
+
+
+@pytest.mark.slow
+def test_accumulated_losses_on_smollm2_are_hf_pefts(tmp_path: Path) -> None:
+    ours, theirs = pair_of(models.smollm2(), "apply lora(r=16, alpha=32) to attn.*, mlp.*", r=16, lora_alpha=32)
+    copy_state(theirs, ours)
+    data = topic_blocks(48, 60)
+    for place, example in enumerate(data):
+        example["labels"] = [-100] * (place % 40) + example["labels"][place % 40 :]
+    curves = []
+    for model in (ours, theirs):
+        set_seed(0)
+        settings = {"per_device_train_batch_size": 1, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 4}
+        run = trainer(model, tmp_path, data, steps=50, lr=5e-4, **settings)
+        run.train()
+        curves.append(torch.tensor(run.losses))
+    difference = (curves[0] - curves[1]).abs().max().item()
+    print(f"50 steps of 4 batches, largest difference of the losses: {difference:.2e}")
+    assert len(curves[0]) == len(curves[1]) == 200
+    assert difference <= 1e-4
