@@ -10,10 +10,9 @@ if not (Path(__file__).parent / "passes").exists():  # run from a checkout, not 
 if TYPE_CHECKING:
     from peftc.api import compile, plan, sites
     from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
-    from peftc.files.artifact import load
-    from peftc.files.peft_folder import load_peft
-    from peftc.planning.planner import Plan
-    from peftc.runtime.module import CompiledModule
+    from peftc.driver.compiled import CompiledModule
+    from peftc.driver.loading import load, load_peft
+    from peftc.planning.plan import Plan
     from peftc.spec.check import check
 
 __version__ = "0.1.0"
@@ -22,14 +21,14 @@ __all__ = [
 ]  # fmt: skip
 
 _HOME = {
-    "CompiledModule": "runtime.module",
+    "CompiledModule": "driver.compiled",
     "Diagnostic": "diagnostics.diagnostic",
     "PeftcError": "diagnostics.diagnostic",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "check": "spec.check",
     "compile": "api",
-    "load": "files.artifact",
-    "load_peft": "files.peft_folder",
+    "load": "driver.loading",
+    "load_peft": "driver.loading",
     "plan": "api",
     "sites": "api",
 }

@@ -14,20 +14,19 @@ from peftc.capture.references import load_model, parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
+from peftc.driver.compiled import CompiledModule
+from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
-from peftc.language.syntax import Spec
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 from peftc.protocol.site import Sites
 from peftc.roles.find import find_sites
-from peftc.runtime.errors import NeedsCalibration
-from peftc.runtime.module import CompiledModule
-from peftc.spec.check import as_spec
-from peftc.spec.resolve import Intentions, resolve
+from peftc.spec.check import SpecLike, intend
+from peftc.spec.resolve import Intentions
 
 
 def compile(
     model: nn.Module | str | Path,
-    spec: Spec | str | Path,
+    spec: SpecLike,
     *,
     example: Any = None,
     calibration: Iterable[Any] | None = None,
@@ -40,7 +39,7 @@ def compile(
     Args:
         model: a module, which is not changed, or a reference: a Hugging Face folder or id, a `.gguf` file,
             `path/to/file.py:factory`.
-        spec: a path ending in `.peft`, spec text, or a parsed `Spec`.
+        spec: a path ending in `.peft`, spec text, a parsed `Spec`, or what `peftc.spec.check.intend` makes of one.
         example: inputs to capture with, for a module that is not a transformers model: a tensor, a tuple, or a dict
             of keyword arguments, with a batch of two or more.
         calibration: batches, each as the model is called (with labels, where gradients are asked for), for methods
@@ -60,11 +59,11 @@ def compile(
         PeftcError: with every mistake in the spec, each with its line.
     """
     timings = timings or Timings()
-    parsed = as_spec(spec)
-    _has_data(resolve(parsed), calibration)  # what a spec can be blamed for alone comes before the model is read
+    intentions = intend(spec)
+    _has_data(intentions, calibration)  # what a spec can be blamed for alone comes before the model is read
     plan = load_and_plan(
         model,
-        parsed,
+        intentions,
         lambda module, given: example_inputs(module, given if example is None else example),
         timings,
         dtype=dtype,
@@ -81,7 +80,7 @@ def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None
 
 def plan(
     model: nn.Module | str | Path,
-    spec: Spec | str | Path,
+    spec: SpecLike,
     *,
     example: Any = None,
     dtype: str | None = None,
@@ -99,11 +98,10 @@ def plan(
     Raises:
         PeftcError: with every mistake in the spec, each with its line.
     """
-    parsed = as_spec(spec)
-    resolve(parsed)
+    intentions = intend(spec)
     module, given = as_model(model, meta=True, dtype=dtype)
     inputs = example_inputs(module, given if example is None else example)
-    return pipeline.plan_model(module, parsed, inputs, timings or Timings())
+    return pipeline.plan_model(module, intentions, inputs, timings or Timings())
 
 
 def sites(model: nn.Module | str | Path, *, example: Any = None) -> Sites:

@@ -19,7 +19,7 @@ from rich.status import Status
 
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.diagnostics.source import render
+from peftc.diagnostics.render import render
 from peftc.diagnostics.timings import Timings
 
 
@@ -248,7 +248,7 @@ def _load_model(text: str, **options: Any) -> tuple[Any, Any]:
 
 def _move(model: Any, device: str) -> None:
     """`model` on the device of that name."""
-    from peftc.runtime.errors import NoDevice
+    from peftc.bench.errors import NoDevice
 
     try:
         model.to(device)
@@ -358,7 +358,7 @@ def _version() -> str:
 
 
 def _optimizers() -> tuple[str, ...]:
-    from peftc.planning.optimizers import STATE_BYTES
+    from peftc.planning.memory import STATE_BYTES
 
     return tuple(STATE_BYTES)
 

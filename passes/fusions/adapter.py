@@ -10,7 +10,7 @@ from torch import fx
 
 from peftc.graph.ir import value as fake
 from peftc.graph.patterns import add, anything, cast, either, mul, number, op, read_elsewhere, value
-from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.rule import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ from torch import fx
 
 from peftc.graph.ir import value as fake
 from peftc.graph.patterns import add, either, mul, value
-from peftc.optimise.fuse import Editor, Match, Miss, fusion
 from peftc.protocol.branches import BesideFrozen, beside, frozen, unbiased
+from peftc.protocol.rule import Editor, Match, Miss, fusion
 
 _length = value("length")
 

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from peftc.graph.patterns import op, value
-from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
 from peftc.protocol.branches import GROUPED
+from peftc.protocol.rule import Editor, Fusion, Match, Miss, fusion
 
 
 @fusion

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from peftc.graph.patterns import add, either, op, read_elsewhere, value
-from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
 from peftc.protocol.branches import GROUPED, beside, branches, check_branches, joined
+from peftc.protocol.rule import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from peftc.optimise.fuse import Editor, Match, fusion
 from peftc.protocol.branches import BesideFrozen, beside, frozen
+from peftc.protocol.rule import Editor, Match, fusion
 
 
 @fusion

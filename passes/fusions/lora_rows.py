@@ -9,8 +9,8 @@ from torch import fx
 
 from peftc.graph.ir import value as fake
 from peftc.graph.patterns import anything, either, op, read_elsewhere, value
-from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
 from peftc.protocol.branches import beside_one
+from peftc.protocol.rule import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import fx
 from peftc.graph.ir import is_tensor
 from peftc.graph.ir import value as fake
 from peftc.graph.patterns import add, cast, either, mul, number, op, read_elsewhere, value
-from peftc.optimise.fuse import Editor, Fusion, Match, Miss, fusion
+from peftc.protocol.rule import Editor, Fusion, Match, Miss, fusion
 
 aten = torch.ops.aten
 

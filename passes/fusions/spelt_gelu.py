@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from peftc.graph.patterns import add, either, mul, number, op, value
-from peftc.optimise.fuse import Editor, Fusion, Match, fusion
+from peftc.protocol.rule import Editor, Fusion, Match, fusion
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from peftc.protocol.method import Method, State, method, param
 from peftc.protocol.site import Linear
 
 if TYPE_CHECKING:
-    from peftc.runtime.schedule import Place, Step
+    from peftc.protocol.method import Place, Step
 
 LEARNS = ("P", "E", "Q")
 NAMES = {"lora_A": "Q", "lora_B": "P", "lora_E": "E"}

@@ -14,7 +14,7 @@ from peftc.protocol.method import Method, State, method, param
 from peftc.protocol.site import Linear
 
 if TYPE_CHECKING:
-    from peftc.runtime.schedule import Place, Step
+    from peftc.protocol.method import Place, Step
 
 # The stretched interval of the hard concrete distribution, (l, r) in the paper, symmetric about 1/2 of its sigmoid.
 LOW, HIGH = -1.5, 1.5

@@ -15,7 +15,7 @@ from peftc.protocol.method import Method, State, method, param
 from peftc.protocol.site import Linear
 
 if TYPE_CHECKING:
-    from peftc.runtime.schedule import Place, Step
+    from peftc.protocol.method import Place, Step
 
 START = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
 

@@ -20,15 +20,15 @@ from peftc.api import compile
 from peftc.bench.agreement import Behaviour, behaviour, differences
 from peftc.bench.allocations import peak_bytes
 from peftc.bench.batches import Arguments, batch_for
+from peftc.bench.errors import CannotMeasure
 from peftc.bench.flops import count_flops
 from peftc.bench.saved_bytes import saved_bytes
 from peftc.bench.stopwatch import fastest, threads
 from peftc.bench.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, hf_peft, torch_compiled
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
+from peftc.driver.compiled import CompiledModule
 from peftc.language.syntax import Spec
-from peftc.runtime.errors import CannotMeasure
-from peftc.runtime.module import CompiledModule
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
 WARM_UP = 1  # steps after the one that is looked into, before the clock runs

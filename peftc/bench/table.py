@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftc.bench.bench import Bench, Row
-from peftc.planning.cost import formatted_bytes
+from peftc.planning.memory import formatted_bytes
 
 FOOTNOTE = (
     "A step is forward and backward, without an optimiser; × is of the first row. Saved: what autograd keeps for the\n"

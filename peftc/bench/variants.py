@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.bench.batches import Arguments
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.runtime.module import CompiledModule
+from peftc.driver.compiled import CompiledModule
 
 FLOOR = "frozen base"
 FUSED = "peftc"

@@ -26,6 +26,7 @@ from transformers.exporters.exporter_dynamo import patch_forward_signature, rese
 from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
 from peftc.diagnostics.diagnostic import PeftcError
@@ -50,6 +51,11 @@ class Captured:
     model: nn.Module
     example: Example
     checkpoint: Checkpoint | None = None
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model returns a loss, as it does with labels."""
+        return has_loss(self.result)
 
     def frozen(self, name: str) -> torch.Tensor:
         """A tensor of the model, which is read now if it was not before: then it is the caller's, to be let go of."""

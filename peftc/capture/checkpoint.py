@@ -30,9 +30,9 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from peftc.capture.bitsandbytes import Packed
+from peftc.capture.errors import ChangedCheckpoint
 from peftc.capture.ondisk import OnDisk, Readable
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.files.errors import ChangedCheckpoint
 
 WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # as safetensors calls them
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from peftc.capture.errors import NoRoom
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.runtime.errors import NoRoom
+from peftc.graph.ir import copied
 
 # What a caller may pass although the graph has no input for it: the compiled model already behaves so.
 HARMLESS = {
@@ -97,8 +98,7 @@ class Convention:
     @property
     def keys(self) -> list[str]:
         """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
-        kind = self.result.type
-        return list(self.result.context) if isinstance(kind, type) and issubclass(kind, dict) else []
+        return fields_of(self.result)
 
 
 def _is_harmless(name: str, value: Any) -> bool:
@@ -112,13 +112,11 @@ def without_loss(graph: fx.Graph, keys: list[str]) -> fx.Graph | None:
     """
     if not keys or keys[0] != "loss":
         return None
-    pruned = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    leaves = pruned.graph_copy(graph, known)
+    pruned, _ = copied(graph)
+    output = pruned.output_node()
+    leaves = output.args[0]
     assert isinstance(leaves, tuple)
-    pruned.output(leaves[1:])
-    for old, new in known.items():
-        new.meta = dict(old.meta)
+    output.args = (leaves[1:],)
     pruned.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for node in pruned.find_nodes(op="placeholder"):
         if node.target in LOSS_INPUTS:
@@ -126,3 +124,21 @@ def without_loss(graph: fx.Graph, keys: list[str]) -> fx.Graph | None:
                 return None
             pruned.erase_node(node)
     return pruned
+
+
+def fields_of(result: pytree.TreeSpec) -> list[str]:
+    """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
+    kind = result.type
+    return list(result.context) if isinstance(kind, type) and issubclass(kind, dict) else []
+
+
+def has_loss(result: pytree.TreeSpec) -> bool:
+    """Whether the first thing returned is a loss."""
+    return fields_of(result)[:1] == ["loss"]
+
+
+def loss_node(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Node | None:
+    """The loss that the graph returns; None for a model that returns none."""
+    leaves = graph.output_node().args[0]
+    first = leaves[0] if has_loss(result) and isinstance(leaves, tuple | list) else None
+    return first if isinstance(first, fx.Node) else None

@@ -1,4 +1,4 @@
-"""What keeps a model from becoming a graph."""
+"""What keeps a model from being read or from becoming a graph, and a graph from being called."""
 
 from __future__ import annotations
 
@@ -83,4 +83,66 @@ class StaysRandom(Diagnostic):
         return (
             *self.where,
             "set its probability (drop path, layer drop) to 0, or use torch.nn.functional.dropout there",
+        )
+
+
+class NoRoom(Diagnostic):
+    code = "no-room"
+    given: int
+    room: int
+
+    @property
+    def title(self) -> str:
+        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("cut the input, or compile a shorter prompt or prefix",)
+
+
+class BadReference(Diagnostic):
+    code = "bad-reference"
+    reference: str
+    reason: str
+    hint: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"cannot read a model from '{self.reference}': {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            *((f"for example: {self.hint}",) if self.hint else ()),
+            "a model is a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory",
+        )
+
+
+class NoWeights(Diagnostic):
+    code = "no-weights"
+    reference: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.reference}' is a bare config, which has no weights"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("peftc plan needs none; to compile, name the folder with the weights, or add --random-weights",)
+
+
+class ChangedCheckpoint(Diagnostic):
+    code = "changed-checkpoint"
+    weight: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"cannot read {self.weight} from the checkpoint: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "the weights that a spec quantises are read one by one, some of them again when a method asks: leave the "
+            "checkpoint's files alone meanwhile, or pass a model that is in memory",
         )

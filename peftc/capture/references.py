@@ -19,9 +19,9 @@ from torch import nn
 
 from peftc.capture.bitsandbytes import by_bitsandbytes
 from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.errors import BadReference, NoWeights
 from peftc.capture.streaming import Leave, load_leaving, streams
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.files.errors import BadReference, NoWeights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (

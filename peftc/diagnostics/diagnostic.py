@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
 
-from peftc.diagnostics.source import Label, Span, render
+from peftc.diagnostics.render import render
+from peftc.diagnostics.source import Label, Span
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -1,4 +1,4 @@
-"""Source text, positions in it, and the one renderer of diagnostics.
+"""Source text and positions in it.
 
 Every node of a specification keeps the `Span` it was read from: any later stage can point at the words that
 caused a problem. Nothing here knows about the language or imports from the rest of the package.
@@ -7,17 +7,11 @@ caused a problem. Nothing here knows about the language or imports from the rest
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Protocol
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
-_TAB_STOP = 4
-_WIDEST_LINE = 140  # longer lines are cut around the caret
-_KEPT_BEFORE_CARET = 50
 
 
 @dataclass(frozen=True)
@@ -87,163 +81,3 @@ class Label:
 
     span: Span
     text: str
-
-
-class Renderable(Protocol):
-    """What `render` needs of a diagnostic; `peftc.diagnostics.diagnostic.Diagnostic` is one."""
-
-    code: ClassVar[str]
-
-    @property
-    def span(self) -> Span | None: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def secondary(self) -> tuple[Label, ...]: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-
-def render(diagnostic: Renderable, colour: bool = False) -> str:
-    """The diagnostic as text, with no newline at its end; `colour` adds ANSI escapes.
-
-    The main span is underlined with `^`, secondary labels with `-`. Control and formatting characters of the
-    source are replaced by visible ones: a specification can neither move the cursor of a terminal nor reorder
-    what it shows.
-    """
-    paint = _Paint(colour)
-    marks = [_Mark(Label(diagnostic.span, diagnostic.label), "^")] if diagnostic.span else []
-    marks += [_Mark(label, "-") for label in diagnostic.secondary]
-    gutter = len(str(max((mark.label.span.end_line for mark in marks), default=1)))
-    lines = [f"{paint.error(f'error[{diagnostic.code}]')}: {paint.strong(_visible(diagnostic.title))}"]
-    arrow = "-->"
-    for source in dict.fromkeys(mark.label.span.source for mark in marks):
-        here = [mark for mark in marks if mark.label.span.source == source]
-        lines.append(f"{' ' * gutter}{paint.frame(arrow)} {_visible(str(here[0].label.span))}")
-        lines += _excerpt(source, here, gutter, paint)
-        arrow = ":::"
-    for note in diagnostic.notes:
-        first, *more = note.splitlines() or [""]
-        lines.append(f"{' ' * gutter} {paint.frame('=')} {_visible(first)}")
-        lines += [f"{' ' * gutter}   {_visible(line)}" for line in more]
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Paint:
-    """ANSI styles, or none."""
-
-    on: bool
-
-    def _style(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.on and text else text
-
-    def error(self, text: str) -> str:
-        return self._style("1;31", text)
-
-    def strong(self, text: str) -> str:
-        return self._style("1", text)
-
-    def frame(self, text: str) -> str:
-        return self._style("1;34", text)
-
-    def mark(self, sign: str, text: str) -> str:
-        return self.error(text) if sign == "^" else self.frame(text)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """A label with the sign that underlines it."""
-
-    label: Label
-    sign: str
-
-    def strokes(self) -> Iterator[_Stroke]:
-        """An underline within one line; for a longer span two, its first and last line, text at the last."""
-        span, text = self.label.span, self.label.text
-        if span.line == span.end_line:
-            yield _Stroke(span.line, span.column - 1, span.end_column - 1, self.sign, text)
-            return
-        first, last = span.source.line(span.line), span.source.line(span.end_line)
-        yield _Stroke(span.line, span.column - 1, max(len(first), span.column), self.sign, "")
-        indent = min(len(last) - len(last.lstrip()), span.end_column - 1)
-        yield _Stroke(span.end_line, indent, span.end_column - 1, self.sign, text)
-
-
-@dataclass(frozen=True)
-class _Stroke:
-    """An underline below the characters [start, end) of one line."""
-
-    line: int
-    start: int
-    end: int
-    sign: str
-    text: str
-
-
-def _excerpt(source: Source, marks: Iterable[_Mark], gutter: int, paint: _Paint) -> Iterator[str]:
-    """The marked lines of one source, each followed by its underlines, `...` where lines are left out."""
-    strokes = sorted((stroke for mark in marks for stroke in mark.strokes()), key=lambda stroke: stroke.line)
-    shown = list(dict.fromkeys(stroke.line for stroke in strokes))
-    for number, before in zip(shown, [shown[0], *shown], strict=False):
-        if number > before + 1:
-            yield paint.frame("...")
-        below = [stroke for stroke in strokes if stroke.line == number]
-        line = _Line.of(source.line(number), around=below[0].start)
-        yield f"{paint.frame(f'{number:>{gutter}} |')} {line.shown}".rstrip()
-        for stroke in below:
-            left, right = line.column(stroke.start), line.column(stroke.end)
-            underline = paint.mark(stroke.sign, stroke.sign * max(right - left, 1))
-            text = paint.mark(stroke.sign, _visible(stroke.text))
-            yield f"{' ' * gutter} {paint.frame('|')} {' ' * left}{underline} {text}".rstrip()
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A source line as the terminal shows it, and where on the screen each of its characters begins."""
-
-    shown: str
-    first: int
-    columns: tuple[int, ...]  # of the characters from `first` on, and of the end
-
-    @classmethod
-    def of(cls, text: str, around: int) -> _Line:
-        first, last = 0, len(text)
-        if last > _WIDEST_LINE:
-            first = max(0, min(around - _KEPT_BEFORE_CARET, last - _WIDEST_LINE))
-            last = min(last, first + _WIDEST_LINE)
-        shown = "…" if first else ""
-        width = len(shown)
-        columns = []
-        for char in text[first:last]:
-            columns.append(width)
-            cell = " " * (_TAB_STOP - width % _TAB_STOP) if char == "\t" else _visible(char)
-            shown += cell
-            width += len(cell) if char == "\t" else _width(char)
-        return cls(shown + ("…" if last < len(text) else ""), first, (*columns, width))
-
-    def column(self, index: int) -> int:
-        """Where a character begins on the screen; those that were cut off count as the ellipsis."""
-        return self.columns[min(index - self.first, len(self.columns) - 1)] if index >= self.first else 0
-
-
-def _visible(text: str) -> str:
-    """The text with every control or formatting character replaced by a picture one column wide."""
-    return "".join(map(_picture, text))
-
-
-def _picture(char: str) -> str:
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    if char == "\x7f":
-        return "\u2421"
-    return "\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
-
-
-def _width(char: str) -> int:
-    """Terminal columns of a character: none for a combining mark, two for a wide one."""
-    if unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1

@@ -17,16 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, fx
 
-from peftc.capture.convention import LOSS_INPUTS, Convention, without_loss
+from peftc.capture.convention import LOSS_INPUTS, Convention, loss_node, without_loss
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.driver.compiled import CompiledModule
+from peftc.driver.errors import BadCalibration
 from peftc.graph.ir import get_attribute, value
-from peftc.planning.planner import Binding, Plan
+from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Data
 from peftc.protocol.site import Linear
 from peftc.rewrite.insert import dense_weight
-from peftc.rewrite.penalties import loss_node
-from peftc.runtime.errors import BadCalibration
-from peftc.runtime.module import CompiledModule
 
 Batches = Iterable[Any]
 AT_ONCE = 8  # examples of a file in a batch
@@ -220,7 +219,7 @@ def _examples(given: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _has_loss(graph: fx.Graph, plan: Plan) -> None:
-    if loss_node(graph, plan) is None:
+    if loss_node(graph, plan.captured.result) is None:
         raise PeftcError(BadCalibration(reason=f"{plan.sites.model} returns no loss to take gradients of"))
 
 

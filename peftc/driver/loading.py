@@ -1,4 +1,4 @@
-"""A model or a reference to one -> a plan over the loaded model.
+"""A model, or what was saved -> a plan over the loaded model, and the compiled model with the state that was saved.
 
 A reference whose spec quantises something is planned on shapes first; then what stays dense is read, and the rest is
 left in the checkpoint for the passes to read, pack and let go of, one weight at a time.
@@ -12,18 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc.capture.capture import over
 from peftc.capture.checkpoint import Checkpoint
-from peftc.capture.inputs import Example
+from peftc.capture.inputs import Example, example_inputs
 from peftc.capture.references import Reference, load_but, load_model, parse_reference
 from peftc.diagnostics import debug
+from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
-from peftc.language.syntax import Spec
-from peftc.planning.planner import Plan
-from peftc.spec.resolve import resolve
+from peftc.driver.compiled import CompiledModule
+from peftc.files import artifact, peft_folder
+from peftc.files.errors import BadArtifact
+from peftc.graph.ir import get_attribute
+from peftc.planning.plan import Plan
+from peftc.spec.resolve import Intentions, resolve
 
 # Of a model and the inputs that came with it: what to capture it with.
 MakeExample = Callable[[nn.Module, Any], Example]
@@ -31,18 +35,18 @@ MakeExample = Callable[[nn.Module, Any], Example]
 
 def load_and_plan(
     model: nn.Module | str | Path,
-    spec: Spec,
+    intentions: Intentions,
     make_example: MakeExample,
     timings: Timings,
     *,
     dtype: str | None = None,
     whole: bool = False,
 ) -> Plan:
-    """The plan of `spec` on a model whose weights can be read.
+    """The plan of what a spec wants on a model whose weights can be read.
 
     Args:
         model: a module, or a reference.
-        spec: what to plan.
+        intentions: what to plan.
         make_example: called on the module that is captured.
         timings: collects seconds by stage.
         dtype: of a reference's weights; the checkpoint's own by default.
@@ -54,24 +58,24 @@ def load_and_plan(
     module, given = model, None
     if not isinstance(module, nn.Module):
         reference = parse_reference(str(module))
-        if resolve(spec).storings:
-            plan = None if whole else _without_what_is_packed(reference, spec, make_example, timings, dtype)
+        if intentions.storings:
+            plan = None if whole else _without_what_is_packed(reference, intentions, make_example, timings, dtype)
             if plan is not None:
                 return plan
-            debug.tell(f"{reference.text} is read as a whole, and packed then")
+            debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
         with timings.stage("load"):
             module, given = load_model(reference, dtype=dtype)
-    return pipeline.plan_model(module, spec, make_example(module, given), timings)
+    return pipeline.plan_model(module, intentions, make_example(module, given), timings)
 
 
 def _without_what_is_packed(
-    reference: Reference, spec: Spec, make_example: MakeExample, timings: Timings, dtype: str | None
+    reference: Reference, intentions: Intentions, make_example: MakeExample, timings: Timings, dtype: str | None
 ) -> Plan | None:
     """The plan over a model whose packed weights were not read; None where only a whole checkpoint can be."""
     plans: list[Plan] = []
 
     def leave(skeleton: nn.Module) -> Iterable[str]:
-        plans.append(pipeline.plan_model(skeleton, spec, make_example(skeleton, None), timings))
+        plans.append(pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings))
         reading.enter_context(timings.stage("load"))
         return plans[0].stored
 
@@ -81,8 +85,8 @@ def _without_what_is_packed(
         return None
     model, checkpoint = found
     if checkpoint is None:
-        debug.tell(f"{reference.text} has no safetensors files: it was read as a whole")
-        return pipeline.plan_model(model, spec, make_example(model, None), timings)
+        debug.tell(1, [f"{reference.text} has no safetensors files: it was read as a whole"])
+        return pipeline.plan_model(model, intentions, make_example(model, None), timings)
     (plan,) = plans
     _tell(checkpoint, len(plan.stored), timings)
     return replace(plan, captured=over(plan.captured, model, checkpoint))
@@ -97,3 +101,50 @@ def _tell(checkpoint: Checkpoint, count: int, timings: Timings) -> None:
         timings.progress(f"weight {len(read)} of {count}")
 
     checkpoint.on_read = tell
+
+
+def load(folder: str | Path, model: nn.Module | str | Path | None = None) -> CompiledModule:
+    """The compiled model that was saved at `folder`, on its base model.
+
+    Args:
+        folder: what `CompiledModule.save` wrote.
+        model: the base model, or a reference to it. Without it, the folder or hub id that the base was loaded from is
+            read again; a model from a Python file must be passed, since an artifact never runs code.
+
+    Raises:
+        PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered; `wrong-base` if the
+            base model's weights are not those the artifact was made on.
+    """
+    found = artifact.read(Path(folder))
+    plan = load_and_plan(
+        found.base if model is None else model,
+        resolve(found.spec),
+        lambda base, _given: found.example(base),
+        Timings(),
+        dtype=found.dtype,
+    )
+    compiled = _built(found.folder, plan, found.state)
+    if plan.captured.checkpoint is not None:  # of these weights the numbers are known only now
+        found.check_weights(compiled.base, plan.captured.checkpoint.digests)
+    return compiled
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
+    """`model` compiled with an adapter that HF PEFT saved at `folder`.
+
+    Raises:
+        PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
+    """
+    adapter = peft_folder.read(model, Path(folder))
+    plan = pipeline.plan_model(model, resolve(adapter.spec), example_inputs(model), Timings())
+    return _built(Path(folder), plan, adapter.state(plan))
+
+
+def _built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule:
+    """The compiled model with `state`, of which every planned tensor is there in its shape, and no other."""
+    planned = {name: spec.shape for name, spec in plan.tensors.items()}
+    planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
+    return pipeline.build(plan, Timings(), state)

@@ -18,13 +18,16 @@ from peftc.capture.inputs import Example
 from peftc.diagnostics import debug
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration
+from peftc.driver.compiled import CompiledModule
 from peftc.driver.verify import Verifier
+from peftc.graph.ir import copied
 from peftc.graph.normalise import tidy
-from peftc.language.syntax import Spec
+from peftc.graph.printing import as_text, diff
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.fuse import Fired, fuse
 from peftc.optimise.regions import Block, mark
-from peftc.planning.planner import Binding, Plan, make_plan
+from peftc.planning.plan import Binding, Plan
+from peftc.planning.planner import make_plan
 from peftc.protocol.method import Data, Stage
 from peftc.rewrite.attention import attend
 from peftc.rewrite.insert import Inserter, materialise
@@ -33,7 +36,8 @@ from peftc.rewrite.penalties import add_penalties
 from peftc.rewrite.positions import Rooms, make_room
 from peftc.rewrite.prompts import insert_prompts
 from peftc.roles.find import find_sites
-from peftc.runtime.module import CompiledModule, Stages
+from peftc.runtime.module import Stages
+from peftc.spec.resolve import Intentions
 
 
 @dataclass
@@ -114,7 +118,7 @@ def _fuse(work: Work) -> bool:
     if not work.fuse:
         return False
     work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
-    debug.tell_fired(work.fired)
+    debug.tell(1, (f"fusion {fired}" for fired in work.fired))
     return any(fired.count for fired in work.fired)
 
 
@@ -133,13 +137,13 @@ PASSES: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def plan_model(model: nn.Module, spec: Spec, example: Example, timings: Timings) -> Plan:
+def plan_model(model: nn.Module, intentions: Intentions, example: Example, timings: Timings) -> Plan:
     """The stages that need shapes only; they run as well on the meta device."""
     captured = capture(model, example, timings)
     with timings.stage("sites"):
         sites = find_sites(captured)
     with timings.stage("plan"):
-        return make_plan(captured, sites, spec)
+        return make_plan(captured, sites, intentions)
 
 
 def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding, Any]:
@@ -149,7 +153,7 @@ def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding,
         if not calibration.wants_state_gradients(plan):
             return data
         captured = plan.captured
-        twin = plan_model(captured.model, plan.spec, captured.example, Timings())
+        twin = plan_model(captured.model, plan.intentions, captured.example, Timings())
         compiled = build(calibration.probing(twin), Timings())
         wanting = [binding for binding in plan.bindings if binding.method.data is Data.STATE_GRADIENTS]
         return data | dict(zip(wanting, calibration.probed(compiled, batches), strict=True))
@@ -167,21 +171,19 @@ def build(
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
     Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
     """
-    with timings.stage("cost"):
-        _ = plan.kept  # of the graph as captured, which the passes rewrite
     work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module), fuse)
     verifier = Verifier(work.module, plan)
     with timings.stage("history"):
-        stages: Stages = [("capture", _copy(work.module.graph))]
-    debug.tell_plan(plan)
+        stages: Stages = [("capture", copied(work.module.graph)[0])]
+    debug.tell(2, (f"{binding.method!r} -> {binding.site.name}  ({binding.span})" for binding in plan.bindings))
     for name, run in PASSES:
         with timings.stage(name):
             changed = run(work)
         with timings.stage("verify"):
             verifier.check(work.module, name)
         with timings.stage("history"):
-            stages.append((name, _copy(work.module.graph) if changed else stages[-1][1]))
-        debug.tell_pass(name, timings.seconds[name], stages[-2][1], stages[-1][1])
+            stages.append((name, copied(work.module.graph)[0] if changed else stages[-1][1]))
+        _tell(name, timings.seconds[name], stages[-2][1], stages[-1][1])
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
         if fuse:
@@ -190,8 +192,8 @@ def build(
         return CompiledModule(work.module, outer, plan, stages, work.fired)
 
 
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(graph, known))
-    return copied
+def _tell(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> None:
+    """What a pass took, what it changed, and the graph as it is then."""
+    debug.tell(1, [f"{name}: {seconds:.3f} s, {len(after.nodes) - len(before.nodes):+d} nodes"])
+    debug.tell(3, (diff(before, graph) for graph in [after]))
+    debug.tell(4, map(as_text, [after]))

@@ -10,9 +10,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.driver.errors import VerifierFailed
 from peftc.graph.ir import PROVENANCE, Provenance, computed, get_attribute
-from peftc.planning.errors import VerifierFailed
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 
 
 class Verifier:

@@ -1,4 +1,4 @@
-"""`save` and `load`: a folder with the spec, the added tensors, and a reference to the base model.
+"""An artifact: a folder with the spec, the added tensors, and a reference to the base model.
 
     peftc.json            format, spec, model class and reference, fingerprints; its own checksum
     adapter.safetensors   every tensor that is not simply the base model's
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from types import UnionType
@@ -30,16 +28,12 @@ from peftc.capture.inputs import Example, example_inputs, fake_mode_of
 from peftc.capture.references import parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Source
-from peftc.diagnostics.timings import Timings
-from peftc.driver import pipeline
-from peftc.driver.loading import load_and_plan
 from peftc.files.errors import BadArtifact, WrongBase
+from peftc.files.folder import write_folder
 from peftc.graph.ir import get_attribute
 from peftc.language import syntax as ast
-from peftc.planning.planner import Plan
-from peftc.runtime.module import CompiledModule
+from peftc.runtime.module import Runtime
 from peftc.runtime.statedict import added_names
-from peftc.runtime.unfrozen import refuse_unplanned
 
 FORMAT = 2
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
@@ -55,74 +49,90 @@ INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "
               "label2id", "architectures"}  # fmt: skip
 
 
-def save(compiled: CompiledModule, folder: Path) -> None:
+def save(compiled: Runtime, folder: Path) -> None:
     """Writes the artifact. An artifact that is there is replaced; any other folder is left alone.
 
     Raises:
         PeftcError: `bad-artifact` if something else stands at `folder`; `not-in-spec` if the artifact would be without
             something that learnt.
     """
-    refuse_unplanned(compiled)
+    compiled.watch.refuse_unplanned(compiled)
     tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
     write_folder(folder, {TENSORS: blob, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes `files` into a folder, which is new or replaced as a whole; other files in it are left alone.
+@dataclass(frozen=True)
+class Artifact:
+    """What a folder holds, read and held against its own checksums: the spec and the tensors that it trains.
 
-    Where there are other files, such as a Trainer's, each file is replaced by itself, the last one last.
+    `dtype` is the base model's precision; what else is known of the base is in `manifest`.
+    """
+
+    folder: Path
+    spec: ast.Spec
+    state: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """The base model's precision."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def base(self) -> str:
+        """The folder or hub id that the base was loaded from. An artifact never runs code: no Python file is one.
+
+        Raises:
+            PeftcError: `wrong-base` where it is neither.
+        """
+        name: str | None = self.manifest["reference"]
+        if name is None or parse_reference(name).kind != "folder":
+            raise self._wrong("it does not say where its base model is")
+        return name
+
+    def example(self, base: nn.Module) -> Example:
+        """Inputs of the recorded shapes, to capture the same graph with, for a base of the right class.
+
+        Of a base whose weights are there already they are checked.
+        """
+        if type(base).__name__ != self.manifest["model"]:
+            raise self._wrong(f"it was made on a {self.manifest['model']}, and this is a {type(base).__name__}")
+        if fake_mode_of(base) is None:
+            self.check_weights(base)
+
+        def one(described: Any) -> Tensor:
+            shape, dtype = described
+            return torch.ones(shape, dtype=DTYPES[dtype], device=next(base.parameters()).device)
+
+        try:
+            recorded = self.manifest["example"]
+            args = tuple(one(described) for described in recorded["args"])
+            kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            reason = "its example inputs cannot be made"
+            raise PeftcError(BadArtifact(folder=str(self.folder), reason=reason)) from None
+        return example_inputs(base, args or kwargs)
+
+    def check_weights(self, base: nn.Module, digests: Mapping[str, str] | None = None) -> None:
+        """Raises PeftcError `wrong-base` unless the base's weights are those the artifact was made on."""
+        if fingerprint(base, digests) != self.manifest["base"]:
+            raise self._wrong("the base model's weights are not the same")
+
+    def _wrong(self, reason: str) -> PeftcError:
+        return PeftcError(WrongBase(folder=str(self.folder), reason=reason))
+
+
+def read(folder: Path) -> Artifact:
+    """What `save` wrote.
 
     Raises:
-        PeftcError: `bad-artifact` if something that is no folder, or a folder of other things, stands at `folder`.
+        PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered.
     """
-    folder = folder.absolute()
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.exists() and (not folder.is_dir() or (there and not there & files.keys())):
-        raise PeftcError(BadArtifact(folder=str(folder), reason="something else is there, and is left alone"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, data in files.items():
-            _write(temporary / name, data)
-        if there <= files.keys():
-            _replace(temporary, folder)
-        else:
-            for name in files:
-                os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load(folder: str | Path, model: nn.Module | str | Path | None = None) -> CompiledModule:
-    """The compiled model that was saved at `folder`, on its base model.
-
-    Args:
-        folder: what `CompiledModule.save` wrote.
-        model: the base model, or a reference to it. Without it, the folder or hub id that the base was loaded from is
-            read again; a model from a Python file must be passed, since an artifact never runs code.
-
-    Raises:
-        PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered; `wrong-base` if the
-            base model's weights are not those the artifact was made on.
-    """
-    folder = Path(folder)
     manifest = _read_manifest(folder)
     state = _read_tensors(folder, manifest)
-    spec = ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"]))
-
-    def example(base: nn.Module, _given: Any) -> Example:
-        _check_base(folder, manifest, base)
-        return _example(folder, base, manifest)
-
-    base = model if model is not None else _base_reference(folder, manifest)
-    plan = load_and_plan(base, spec, example, Timings(), dtype=manifest["dtype"])
-    check_tensors(folder, plan, state)
-    compiled = pipeline.build(plan, Timings(), state)
-    if plan.captured.checkpoint is not None:
-        _check_weights(folder, manifest, compiled.base, plan.captured.checkpoint.digests)
-    return compiled
+    return Artifact(folder, ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"])), state, manifest)
 
 
 def fingerprint(model: nn.Module, digests: Mapping[str, str] | None = None) -> str:
@@ -150,7 +160,7 @@ def flattened(spec: ast.Spec) -> str:
     return "\n".join(lines)
 
 
-def _manifest(compiled: CompiledModule, tensors: str) -> dict[str, Any]:
+def _manifest(compiled: Runtime, tensors: str) -> dict[str, Any]:
     plan, base = compiled.plan, compiled.base
     body = {
         "format": FORMAT,
@@ -167,29 +177,6 @@ def _manifest(compiled: CompiledModule, tensors: str) -> dict[str, Any]:
 
 def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Renames into place; what stood there is removed only when the new one stands."""
-    os.chmod(temporary, 0o755)  # mkdtemp's folder is for the owner alone
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f"{temporary.name}.old")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -223,38 +210,6 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     return safetensors.torch.load(blob)
 
 
-def check_tensors(folder: Path, plan: Plan, state: dict[str, Tensor]) -> None:
-    """Every planned tensor is there in its shape, and no other."""
-    planned = {name: spec.shape for name, spec in plan.tensors.items()}
-    planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
-
-
-def _base_reference(folder: Path, manifest: dict[str, Any]) -> str:
-    name: str | None = manifest["reference"]
-    if name is None or parse_reference(name).kind != "folder":
-        raise PeftcError(WrongBase(folder=str(folder), reason="it does not say where its base model is"))
-    return name
-
-
-def _check_base(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
-    """Of a model whose weights are not there yet they are checked later."""
-    if type(model).__name__ != manifest["model"]:
-        reason = f"it was made on a {manifest['model']}, and this is a {type(model).__name__}"
-        raise PeftcError(WrongBase(folder=str(folder), reason=reason))
-    if fake_mode_of(model) is None:
-        _check_weights(folder, manifest, model)
-
-
-def _check_weights(
-    folder: Path, manifest: dict[str, Any], model: nn.Module, digests: Mapping[str, str] | None = None
-) -> None:
-    if fingerprint(model, digests) != manifest["base"]:
-        raise PeftcError(WrongBase(folder=str(folder), reason="the base model's weights are not the same"))
-
-
 def _described(example: Example) -> dict[str, Any]:
     """Shapes and dtypes of the inputs the graph was captured with."""
 
@@ -265,19 +220,3 @@ def _described(example: Example) -> dict[str, Any]:
         "args": [one(tensor) for tensor in example.args],
         "kwargs": {name: one(tensor) for name, tensor in example.kwargs.items()},
     }
-
-
-def _example(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> Example:
-    """Inputs of the recorded shapes, to capture the same graph with."""
-
-    def one(described: Any) -> Tensor:
-        shape, dtype = described
-        return torch.ones(shape, dtype=DTYPES[dtype], device=next(model.parameters()).device)
-
-    try:
-        recorded = manifest["example"]
-        args = tuple(one(described) for described in recorded["args"])
-        kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise PeftcError(BadArtifact(folder=str(folder), reason="its example inputs cannot be made")) from None
-    return example_inputs(model, args or kwargs)

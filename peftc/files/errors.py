@@ -1,58 +1,8 @@
-"""What can be wrong with a model reference or a folder that was saved."""
+"""What can be wrong with a folder that was saved or is to be, and what cannot be written."""
 
 from __future__ import annotations
 
 from peftc.diagnostics.diagnostic import Diagnostic
-
-# --- references and artifacts -----------------------------------------------------------------------------------------
-
-
-class BadReference(Diagnostic):
-    code = "bad-reference"
-    reference: str
-    reason: str
-    hint: str = ""
-
-    @property
-    def title(self) -> str:
-        return f"cannot read a model from '{self.reference}': {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            *((f"for example: {self.hint}",) if self.hint else ()),
-            "a model is a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory",
-        )
-
-
-class NoWeights(Diagnostic):
-    code = "no-weights"
-    reference: str
-
-    @property
-    def title(self) -> str:
-        return f"'{self.reference}' is a bare config, which has no weights"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("peftc plan needs none; to compile, name the folder with the weights, or add --random-weights",)
-
-
-class ChangedCheckpoint(Diagnostic):
-    code = "changed-checkpoint"
-    weight: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"cannot read {self.weight} from the checkpoint: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (
-            "the weights that a spec quantises are read one by one, some of them again when a method asks: leave the "
-            "checkpoint's files alone meanwhile, or pass a model that is in memory",
-        )
 
 
 class BadArtifact(Diagnostic):
@@ -101,13 +51,15 @@ class WrongBase(Diagnostic):
         return ("pass the model it was made on: peftc.load(folder, model)",)
 
 
-class BadStateFile(Diagnostic):
-    """A file of tensors that a spec names."""
-
-    code = "bad-state-file"
-    path: str
+class CannotMerge(Diagnostic):
+    code = "cannot-merge"
+    method: str
     reason: str
 
     @property
     def title(self) -> str:
-        return f"'{self.path}' cannot be started from: {self.reason}"
+        return f"{self.method} cannot be merged: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("save() keeps it beside the base model, which every method can do",)

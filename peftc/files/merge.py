@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 
 from peftc.capture.bitsandbytes import Packing
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
-from peftc.files.errors import BadOutput
+from peftc.files.errors import BadOutput, CannotMerge
 from peftc.graph.ir import get_attribute, set_tensor
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Projection
 from peftc.rewrite.insert import dense_weight, replace_rows, take
 from peftc.rewrite.packed import frozen_weight
-from peftc.runtime.errors import CannotMerge
-from peftc.runtime.module import CompiledModule
-from peftc.runtime.unfrozen import unplanned
+from peftc.runtime.module import Runtime
 
 
-def merge(compiled: CompiledModule) -> nn.Module:
+def merge(compiled: Runtime) -> nn.Module:
     """A deep copy of the base model with every change folded in; `compiled` and the base stay as they are.
 
     A weight that was packed comes back in the base's own precision, as what its numbers stand for.
@@ -44,7 +42,7 @@ def merge(compiled: CompiledModule) -> nn.Module:
         assert isinstance(binding.site, Projection)
         by_weight[binding.site.weight].append(binding)
     with torch.no_grad():
-        for name in (*plan.trained, *unplanned(compiled)):
+        for name in (*plan.trained, *compiled.watch.unplanned(compiled)):
             for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
         for name in plan.stored:
@@ -54,7 +52,7 @@ def merge(compiled: CompiledModule) -> nn.Module:
     return model
 
 
-def write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor) -> None:
+def write(compiled: Runtime, model: nn.Module, name: str, weight: Tensor) -> None:
     """Sets a weight under every name that it has; in a base whose packed weights were let go of there is none yet."""
     now = get_attribute(model, name)
     if not now.is_meta:
@@ -65,7 +63,7 @@ def write(compiled: CompiledModule, model: nn.Module, name: str, weight: Tensor)
         set_tensor(model, alias, made)
 
 
-def _problems(compiled: CompiledModule) -> list[Diagnostic]:
+def _problems(compiled: Runtime) -> list[Diagnostic]:
     found: dict[int, Diagnostic] = {}
     for binding in compiled.plan.bindings:
         reason = binding.method.unmergeable
@@ -80,7 +78,7 @@ def _problems(compiled: CompiledModule) -> list[Diagnostic]:
     return list(found.values())
 
 
-def _fold(compiled: CompiledModule, model: nn.Module, weight: str, bindings: list[Binding]) -> None:
+def _fold(compiled: Runtime, model: nn.Module, weight: str, bindings: list[Binding]) -> None:
     """Folds all that stands on one weight, in the order in which it acts."""
     first = bindings[0].site
     assert isinstance(first, Projection)

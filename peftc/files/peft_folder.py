@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Source
-from peftc.diagnostics.timings import Timings
-from peftc.driver import pipeline
 from peftc.files import peft_experts as expertfolders
-from peftc.files.artifact import check_tensors, write_folder
 from peftc.files.errors import BadArtifact, CannotExport
-from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, load_prefix, prefix_folder
-from peftc.files.peft_prompt import has_prompt, load_prompt, prompt_folder
+from peftc.files.folder import write_folder
+from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, prefix_folder, read_prefix
+from peftc.files.peft_prompt import has_prompt, prompt_folder, read_prompt
 from peftc.graph.ir import get_attribute
-from peftc.language.syntax import parse
-from peftc.planning.planner import Binding, Plan
+from peftc.language.syntax import Spec, parse
+from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Experts, Linear, Projection
-from peftc.runtime.module import CompiledModule
-from peftc.runtime.unfrozen import refuse_unplanned
+from peftc.runtime.module import Runtime
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -43,13 +41,13 @@ PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
-def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
+def save_pretrained(compiled: Runtime, folder: Path) -> None:
     """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     Raises:
         PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec` as for `save`.
     """
-    refuse_unplanned(compiled)
+    compiled.watch.refuse_unplanned(compiled)
     bindings = compiled.plan.bindings
     problems = _problems(compiled)
     if problems:
@@ -65,7 +63,7 @@ def save_pretrained(compiled: CompiledModule, folder: Path) -> None:
     write_folder(folder, files)
 
 
-def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _modules(bindings: tuple[Binding, ...], compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and tensors of a method that adapts modules one by one."""
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -96,18 +94,37 @@ def _modules(bindings: tuple[Binding, ...], compiled: CompiledModule) -> tuple[d
     return config, tensors
 
 
-def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
-    """`model` compiled with an adapter that HF PEFT saved at `folder`.
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder of HF PEFT means: a spec, and the compiled model's tensors once the spec is planned.
+
+    `state` may raise a PeftcError `bad-artifact`.
+    """
+
+    spec: Spec
+    state: Callable[[Plan], dict[str, Tensor]]
+
+
+def read(model: nn.Module, folder: Path) -> Adapter:
+    """The adapter that HF PEFT saved at `folder`, for a base model.
 
     Raises:
         PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
     """
-    folder = Path(folder)
     config, tensors = _read(folder)
     if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
-        return load_prompt(model, folder, config, tensors)
-    if config.get("peft_type") == KIND and TENSOR in tensors:
-        return load_prefix(model, folder, config, tensors)
+        text, state = read_prompt(model, folder, config, tensors)
+    elif config.get("peft_type") == KIND and TENSOR in tensors:
+        text, state = read_prefix(folder, config, tensors)
+    else:
+        text, state = _read_modules(model, folder, config, tensors)
+    return Adapter(parse(Source(f"{folder.name}/{CONFIG}", text)), state)
+
+
+def _read_modules(
+    model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+    """The statements, and what makes the state, of a method that adapts modules one by one."""
     common = {
         key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
     }
@@ -124,15 +141,15 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     text = "\n".join(
         f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
     )
-    spec = parse(Source(f"{folder.name}/{CONFIG}", text))
-    plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
-    for binding in plan.bindings:
-        if isinstance(binding.site, Experts) and (misread := expertfolders.misread(model, binding.site)):
-            raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {misread}"))
-    state = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
-    state |= _shared(plan, common)
-    check_tensors(folder, plan, state)
-    return pipeline.build(plan, Timings(), state)
+
+    def state(plan: Plan) -> dict[str, Tensor]:
+        for binding in plan.bindings:
+            if isinstance(binding.site, Experts) and (misread := expertfolders.misread(model, binding.site)):
+                raise PeftcError(BadArtifact(folder=str(folder), reason=f"where HF PEFT made it, {misread}"))
+        own = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
+        return own | _shared(plan, common)
+
+    return text, state
 
 
 def _recognised(
@@ -182,7 +199,7 @@ def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
     return own
 
 
-def _problems(compiled: CompiledModule) -> list[CannotExport]:
+def _problems(compiled: Runtime) -> list[CannotExport]:
     found: dict[Any, CannotExport] = {}
     first = compiled.plan.bindings[0].method if compiled.plan.bindings else None
     for binding in compiled.plan.bindings:

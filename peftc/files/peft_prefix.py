@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.diagnostics.source import Source
-from peftc.diagnostics.timings import Timings
-from peftc.driver import pipeline
-from peftc.files.artifact import check_tensors
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.peft_prompt import task_of
 from peftc.graph.ir import get_attribute
-from peftc.language.syntax import parse
+from peftc.planning.plan import Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Attention
-from peftc.runtime.module import CompiledModule
+from peftc.runtime.module import Runtime
 
 KIND = "PREFIX_TUNING"
 TENSOR = "prompt_embeddings"
@@ -28,12 +24,12 @@ PARTS = ("keys", "values")
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")  # of others it keeps a classifier, too, or shares prefixes among layers
 
 
-def has_prefix(compiled: CompiledModule) -> bool:
+def has_prefix(compiled: Runtime) -> bool:
     """Whether the model has a prefix, and so belongs into a folder of this kind."""
     return any(binding.method.peft_type == KIND for binding in compiled.plan.bindings)
 
 
-def prefix_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def prefix_folder(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and tensors of a model whose one statement is a prefix on every layer's attention.
 
     Raises:
@@ -58,7 +54,7 @@ def prefix_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, T
     return settings, {TENSOR: torch.cat(parts, 1)}
 
 
-def _reason(compiled: CompiledModule) -> str | None:
+def _reason(compiled: Runtime) -> str | None:
     bindings = compiled.plan.bindings
     if (task := task_of(compiled)) not in TASKS:
         return f"peftc does not write its form for {task}"
@@ -70,33 +66,38 @@ def _reason(compiled: CompiledModule) -> str | None:
     return None
 
 
-def load_prefix(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> CompiledModule:
-    """`model` compiled with the prefix of a folder.
+def read_prefix(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+    """The statement, and what makes the state, of a folder with a prefix.
 
     Raises:
         PeftcError: `bad-artifact` if it holds anything else.
     """
+
+    def bad(reason: str) -> PeftcError:
+        return PeftcError(BadArtifact(folder=str(folder), reason=reason))
+
     layers = config.get("num_layers")
     flat = tensors[TENSOR]
     if set(tensors) != {TENSOR} or config.get("num_transformer_submodules") != 1 or not isinstance(layers, int):
-        raise PeftcError(BadArtifact(folder=str(folder), reason="it holds a prefix in a form peftc does not have"))
+        raise bad("it holds a prefix in a form peftc does not have")
     if flat.dim() != 2 or layers < 1 or flat.shape[1] % (2 * layers):
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"its prefix has the shape {tuple(flat.shape)}"))
+        raise bad(f"its prefix has the shape {tuple(flat.shape)}")
     parts = flat.chunk(2 * layers, 1)
     pairs = [dict(zip(PARTS, parts[start : start + 2], strict=True)) for start in range(0, 2 * layers, 2)]
     name, (settings, _) = next(
         (cls.name, found) for cls in methods().values() if (found := cls.from_peft(config, "", pairs[0]))
     )
     arguments = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
-    spec = parse(Source(f"{folder.name}/adapter_config.json", f"apply {name}({arguments}) to attn"))
-    plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
-    if len(plan.bindings) != layers:
-        reason = f"it has {layers} layers, and the model {len(plan.bindings)}"
-        raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
-    state = {
-        binding.names[part]: tensor
-        for binding, pair in zip(plan.bindings, pairs, strict=True)
-        for part, tensor in pair.items()
-    }
-    check_tensors(folder, plan, state)
-    return pipeline.build(plan, Timings(), state)
+
+    def state(plan: Plan) -> dict[str, Tensor]:
+        if len(plan.bindings) != layers:
+            raise bad(f"it has {layers} layers, and the model {len(plan.bindings)}")
+        return {
+            binding.names[part]: tensor
+            for binding, pair in zip(plan.bindings, pairs, strict=True)
+            for part, tensor in pair.items()
+        }
+
+    return f"apply {name}({arguments}) to attn", state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.diagnostics.source import Source
-from peftc.diagnostics.timings import Timings
-from peftc.driver import pipeline
-from peftc.files.artifact import check_tensors
 from peftc.files.errors import BadArtifact
 from peftc.graph.ir import get_attribute
-from peftc.language.syntax import parse
+from peftc.planning.plan import Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Sequence
-from peftc.runtime.module import CompiledModule
+from peftc.runtime.module import Runtime
 
 ROOT = "base_model."
 # Of these the folder also holds what stands behind the backbone, such as a classifier, learned or not.
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def has_prompt(compiled: CompiledModule) -> bool:
+def has_prompt(compiled: Runtime) -> bool:
     """Whether the model has a prompt, and so belongs into a folder of this kind."""
     return any(isinstance(binding.site, Sequence) for binding in compiled.plan.bindings)
 
 
-def prompt_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def prompt_folder(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and tensors of a model whose one method is a prompt."""
     (binding,) = compiled.plan.bindings
     state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
@@ -47,7 +43,7 @@ def prompt_folder(compiled: CompiledModule) -> tuple[dict[str, Any], dict[str, T
     return settings, tensors
 
 
-def task_of(compiled: CompiledModule) -> str:
+def task_of(compiled: Runtime) -> str:
     """What the model is for: HF PEFT puts a prompt into its input by that."""
     if getattr(compiled.config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
@@ -65,8 +61,10 @@ def _heads(base: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in base.named_parameters() if name.partition(".")[0] != backbone}
 
 
-def load_prompt(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> CompiledModule:
-    """`model` compiled with the prompt of a folder; parameters of the base that differ there learn on.
+def read_prompt(
+    model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+    """The statements, and what makes the state, of a folder with a prompt; the base's tensors that differ learn on.
 
     Raises:
         PeftcError: `bad-artifact` if it holds anything else.
@@ -74,16 +72,17 @@ def load_prompt(model: nn.Module, folder: Path, config: dict[str, Any], tensors:
     own = {"prompt_embeddings": tensors.pop("prompt_embeddings", torch.zeros(0))}
     base = dict(model.named_parameters())
     learned = {key.removeprefix(ROOT): tensor for key, tensor in tensors.items()}
-    found = next((cls.name, *found) for cls in methods().values() if (found := cls.from_peft(config, "", own)))
-    if odd := [name for name, tensor in learned.items() if name not in base or base[name].shape != tensor.shape]:
+    name, settings, state = next(
+        (cls.name, *found) for cls in methods().values() if (found := cls.from_peft(config, "", own))
+    )
+    if odd := [key for key, tensor in learned.items() if key not in base or base[key].shape != tensor.shape]:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"its {odd[0]} is no parameter of the model"))
-    learned = {name: tensor for name, tensor in learned.items() if not torch.equal(base[name].cpu(), tensor)}
-    name, settings, state = found
+    learned = {key: tensor for key, tensor in learned.items() if not torch.equal(base[key].cpu(), tensor)}
     arguments = ", ".join(f"{parameter}={value}" for parameter, value in settings.items())
     lines = [f"apply {name}({arguments})", *(f'train "{parameter}"' for parameter in learned)]
-    spec = parse(Source(f"{folder.name}/adapter_config.json", "\n".join(lines)))
-    plan = pipeline.plan_model(model, spec, example_inputs(model), Timings())
-    (binding,) = plan.bindings
-    everything = learned | {binding.names[tensor]: value for tensor, value in state.items()}
-    check_tensors(folder, plan, everything)
-    return pipeline.build(plan, Timings(), everything)
+
+    def everything(plan: Plan) -> dict[str, Tensor]:
+        (binding,) = plan.bindings
+        return learned | {binding.names[tensor]: value for tensor, value in state.items()}
+
+    return "\n".join(lines), everything

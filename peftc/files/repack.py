@@ -15,7 +15,7 @@ from peftc.files.merge import merge, write
 from peftc.graph.ir import get_attribute
 from peftc.planning.packed_weight import Stored
 from peftc.protocol.site import Projection
-from peftc.runtime.module import CompiledModule
+from peftc.runtime.module import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Repacked:
     packing: Packing | None
 
 
-def repack(compiled: CompiledModule) -> Repacked:
+def repack(compiled: Runtime) -> Repacked:
     """`merge`, with each weight that is packed in `compiled` rounded to its storage's numbers again.
 
     The model has the rounded weights in the base's own precision: packing them once more changes little or nothing. A
@@ -69,7 +69,7 @@ def _lost(merged: Tensor, rounded: Tensor) -> Rounding:
     return Rounding(float(difference.abs().max()), float(difference.norm()) / norm if norm else 0.0)
 
 
-def _settings(compiled: CompiledModule, model: nn.Module) -> dict[str, object] | None:
+def _settings(compiled: Runtime, model: nn.Module) -> dict[str, object] | None:
     """`quantization_config` of a checkpoint with these layers packed and no others; None if there cannot be one."""
     stored = compiled.plan.stored
     if not stored or not isinstance(model, PreTrainedModel):

@@ -6,7 +6,7 @@ The graph is a flat ATen `torch.fx.Graph` straight from `torch.export`. Every no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,10 +61,24 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     raise ValueError("a graph without a single tensor has no fake mode")
 
 
+def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of `graph`, whose nodes have meta of their own, and each node's copy."""
+    new = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    new.output(new.graph_copy(graph, known))
+    return new, known
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module whose forward made `node`, '' where none is known."""
     stack = node.meta.get(STACK)
     return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+
+
+def block_of(node: fx.Node, blocks: Container[str]) -> str | None:
+    """Which of `blocks`, paths of modules, computes `node`: of several that lie in one another, the outermost."""
+    paths = (str(path).partition("@")[0] for path, _ in (node.meta.get(STACK) or {}).values())
+    return next((path for path in paths if path in blocks), None)
 
 
 def get_attribute(root: nn.Module, path: str) -> Any:

@@ -2,10 +2,10 @@
 
 Its own minimum cut (`torch._functorch.partitioners`) takes every operation that it has never heard of for a dear one:
 it would keep each unpacked weight, 4 bytes a number that lies in half a byte, each norm and each activation. So an
-operation says here whether it is to be computed again, by the rule of `memory_plan`: a product, attention and what is
-random are kept where the backward pass needs them, all else is computed again, which compiled code does in the loops
-that read it. What is said is a selective checkpoint's policy, which a compiler takes for the tags of its graph: no
-block is run twice. torch logs once that such a region must write nothing in place; no block that does is given here.
+operation says here whether it is to be computed again, by the rule of `peftc.graph.cut`: a product, attention and
+what is random are kept where the backward pass needs them, all else is computed again, which compiled code does in the
+loops that read it. What is said is a selective checkpoint's policy, which a compiler takes for the tags of its graph:
+no block is run twice. torch logs once that such a region must write nothing in place; no block that does is given here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from peftc.optimise import two_passes as memory_plan
-from peftc.optimise.two_passes import dear, repeatable
+from peftc.graph import cut
+from peftc.graph.cut import dear, repeatable
 
 Policy = Callable[..., CheckpointPolicy]
 
@@ -54,7 +54,7 @@ def _contexts(policy: Policy) -> Any:
     The hash is by what code that was compiled under the policy is found again in torch's cache: it says the rule.
     """
     made = partial(create_selective_checkpoint_contexts, policy)
-    rule = f"{policy.__name__}\n{inspect.getsource(memory_plan)}"
+    rule = f"{policy.__name__}\n{inspect.getsource(cut)}"
     setattr(made, "cache_hash", hashlib.sha256(rule.encode()).hexdigest())  # noqa: B010, a partial declares no such name
     return made
 

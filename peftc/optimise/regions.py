@@ -23,10 +23,10 @@ from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute, is_mutable, is_tensor, value
 from peftc.kernels.common.operation import call_directly, first_derivative
 from peftc.kernels.common.products import product
+from peftc.optimise.errors import CannotCheckpoint
 from peftc.optimise.joint import Joint, Lifted, joint, lifted
 from peftc.optimise.partition import partitioned
 from peftc.optimise.two_passes import Passes, split
-from peftc.planning.errors import CannotCheckpoint
 
 aten = torch.ops.aten
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks

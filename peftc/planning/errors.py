@@ -107,15 +107,6 @@ class Refused(Diagnostic):
         return f"{self.method} cannot attach to {among(self.site, self.others)}: {self.reason}"
 
 
-class CannotCheckpoint(Diagnostic):
-    code = "cannot-checkpoint"
-    block: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.block} cannot be computed again by itself: another part of the model runs between its operations"
-
-
 class NoPositions(Diagnostic):
     code = "no-positions"
     taken: int
@@ -136,18 +127,6 @@ class TakesNoTarget(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.method} goes into the model's whole input, and attaches to no part of it"
-
-
-class CannotStart(Diagnostic):
-    """A method whose start is made of something that is not there; a saved one needs no start."""
-
-    code = "cannot-start"
-    method: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} has nothing to start from: {self.reason}"
 
 
 class SameMethodTwice(Diagnostic):
@@ -262,15 +241,57 @@ class NothingTrains(Diagnostic):
         return ("for example: apply lora(r=8) to attn.q, attn.v",)
 
 
-class VerifierFailed(Diagnostic):
-    code = "verifier-failed"
-    pass_name: str
+class CannotStore(Diagnostic):
+    code = "cannot-store"
+    storage: str
+    site: str
     reason: str
+    others: int
 
     @property
     def title(self) -> str:
-        return f"peftc broke the graph in pass '{self.pass_name}': {self.reason}"
+        return f"{self.storage} cannot store {among(self.site, self.others)}: {self.reason}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ("this is a bug in peftc, not in the spec: please report it with the spec and the model's config",)
+        return ("leave it out, for example: quantize linear except head with nf4",)
+
+
+class StoredTwice(Diagnostic):
+    code = "stored-twice"
+    weight: str
+    others: int
+    first: Span
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more have" if self.others else " has"
+        return f"{self.weight}{more} two storages"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.first, "first here"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a weight is stored as a whole, and once: take it out of one of them with 'except'",)
+
+
+class StoredAndTrained(Diagnostic):
+    code = "stored-and-trained"
+    weight: str
+    others: int
+    first: Span
+
+    @property
+    def title(self) -> str:
+        more = f" and {self.others} more are" if self.others else " is"
+        return f"{self.weight}{more} to be stored frozen and to be trained"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.first, "trains it"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("packed numbers have no gradient: leave it out of one of them, or apply a method such as lora to it",)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
 from peftc.planning.errors import GradientClaimed
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Site
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Binding
 
 
 def never_learning(graph: fx.Graph, bindings: Sequence[Binding], trained: dict[str, Span]) -> Iterator[Diagnostic]:
@@ -22,7 +19,7 @@ def never_learning(graph: fx.Graph, bindings: Sequence[Binding], trained: dict[s
     seen: set[tuple[Span, Span]] = set()
     for one in {(claim.statement, claim.site.block): claim for claim in claims if _is_end(claim.site)}.values():
         below = _below(one.site)
-        others = [b.span for b in bindings if b.statement != one.statement and _stands_in(graph, below, b.site)]
+        others = [b.span for b in bindings if b.statement != one.statement and not below.isdisjoint(b.site.changes())]
         others += [span for name, span in trained.items() if _reads(graph, below, name)]
         for other in others:
             if (one.span, other) not in seen:
@@ -38,21 +35,13 @@ def _is_end(site: Site) -> bool:
 
 def _below(site: Site) -> set[fx.Node]:
     """What leaves the site, and every node that depends on."""
-    start = getattr(site, "h", None)
-    assert isinstance(start, fx.Node)
-    seen, queue = {start}, [start]
+    seen = set(site.changes())
+    queue = [*seen]
     while queue:
         fresh = [node for node in queue.pop().all_input_nodes if node not in seen]
         seen.update(fresh)
         queue += fresh
     return seen
-
-
-def _stands_in(graph: fx.Graph, nodes: set[fx.Node], site: Site) -> bool:
-    """Whether what a method does at `site` changes one of `nodes`."""
-    if uses := getattr(site, "uses", ()):
-        return any(use.y in nodes for use in uses)
-    return any(_reads(graph, nodes, name) for name in site.parameters)
 
 
 def _reads(graph: fx.Graph, nodes: set[fx.Node], parameter: str) -> bool:

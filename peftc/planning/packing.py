@@ -9,7 +9,7 @@ from peftc.capture.capture import Captured
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute
-from peftc.planning import storage_errors as say
+from peftc.planning import errors as say
 from peftc.planning.packed_weight import Stored
 from peftc.protocol.site import Projection, Site
 from peftc.protocol.storage import Storage

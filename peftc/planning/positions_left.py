@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.planning.errors import NoPositions
+from peftc.planning.plan import Binding, Plan, extension
 from peftc.protocol.site import Attention, Sequence
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Binding, Plan
-
-
-def extension(bindings: Iterable[Binding]) -> int:
-    """The positions that all prompts together add to the input."""
-    return sum(b.method.lengthens(b.site) for b in bindings if isinstance(b.site, Sequence))
 
 
 def _taken(bindings: Iterable[Binding]) -> int:

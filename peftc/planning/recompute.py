@@ -6,13 +6,10 @@ forward pass of these blocks. What is random is kept, so that dropout drops the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-
-from torch import fx
+from collections.abc import Callable, Iterable
 
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import STACK
 from peftc.language import syntax as ast
 from peftc.planning.errors import WrongSite
 from peftc.protocol.site import Site
@@ -35,8 +32,3 @@ def recomputed(wanted: Iterable[Recomputing], select: Selecting, problems: list[
             )  # fmt: skip
         found |= {site.path: item.span for site in sites}
     return found
-
-
-def block_of(node: fx.Node, blocks: Container[str]) -> str | None:
-    """Which of `blocks` a node of the captured graph belongs to."""
-    return next((path for path, _ in (node.meta.get(STACK) or {}).values() if path in blocks), None)

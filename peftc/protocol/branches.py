@@ -23,7 +23,7 @@ from peftc.graph.patterns import (
     read_elsewhere,
     value,
 )
-from peftc.optimise.fuse import Editor, Fusion
+from peftc.protocol.rule import Editor, Fusion
 from peftc.protocol.seeds import dropout_seed
 
 aten = torch.ops.aten

@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
+from typing import Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from peftc.protocol.params import REQUIRED, Configured, Param, param, register, registered
 from peftc.protocol.site import Linear, Site
-
-if TYPE_CHECKING:
-    from peftc.runtime.schedule import Place, Step
 
 __all__ = [
     "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "divisors_near", "kinds", "method", "methods",
@@ -296,3 +294,24 @@ def _asked(function: Callable[..., Any], given: int) -> tuple[tuple[str, ...], b
     parameters = tuple(inspect.signature(function).parameters.values())[given:]
     named = tuple(item.name for item in parameters if item.kind is not item.VAR_KEYWORD)
     return named, len(named) < len(parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One site of a statement, with the method's tensors there, live: `state` by the method's own names."""
+
+    site: Site
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
+
+    number: int
+    optimizer: Optimizer
+    total: int | None = None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
+        self.optimizer.state.pop(tensor, None)

@@ -1,4 +1,4 @@
-"""The kinds of place in a model that a method can attach to. `roles.py` finds them; nothing here looks at a graph."""
+"""The kinds of place in a model that a method can attach to. `peftc.roles` finds them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from peftc.graph.ir import is_tensor
+
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 if TYPE_CHECKING:
     from peftc.protocol.storage import Storage
-    from peftc.roles.flow import AttentionPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,11 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place in the model. `name` is unique; `path` is the module under which methods keep their state."""
+    """A place in the model. `name` is unique; `path` is the module under which methods keep their state.
+
+    A kind of place says in words what it is: `noun` one of it, `nouns` what attaches there attaches to, `written` what
+    a spec says for it.
+    """
 
     name: str
     path: str
@@ -52,10 +57,19 @@ class Site:
     parameters: tuple[str, ...] = ()
 
     kind = "site"
+    noun, nouns, written = "a site", "sites", "where its method does"
 
     def facts(self) -> dict[str, Any]:
         """The numbers `where` may ask for, and `--json` prints."""
         return {}
+
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The base model's values that a branch here reads; those it keeps for the backward pass are among them."""
+        return ()
+
+    def changes(self) -> tuple[fx.Node, ...]:
+        """The base model's values that become others where a method acts here: from there on gradients flow."""
+        return ()
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} {sorted(self.roles)}>"
@@ -89,10 +103,25 @@ class Projection(Site):
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
 
+    def reads(self) -> tuple[fx.Node, ...]:
+        return tuple(use.x for use in self.uses)
+
+    def changes(self) -> tuple[fx.Node, ...]:
+        return tuple(use.y for use in self.uses)
+
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of the weight, and of every matrix of a method here."""
         return ()
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is some rows of a fused weight, and not all of it."""
+        return self.rows is not None
+
+    def overlaps(self, other: Projection) -> bool:
+        """Whether this and another site of the same weight have rows in common."""
+        return self.rows is None or other.rows is None or not set(self.rows).isdisjoint(other.rows)
 
     @property
     def slice(self) -> tuple[int, int] | None:
@@ -107,6 +136,7 @@ class Linear(Projection):
     """One matrix W [n_out, n_in], the same for every token."""
 
     kind = "linear"
+    noun, nouns, written = "a linear layer", "linear layers", "linear layers"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,6 +149,7 @@ class Experts(Projection):
     experts: int = 0
 
     kind = "experts"
+    noun, nouns, written = "a stack of experts", "stacked expert weights", "stacked experts"
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "experts": self.experts}
@@ -138,9 +169,16 @@ class Module(Site):
     h: fx.Node | None = None
 
     kind = "module"
+    noun, nouns, written = "a sublayer", "attn and mlp", "attn, mlp"
 
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
+
+    def reads(self) -> tuple[fx.Node, ...]:
+        return () if self.entry is None else (self.entry.x,)
+
+    def changes(self) -> tuple[fx.Node, ...]:
+        return () if self.h is None else (self.h,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +217,20 @@ class Block(Site):
     feeds: bool = False
 
     kind = "block"
+    noun, nouns, written = "a block", "block", "block"
 
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
+
+    def reads(self) -> tuple[fx.Node, ...]:
+        """What leaves the block; at the first of a chain what enters it; what an attention to another chain reads."""
+        entering = [self.x] if self.before is None else []
+        attention = self.reading.out.args if self.reading and self.memory else ()
+        operands = [node for node in attention if isinstance(node, fx.Node) and is_tensor(node)]
+        return tuple(node for node in (self.h, *entering, *operands) if node is not None)
+
+    def changes(self) -> tuple[fx.Node, ...]:
+        return () if self.h is None else (self.h,)
 
     @property
     def container(self) -> str:
@@ -214,14 +263,34 @@ class Sequence(Site):
     tokenize: Callable[[str], list[int] | None] = lambda _text: None
 
     kind = "sequence"
+    noun, nouns, written = "a sequence", "the whole input", "the whole input"
 
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
+
+    def changes(self) -> tuple[fx.Node, ...]:
+        return () if self.embeddings is None else (self.embeddings,)
 
     def join(self, prompt: Tensor, x: Tensor) -> Tensor:
         """`prompt` [k, d] and every row of `x` [B, S, d] as one sequence [B, k + S, d]."""
         rows = prompt.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.cat([rows, x] if self.in_front else [x, rows], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPattern:
+    """The operands of one attention, wherever it is spelt out, and the node with its result.
+
+    `scores` is the node that multiplies q with k and `softmax` the one behind it; both are None where one fused
+    operation does everything.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    out: fx.Node
+    scores: fx.Node | None = None
+    softmax: fx.Node | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -247,6 +316,7 @@ class Attention(Module):
     obstacle: str | None = None
 
     kind = "attention"
+    noun, nouns, written = "a sublayer", "attn", "attn"
 
     def facts(self) -> dict[str, Any]:
         heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
@@ -258,6 +328,7 @@ class Parameters(Site):
     """Existing parameters with no place for a new branch: norms, biases, embeddings, convolutions."""
 
     kind = "parameters"
+    noun, nouns, written = "an existing parameter", "existing parameters", "existing parameters"
 
 
 @dataclass(frozen=True)

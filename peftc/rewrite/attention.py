@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from peftc.graph.ir import Provenance, set_tensor, splice, trace, users_except, value
 from peftc.graph.normalise import training_tensor
 from peftc.graph.rows import path_between
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.method import Method, wanted
 from peftc.protocol.site import Attention, Linear
 from peftc.rewrite.insert import TRAINING, Inserter, dense_weight, take

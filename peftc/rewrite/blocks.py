@@ -7,39 +7,19 @@ returns the pair of output and carry. Where the block's attention reads another 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
 from peftc.graph.ir import Provenance, is_tensor, redirect, splice, trace, value
-from peftc.protocol.site import Block, Reading, Site
+from peftc.protocol.site import Block, Reading
 
 if TYPE_CHECKING:
-    from peftc.planning.planner import Binding
+    from peftc.planning.plan import Binding
     from peftc.rewrite.insert import Inserter
 
-S = TypeVar("S", bound=Site)
 ATTEND = "attend "
-
-
-def linked(sites: list[S]) -> list[S]:
-    """The sites of one statement, with each block told its neighbours in its chain; other sites as they are."""
-    chains: dict[str, list[Block]] = defaultdict(list)
-    for site in sites:
-        if isinstance(site, Block):
-            chains[site.container].append(site)
-    known: dict[str, Block] = {}
-    # A chain stands behind the one it reads, which so is linked when its turn comes.
-    for container in sorted(chains, key=lambda name: chains[name][0].source is not None):
-        before: Block | None = None
-        for block, after in zip(chains[container], [*chains[container][1:], None], strict=True):
-            memory = chains[block.source][-1] if block.reading and block.source in chains else None
-            feeds = any(other.reading and other.source == container for chain in chains.values() for other in chain)
-            before = known[block.name] = replace(block, before=before, after=after, memory=memory, feeds=feeds)
-    return [cast(S, known.get(site.name, site)) for site in sites]
 
 
 def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], stamp: Provenance) -> None:

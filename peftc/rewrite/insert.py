@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import Provenance, attribute_node, get_attribute, redirect, set_tensor, splice, trace, value
 from peftc.graph.normalise import training_tensor
-from peftc.planning.errors import CannotStart
-from peftc.planning.planner import Binding, Plan
+from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import State
 from peftc.protocol.site import Block, Module, Projection, Use
 from peftc.rewrite.blocks import onto_block
+from peftc.rewrite.errors import CannotStart
 from peftc.rewrite.grouped import product_like
 from peftc.rewrite.packed import frozen_weight, is_packed, pack, pack_as_found
 from peftc.rewrite.start_files import load_start

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from peftc.graph.ir import Provenance, attribute_node, get_attribute, set_tensor, splice, trace, value
 from peftc.planning.packed_weight import Stored
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:

@@ -7,18 +7,15 @@ where the graph returns it.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from peftc.graph.ir import Provenance, attribute_node, get_attribute, splice, trace, value
+from peftc.capture.convention import loss_node
+from peftc.graph.ir import Provenance, attribute_node, splice, trace, value
 from peftc.graph.normalise import training_tensor
+from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Method
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Binding, Plan
-    from peftc.runtime.module import CompiledModule
 
 
 def penalised(plan: Plan) -> list[Binding]:
@@ -29,7 +26,7 @@ def penalised(plan: Plan) -> list[Binding]:
 def add_penalties(module: fx.GraphModule, plan: Plan, pass_name: str) -> bool:
     """Adds every penalty to the loss of the graph, times `self.training`. Returns whether there was any."""
     graph = module.graph
-    loss = loss_node(graph, plan)
+    loss = loss_node(graph, plan.captured.result)
     bindings = penalised(plan)
     if loss is None or not bindings:
         return False
@@ -45,24 +42,6 @@ def add_penalties(module: fx.GraphModule, plan: Plan, pass_name: str) -> bool:
     result, _ = splice(graph, trace(function, *map(value, args)), args, output.prev, stamp)
     output.replace_input_with(loss, result)
     return True
-
-
-def loss_node(graph: fx.Graph, plan: Plan) -> fx.Node | None:
-    """The loss that the graph returns; None for a model that returns none."""
-    spec = plan.captured.result
-    named = isinstance(spec.type, type) and issubclass(spec.type, dict) and list(spec.context)[:1] == ["loss"]
-    leaves = graph.output_node().args[0]
-    first = leaves[0] if named and isinstance(leaves, tuple | list) else None
-    return first if isinstance(first, fx.Node) else None
-
-
-def penalty_of(compiled: CompiledModule) -> Tensor:
-    """The sum of all penalties as the model is now."""
-    total = torch.zeros((), device=compiled.device)
-    for binding in penalised(compiled.plan):
-        state = {name: get_attribute(compiled, full) for name, full in binding.names.items()}
-        total = total + binding.method.penalty(binding.site, state)
-    return total
 
 
 def _penalty(module: fx.GraphModule, binding: Binding, pass_name: str, templates: dict[Hashable, fx.Graph]) -> fx.Node:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import PROVENANCE, STACK, Provenance, computed, is_tensor, splice, trace, value
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 from peftc.protocol.site import Attention
 from peftc.roles.counting import Counting, core, expression, is_size, stream, token_test, tokens_of
 

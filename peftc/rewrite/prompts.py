@@ -26,7 +26,7 @@ from peftc.graph.ir import (
     value,
 )  # fmt: skip
 from peftc.planning.errors import Refused
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.method import wanted
 from peftc.protocol.site import Sequence
 from peftc.roles.counting import expression

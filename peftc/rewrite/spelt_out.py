@@ -14,10 +14,10 @@ from torch import fx
 
 from peftc.graph.ir import Provenance, computed, is_tensor, value
 from peftc.graph.rows import path_between
-from peftc.protocol.site import Attention
+from peftc.protocol.site import Attention, AttentionPattern
 from peftc.rewrite.positions import Rooms, made
 from peftc.roles.counting import expression, tokens_of
-from peftc.roles.flow import SCORES, AttentionPattern
+from peftc.roles.flow import SCORES
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.files.errors import BadStateFile
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
+from peftc.rewrite.errors import BadStateFile
 
 Bad = Callable[[str], PeftcError]
 IN_FOLDER = "adapter.safetensors"

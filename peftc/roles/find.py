@@ -22,17 +22,9 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows
-from peftc.protocol.site import Attention, Experts, Linear, Module, Site, Sites
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Module, Site, Sites
 from peftc.roles.counting import with_limits
-from peftc.roles.flow import (
-    ACTIVATIONS,
-    AttentionPattern,
-    attentions,
-    before_routing,
-    nearest,
-    residual_value,
-    value_flow,
-)
+from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
 from peftc.roles.linears import Product, products
 from peftc.roles.parameters import existing_parameters, own_name

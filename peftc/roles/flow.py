@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -12,7 +11,7 @@ import torch
 from torch import fx
 
 from peftc.graph.ir import is_tensor, value
-from peftc.protocol.site import Use
+from peftc.protocol.site import AttentionPattern, Use
 
 aten = torch.ops.aten
 
@@ -36,22 +35,6 @@ PASSIVE = {
     aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.transpose.int, aten.alias.default,
     aten.slice.Tensor,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPattern:
-    """The operands of one attention, wherever it is spelt out, and the node with its result.
-
-    `scores` is the node that multiplies q with k and `softmax` the one behind it; both are None where one fused
-    operation does everything.
-    """
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    out: fx.Node
-    scores: fx.Node | None = None
-    softmax: fx.Node | None = None
 
 
 def value_flow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:

@@ -11,8 +11,7 @@ from torch import fx
 
 from peftc.graph.ir import value
 from peftc.graph.rows import Known, hint, path_between, rows_of_parts
-from peftc.protocol.site import Linear
-from peftc.roles.flow import AttentionPattern
+from peftc.protocol.site import AttentionPattern, Linear
 from peftc.roles.linears import Product
 
 Rows = tuple[int, ...] | None

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from peftc.capture.capture import Captured
-from peftc.graph.ir import STACK, get_attribute, is_tensor, value
+from peftc.graph.ir import block_of, get_attribute, is_tensor, value
 from peftc.protocol.site import Sequence
 from peftc.roles.stacks import Block
 
@@ -50,16 +50,12 @@ def image_sequence(captured: Captured, blocks: list[Block]) -> Sequence | None:
 def _entering(graph: fx.Graph, block: str) -> Iterator[fx.Node]:
     """The values that the block reads from before it and that may be a sequence: float, of three dimensions."""
     for node in graph.nodes:
-        if _in(node, block):
+        if block_of(node, {block}):
             for argument in node.all_input_nodes:
-                if argument.op != "get_attr" and not _in(argument, block) and is_tensor(argument):
+                if argument.op != "get_attr" and not block_of(argument, {block}) and is_tensor(argument):
                     fake = value(argument)
                     if fake.dim() == 3 and fake.is_floating_point():
                         yield argument
-
-
-def _in(node: fx.Node, block: str) -> bool:
-    return any(path == block for path, _ in (node.meta.get(STACK) or {}).values())
 
 
 def _first_parameter(module: fx.GraphModule, block: str) -> str:

@@ -13,10 +13,10 @@ from itertools import groupby
 import networkx as nx
 from torch import fx
 
-from peftc.graph.ir import STACK, is_tensor, value
-from peftc.protocol.site import Block, Reading
+from peftc.graph.ir import block_of, is_tensor, value
+from peftc.protocol.site import AttentionPattern, Block, Reading
 from peftc.roles import stacks as found
-from peftc.roles.flow import SCORES, AttentionPattern, nearest
+from peftc.roles.flow import SCORES, nearest
 
 Members = dict[str, list[fx.Node]]
 Crossing = dict[str, tuple[AttentionPattern, fx.Node]]
@@ -65,10 +65,8 @@ def _members(graph: fx.Graph, blocks: list[found.Block]) -> Members:
     paths = {block.path for block in blocks}
     members: Members = defaultdict(list)
     for node in graph.nodes:
-        for path, _ in (node.meta.get(STACK) or {}).values():
-            if (plain := str(path).partition("@")[0]) in paths:
-                members[plain].append(node)
-                break
+        if (path := block_of(node, paths)) is not None:
+            members[path].append(node)
     return members
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor
+from peftc.runtime.holder import Holder
 from peftc.runtime.unfrozen import precision
 
-if TYPE_CHECKING:
-    from peftc.runtime.module import CompiledModule
 
-
-def refuse_casts(module: CompiledModule, change: Callable[[Tensor], Tensor]) -> None:
+def refuse_casts(module: Holder, change: Callable[[Tensor], Tensor]) -> None:
     """Raises PeftcError `fixed-precision` where `change`, of `nn.Module._apply`, would cast a parameter or its like.
 
     It is asked about empty tensors: nothing is changed yet.
@@ -34,7 +32,7 @@ def refuse_casts(module: CompiledModule, change: Callable[[Tensor], Tensor]) -> 
             raise PeftcError(precision(name, tensor.dtype, asked[key]))
 
 
-def keep_packed(module: CompiledModule, before: dict[str, Tensor]) -> None:
+def keep_packed(module: Holder, before: dict[str, Tensor]) -> None:
     """Packed numbers keep their precision: to round their scales would be to change every weight."""
     for full, tensor in before.items():
         if get_attribute(module, full).dtype != tensor.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, suggest
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices
 
 
 class FixedPrecision(Diagnostic):
@@ -104,18 +104,6 @@ class NotInSpec(Diagnostic):
         )
 
 
-class SecondDerivative(Diagnostic):
-    code = "second-derivative"
-
-    @property
-    def title(self) -> str:
-        return "a fused model has first derivatives only: create_graph=True asks for more"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("peftc.compile(..., fuse=False) has the others",)
-
-
 class Transformed(Diagnostic):
     code = "transformed"
 
@@ -141,20 +129,6 @@ class NeedsLabels(Diagnostic):
         return ("pass labels=, or compile with example={'input_ids': …, 'decoder_input_ids': …}",)
 
 
-class NoRoom(Diagnostic):
-    code = "no-room"
-    given: int
-    room: int
-
-    @property
-    def title(self) -> str:
-        return f"the input has {self.given} tokens, and what stands in front of it leaves positions for {self.room}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("cut the input, or compile a shorter prompt or prefix",)
-
-
 class CannotGenerate(Diagnostic):
     code = "cannot-generate"
     model: str
@@ -162,21 +136,6 @@ class CannotGenerate(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.model} does not continue text, or was captured without an attention mask"
-
-
-class NeedsCalibration(Diagnostic):
-    """A method that starts from data, compiled without any."""
-
-    code = "needs-calibration"
-    method: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} starts from data, and there is none"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
 
 
 class BadSchedule(Diagnostic):
@@ -187,76 +146,3 @@ class BadSchedule(Diagnostic):
     @property
     def title(self) -> str:
         return f"the schedule of {self.method} does not fit the training: {self.reason}"
-
-
-class BadCalibration(Diagnostic):
-    code = "bad-calibration"
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"the calibration batches cannot be used: {self.reason}"
-
-
-class CannotMerge(Diagnostic):
-    code = "cannot-merge"
-    method: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} cannot be merged: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("save() keeps it beside the base model, which every method can do",)
-
-
-class UnknownBlock(Diagnostic):
-    code = "unknown-block"
-    name: str
-    model: str
-    near: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} has no block '{self.name}'"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"nearest: {', '.join(self.near)}",) if self.near else ("peftc sites lists the blocks of a model",)
-
-
-class UnknownPass(Diagnostic):
-    code = "unknown-pass"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"there is no pass '{self.name}'"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        near = suggest(self.name, self.known)
-        return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
-
-
-class CannotMeasure(Diagnostic):
-    code = "cannot-measure"
-    model: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"no step of {self.model} can be measured: {self.reason}"
-
-
-class NoDevice(Diagnostic):
-    code = "no-device"
-    name: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"there is no device '{self.name}': {self.reason}"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, fx, nn
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import is_tensor
+from peftc.planning.plan import Plan
 from peftc.runtime.errors import CannotGenerate
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Plan
-    from peftc.runtime.module import CompiledModule
+from peftc.runtime.holder import Holder
 
 
 @torch.no_grad()
-def greedy(compiled: CompiledModule, tokens: Tensor, mask: Tensor | None, new: int) -> Tensor:
+def greedy(compiled: Holder, tokens: Tensor, mask: Tensor | None, new: int) -> Tensor:
     """[B, S] -> [B, S + new], or less where every row has ended; a row that has ended goes on with its end token.
 
     Raises:
@@ -53,7 +49,7 @@ def counts_positions(graph: fx.Graph) -> bool:
     return False
 
 
-def _continued(compiled: CompiledModule, tokens: Tensor, mask: Tensor, new: int) -> Tensor:
+def _continued(compiled: Holder, tokens: Tensor, mask: Tensor, new: int) -> Tensor:
     ends = _end_tokens(compiled.base).to(tokens.device)
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(new):
@@ -68,7 +64,7 @@ def _continued(compiled: CompiledModule, tokens: Tensor, mask: Tensor, new: int)
     return tokens
 
 
-def _row_by_row(compiled: CompiledModule, tokens: Tensor, mask: Tensor, new: int) -> Tensor:
+def _row_by_row(compiled: Holder, tokens: Tensor, mask: Tensor, new: int) -> Tensor:
     """Each row without its padding, where padding would shift the positions."""
     added = []
     for row, kept in zip(tokens, mask.bool(), strict=True):

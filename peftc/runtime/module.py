@@ -1,11 +1,9 @@
-"""`CompiledModule`: the trainable graph as users, `Trainer` and `torch.compile` see it."""
+"""A compiled graph at work: how it is called, moved, copied, and what of it learns."""
 
 from __future__ import annotations
 
 import inspect
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,42 +14,30 @@ from peftc.capture.convention import Convention
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread
 from peftc.optimise.fuse import Fired
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 from peftc.planning.positions_left import room
-from peftc.runtime.consistency import two_passes
+from peftc.rewrite.penalties import penalised
 from peftc.runtime.devices import keep_packed, move_constants, refuse_casts
 from peftc.runtime.entries import Code, Entries
 from peftc.runtime.errors import NoPickle, OnlyOnTheBase, OnTheBase, Transformed
+from peftc.runtime.generate import greedy
+from peftc.runtime.holder import Holder
+from peftc.runtime.schedule import Follower, Schedule
 from peftc.runtime.shelves import arrange
 from peftc.runtime.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.token_mean import NAME
 from peftc.runtime.unfrozen import Watch
 
-if TYPE_CHECKING:
-    from peftc.files.repack import Rounding
-    from peftc.runtime.schedule import Follower, Schedule
-
 Stages = list[tuple[str, fx.Graph]]
 
 
-class CompiledModule(fx.GraphModule):
-    """A model with its adapters in the graph. Call it as the base model: `module(input_ids=…, labels=…)`.
+class Runtime(Holder):
+    """A model with its adapters in the graph. `peftc.CompiledModule` adds what reads and writes files.
 
-    `state_dict()` holds what peftc added and what learns, not the frozen base, so a Trainer's checkpoints are small
-    and resume. `plan` says what attaches where, `history` maps each pass to the flat graph after it,
-    `fired` says how often each fusion did, and how near the others came.
-
-    In `train()` a call with labels may return the loss with None for the logits, as their cross-entropy is computed
-    without ever holding all of them; `eval()` returns both. Set `logits_in_training` to have them in training, too.
+    Call it as the base model: `module(input_ids=…, labels=…)`. `fired` says how often each fusion did.
     """
 
-    plan: Plan
-    history: dict[str, fx.Graph]
     fired: tuple[Fired, ...]
-    base: nn.Module
-    convention: Convention
-    logits_in_training: bool
-    watch: Watch
     entries: Entries
 
     def __init__(
@@ -70,21 +56,19 @@ class CompiledModule(fx.GraphModule):
         )
         keep_unread(root, self)
         self._settle()
-        self.__dict__["entries"] = entries = Entries(self)
-        if entries.fired is not None:
-            self.__dict__["fired"] += (entries.fired,)
+        self._set_forward()
+        self.__dict__["fired"] += self.entries.fired
         self.register_state_dict_post_hook(keep_added)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(part_from_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(ignore_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(prepare_again)  # type: ignore[no-untyped-call]
-        self._set_forward()
         self.train()
 
     def _settle(self) -> None:
         """The tensors in the base model's order, behind them what was added in that of the plan; and who they are."""
         own = (*self.base.named_parameters(remove_duplicate=False), *self.base.named_buffers(remove_duplicate=False))
         arrange(self, (*(name for name, _ in own), *self.plan.tensors))
-        self.__dict__["watch"] = Watch(self)
+        self.__dict__["watch"] = Watch(self, self.base, self.plan)
 
     def __getattr__(self, name: str) -> Any:
         """nn.Module's; of what the base model has, and a graph has not, it says so."""
@@ -106,25 +90,17 @@ class CompiledModule(fx.GraphModule):
 
     def _set_forward(self) -> None:
         cls = cast(Any, type(self))
-        run: Code = cls.forward
+        own: Code = cls.forward
+        self.__dict__["entries"] = Entries(self, own)
 
-        def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: Runtime, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self._check_use()
             elif torch.compiler.is_dynamo_compiling():
                 self._check_traced()
-            items = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
+            tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
             given = self.convention.bind(args, kwargs)
-            if len(given) == len(self.convention.inputs):
-                alone = self.training and not self.logits_in_training
-                chunked = self.entries.loss_alone(self, items is not None) if alone else None
-                code = chunked or (run if items is None else cast(Code, self.entries.counted))
-                count = () if items is None else (torch.as_tensor(items, device=self.device),)
-                step = partial(code, self, *given.values(), *count)
-                weight = self.convention.consistency if self.training else 0.0
-                leaves = two_passes(step, weight, self.convention.logits, given.get("labels")) if weight else step()
-                return self.convention.unflatten(leaves, with_loss=True)
-            return self.convention.unflatten(self.entries.without_labels(self)(self, *given.values()), with_loss=False)
+            return self.entries.choose(self, given, tokens).run(self, given, tokens)
 
         signature = self.convention.signature
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -141,7 +117,7 @@ class CompiledModule(fx.GraphModule):
         if self.fired and (torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
             raise PeftcError(Transformed())  # custom operations would drop tangents without a word
 
-    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+    def _apply(self, fn: Any, recurse: bool = True) -> Runtime:
         """nn.Module's, for another device.
 
         Raises:
@@ -156,10 +132,9 @@ class CompiledModule(fx.GraphModule):
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
                     move_constants(module, before, self.device)
-            self.__dict__["entries"] = Entries(self)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
         shared = {
             name: self.__dict__[name]
@@ -168,7 +143,7 @@ class CompiledModule(fx.GraphModule):
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         copied = super().__deepcopy__(memo)
-        assert isinstance(copied, CompiledModule)
+        assert isinstance(copied, Runtime)
         copied.__dict__.update(shared)
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
@@ -176,10 +151,9 @@ class CompiledModule(fx.GraphModule):
         copied._settle()
         copied.watch.unfrozen |= self.watch.unfrozen
         copied._set_forward()
-        copied.__dict__["entries"] = Entries(copied)
         return copied.train(self.training)
 
-    def __copy__(self) -> CompiledModule:
+    def __copy__(self) -> Runtime:
         """Another module over the same tensors."""
         own = (*self.parameters(), *self.buffers())
         return self.__deepcopy__({id(tensor): tensor for tensor in own})
@@ -206,12 +180,7 @@ class CompiledModule(fx.GraphModule):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether a call takes `num_items_in_batch`, which Trainer asks for."""
-        return self.entries.counted is not None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        return self.entries.counts_tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,12 +201,6 @@ class CompiledModule(fx.GraphModule):
             groups.setdefault(rates.get(name, 1.0), []).append(parameter)
         return [{"params": members, "lr": lr * rate} for rate, members in groups.items()]
 
-    def report(self) -> str:
-        """What `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
-        from peftc.show.tables import report
-
-        return report(self.plan, self.fired)
-
     # Schedules
 
     def penalty(self) -> Tensor:
@@ -245,9 +208,11 @@ class CompiledModule(fx.GraphModule):
 
         The loss that the model itself returns in training has it already.
         """
-        from peftc.rewrite.penalties import penalty_of
-
-        return penalty_of(self)
+        total = torch.zeros((), device=self.device)
+        for binding in penalised(self.plan):
+            state = {name: get_attribute(self, full) for name, full in binding.names.items()}
+            total = total + binding.method.penalty(binding.site, state)
+        return total
 
     def follow(self, optimizer: Optimizer, step: int = 0, total: int | None = None) -> Follower:
         """Lets the methods that have a schedule (AdaLoRA, ReLoRA, …) act after each `optimizer.step()`.
@@ -255,55 +220,12 @@ class CompiledModule(fx.GraphModule):
         `step` is the number of steps already made, `total` that of all that will be, if known. `.remove()` of what is
         returned ends it.
         """
-        from peftc.runtime.schedule import Follower
-
         return Follower(self, optimizer, step, total)
 
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
-        from peftc.runtime.schedule import Schedule
-
         return Schedule(self)
-
-    # Artifacts
-
-    def save(self, folder: str | Path) -> None:
-        """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back."""
-        from peftc.files.artifact import save
-
-        save(self, Path(folder))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder that HF PEFT reads: one method that it has, on whole modules, prompts or prefixes."""
-        from peftc.files.peft_folder import save_pretrained
-
-        save_pretrained(self, Path(folder))
-
-    @overload
-    def merge(self) -> nn.Module: ...
-
-    @overload
-    def merge(self, *, requantize: Literal[False]) -> nn.Module: ...
-
-    @overload
-    def merge(self, *, requantize: Literal[True]) -> tuple[nn.Module, dict[str, Rounding]]: ...
-
-    def merge(self, *, requantize: bool = False) -> nn.Module | tuple[nn.Module, dict[str, Rounding]]:
-        """A model of the base's own class that computes the same, with no trace of peftc.
-
-        With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
-        loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
-        """
-        from peftc.files.merge import merge
-        from peftc.files.repack import repack
-
-        if not requantize:
-            return merge(self)
-        found = repack(self)
-        return found.model, found.lost
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
         """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""
-        from peftc.runtime.generate import greedy
-
         return greedy(self, input_ids, attention_mask, max_new_tokens)

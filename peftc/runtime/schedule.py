@@ -6,9 +6,8 @@ warmed up, one after it, which calls each scheduled method's `on_step`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,40 +17,17 @@ from transformers import TrainerCallback
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
-from peftc.protocol.site import Site
+from peftc.planning.plan import Binding
+from peftc.protocol.method import Place, Step
 from peftc.rewrite.insert import prepare
 from peftc.runtime.errors import BadSchedule
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Binding
-    from peftc.runtime.module import CompiledModule
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """One site of a statement, with the method's tensors there, live: `state` by the method's own names."""
-
-    site: Site
-    state: dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
-
-    number: int
-    optimizer: Optimizer
-    total: int | None = None
-
-    def forget(self, tensor: Tensor) -> None:
-        """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
-        self.optimizer.state.pop(tensor, None)
+from peftc.runtime.holder import Holder
 
 
 class Follower:
     """Drives those scheduled methods of a model whose tensors an optimiser trains, by its steps, until `remove()`."""
 
-    def __init__(self, compiled: CompiledModule, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
+    def __init__(self, compiled: Holder, optimizer: Optimizer, step: int = 0, total: int | None = None) -> None:
         """`step`: how many steps have been made already, where training goes on; `total`: how many there will be.
 
         Raises:
@@ -109,14 +85,14 @@ class Follower:
                 prepare(self.compiled, self.compiled.plan)
 
 
-def _tensors(compiled: CompiledModule, binding: Binding) -> dict[str, Tensor]:
+def _tensors(compiled: Holder, binding: Binding) -> dict[str, Tensor]:
     return {name: get_attribute(compiled, full) for name, full in binding.names.items()}
 
 
 class Schedule(TrainerCallback):
     """Follows the optimiser of a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
 
-    def __init__(self, compiled: CompiledModule) -> None:
+    def __init__(self, compiled: Holder) -> None:
         self.compiled = compiled
         self.follower: Follower | None = None
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftc.planning.plan import Plan
 from peftc.rewrite.insert import prepare
-from peftc.runtime.unfrozen import unplanned
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Plan
-    from peftc.runtime.module import CompiledModule
+from peftc.runtime.holder import Holder
 
 
-def keep_added(module: CompiledModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def keep_added(module: Holder, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Drops the frozen base from a state dict."""
-    added = added_names(module.plan) | unplanned(module)
+    added = added_names(module.plan) | module.watch.unplanned(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in added]:
         del state[name]
 
 
-def ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
+def ignore_frozen(module: Holder, incompatible: Any) -> None:
     """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
-    added = added_names(module.plan) | unplanned(module)
+    added = added_names(module.plan) | module.watch.unplanned(module)
     # A tied tensor is missed under each of its names.
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     frozen = {name for name, _ in tensors if name not in added}
@@ -33,7 +30,7 @@ def ignore_frozen(module: CompiledModule, incompatible: Any) -> None:
     ]
 
 
-def prepare_again(module: CompiledModule, _incompatible: Any) -> None:
+def prepare_again(module: Holder, _incompatible: Any) -> None:
     """Frozen weights that depend on state, such as what ReLoRA has merged, follow the state that was loaded."""
     with torch.no_grad():
         prepare(module, module.plan)
@@ -50,7 +47,7 @@ def added_names(plan: Plan) -> set[str]:
     return {*plan.tensors, *plan.trained}
 
 
-def part_from_base(module: CompiledModule, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def part_from_base(module: Holder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: what it would write into the base model's own tensors goes elsewhere."""
     watch = module.watch
     parted = watch.frozen - watch.rewritten - watch.unfrozen

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from peftc.graph.ir import fake_mode
+from peftc.graph.ir import copied, fake_mode
+from peftc.planning.plan import Plan
 from peftc.rewrite.penalties import penalised
-
-if TYPE_CHECKING:
-    from peftc.planning.planner import Plan
 
 aten = torch.ops.aten
 NAME = "num_items_in_batch"
@@ -28,23 +26,19 @@ LOSS = "loss_function("
 PASSED_ON = re.compile(r"loss_function\((?:[^()]|\([^()]*\))*\*\*")
 
 
-def with_items(graph: fx.Graph, plan: Plan) -> fx.Graph | None:
+def with_token_count(graph: fx.Graph, plan: Plan) -> fx.Graph | None:
     """`graph` with an input more, the number that the sum over its tokens is divided by, in place of their own.
 
     None where the base model would not make use of the number, or something else joins the loss in each batch.
     """
     means = [node for node in graph.nodes if node.target == aten.cross_entropy_loss.default]
-    if len(means) != 1 or not _is_mean(means[0]) or not _takes_items(plan.captured.model):
+    if len(means) != 1 or not _is_mean(means[0]) or not _takes_count(plan.captured.model):
         return None
     if LOSS not in str(means[0].meta.get("stack_trace")) or penalised(plan) or plan.consistency:
         return None
-    copied = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(graph, known))
-    for old, new in known.items():
-        new.meta = dict(old.meta)
-    _divide(copied, known[means[0]])
-    return copied
+    new, known = copied(graph)
+    _divide(new, known[means[0]])
+    return new
 
 
 def _is_mean(node: fx.Node) -> bool:
@@ -54,7 +48,7 @@ def _is_mean(node: fx.Node) -> bool:
     return weight is None and reduction == MEAN and not smoothing and not node.kwargs
 
 
-def _takes_items(model: nn.Module) -> bool:
+def _takes_count(model: nn.Module) -> bool:
     """Trainer's own question, and whether the number has an effect."""
     own = getattr(model, "accepts_loss_kwargs", None)
     kinds = (parameter.kind for parameter in inspect.signature(model.forward).parameters.values())

@@ -7,17 +7,15 @@ memory of their own, so that the base model stays as it is, and are remembered, 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
+from peftc.planning.plan import Plan
 from peftc.rewrite.insert import rewritten
 from peftc.runtime.errors import CannotUnfreeze, FixedPrecision, NotInSpec
-
-if TYPE_CHECKING:
-    from peftc.runtime.module import CompiledModule
 
 
 class Watch:
@@ -26,19 +24,20 @@ class Watch:
     `unfrozen` are the names of those that may differ from the base model's although the plan does not train them.
     """
 
-    def __init__(self, module: CompiledModule) -> None:
+    def __init__(self, module: nn.Module, base: nn.Module, plan: Plan) -> None:
         named = dict(module.named_parameters())
-        planned = {*module.plan.tensors, *module.plan.trained}
+        planned = {*plan.tensors, *plan.trained}
         every = module.named_parameters(remove_duplicate=False)
         own = {id(parameter) for name, parameter in every if name in planned}
+        self.base = base
         self.dtypes = {name: parameter.dtype for name, parameter in named.items()}
         self.frozen = {name for name, parameter in named.items() if id(parameter) not in own}
-        self.rewritten = self.dtypes.keys() & rewritten(module.plan)  # what a storage packs is no parameter
+        self.rewritten = self.dtypes.keys() & rewritten(plan)  # what a storage packs is no parameter
         self.unfrozen: set[str] = set()
         # Weak: who shards a model puts others in their place, and these are to be freed.
         self._known = {name: weakref.ref(parameter) for name, parameter in named.items()}
 
-    def look(self, module: CompiledModule) -> None:
+    def look(self, module: nn.Module) -> None:
         """Notices, before a step, what was unfrozen since the last one.
 
         Raises:
@@ -58,7 +57,7 @@ class Watch:
             if get_attribute(module, name).requires_grad:
                 raise PeftcError(CannotUnfreeze(weight=name))
 
-    def notice(self, module: CompiledModule) -> None:
+    def notice(self, module: nn.Module) -> None:
         """Parts what was unfrozen since the last time from the base model."""
         for name in self.frozen - self.unfrozen:
             parameter = self._known[name]()
@@ -67,34 +66,31 @@ class Watch:
             if get_attribute(module, name) is parameter:  # not so in `functional_call`
                 self.part(module, name)
 
-    def part(self, module: CompiledModule, name: str) -> None:
+    def part(self, module: nn.Module, name: str) -> None:
         """Gives a parameter, which stays the same object, memory of its own."""
         parameter = module.get_parameter(name)
-        base = dict(module.base.named_parameters(remove_duplicate=False)).get(name)
+        base = dict(self.base.named_parameters(remove_duplicate=False)).get(name)
         if base is not None and parameter.data_ptr() == base.data_ptr():
             parameter.data = parameter.data.clone()
         if name not in self.rewritten:
             self.unfrozen.add(name)
+
+    def unplanned(self, module: nn.Module) -> set[str]:
+        """The base model's tensors that learn, or learnt, although the plan does not say so; tied ones by all names."""
+        mine = {
+            id(parameter)
+            for name, parameter in module.named_parameters()
+            if name in self.unfrozen or (name in self.frozen and parameter.requires_grad)
+        }
+        return {name for name, tensor in module.named_parameters(remove_duplicate=False) if id(tensor) in mine}
+
+    def refuse_unplanned(self, module: nn.Module) -> None:
+        """Raises PeftcError `not-in-spec` where an artifact would be without something that learnt."""
+        if names := sorted(self.unplanned(module)):
+            raise PeftcError(NotInSpec(weights=tuple(names)))
 
 
 def precision(name: str, captured: torch.dtype, asked: torch.dtype) -> FixedPrecision:
     """The diagnostic of a cast."""
     short = (str(dtype).removeprefix("torch.") for dtype in (captured, asked))
     return FixedPrecision(tensor=name, captured=next(short), asked=next(short))
-
-
-def unplanned(module: CompiledModule) -> set[str]:
-    """The base model's tensors that learn, or learnt, although the plan does not say so; tied ones by all names."""
-    watch = module.watch
-    mine = {
-        id(parameter)
-        for name, parameter in module.named_parameters()
-        if name in watch.unfrozen or (name in watch.frozen and parameter.requires_grad)
-    }
-    return {name for name, tensor in module.named_parameters(remove_duplicate=False) if id(tensor) in mine}
-
-
-def refuse_unplanned(module: CompiledModule) -> None:
-    """Raises PeftcError `not-in-spec` where an artifact would be without something that learnt."""
-    if names := sorted(unplanned(module)):
-        raise PeftcError(NotInSpec(weights=tuple(names)))

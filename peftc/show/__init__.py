@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.printing import as_text, diff
-from peftc.runtime.errors import UnknownBlock, UnknownPass
 from peftc.show.artist import draw
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
+from peftc.show.errors import UnknownBlock, UnknownPass
 from peftc.show.page import to_html
 
 if TYPE_CHECKING:
-    from peftc.runtime.module import CompiledModule
+    from peftc.runtime.module import Runtime
 
 __all__ = [
     "Drawing", "DrawnEdge", "DrawnNode", "Format", "as_text", "diff", "draw", "render_show", "to_dot", "to_html",
@@ -27,7 +27,7 @@ Format = Literal["text", "dot", "mermaid", "html"]
 
 
 def render_show(
-    compiled: CompiledModule,
+    compiled: Runtime,
     *,
     block: str | None = None,
     after: str | None = None,

@@ -19,7 +19,7 @@ from peftc.capture.convention import Convention
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import STACK, module_path
 from peftc.graph.printing import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 from peftc.show.drawing import (
     Cell,
     Drawing,

@@ -8,7 +8,7 @@ from html import escape
 
 from peftc.diagnostics.source import Source
 from peftc.graph.printing import plain
-from peftc.planning.planner import Plan
+from peftc.planning.plan import Plan
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode, Origin, origin_of
 from peftc.show.layers import BADGE, named_ports
 from peftc.show.layout import Layout, Route, lay_out

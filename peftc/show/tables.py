@@ -16,20 +16,15 @@ from rich.tree import Tree
 
 from peftc.files.repack import Rounding
 from peftc.optimise.fuse import Fired
-from peftc.planning.cost import Memory, formatted_bytes
-from peftc.planning.planner import Plan
+from peftc.planning.memory import Memory, formatted_bytes
+from peftc.planning.plan import Plan
 from peftc.protocol.combinator import Combinator
 from peftc.protocol.method import Method, kinds, methods
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Configured, registered
-from peftc.protocol.site import Attention, Block, Experts, Linear, Module, Sequence, Site, Sites
+from peftc.protocol.site import Site, Sites
 from peftc.protocol.storage import Storage, storages
 
-# What a spec says for each kind of site.
-PLACES: dict[type[Site], str] = {
-    Linear: "linear layers", Experts: "stacked experts", Module: "attn, mlp", Attention: "attn", Block: "block",
-    Sequence: "the whole input", Site: "where its method does",
-}  # fmt: skip
 # Stages of a command that are not compiling, and the one that is torch.export and nothing else.
 NOT_COMPILING = ("check", "load", "save", "merge")
 EXPORT = "torch.export"
@@ -138,7 +133,7 @@ def methods_markdown() -> str:
 
 
 def _places(cls: type[Method]) -> str:
-    return " and ".join(PLACES[kind] for kind in kinds(cls))
+    return " and ".join(kind.written for kind in kinds(cls))
 
 
 def _merges(cls: type[Method]) -> str:

@@ -7,16 +7,27 @@ from pathlib import Path
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.diagnostics.source import Source
 from peftc.language.syntax import Spec, parse, parse_file
-from peftc.spec.resolve import resolve
+from peftc.spec.resolve import Intentions, resolve
+
+SpecLike = Intentions | Spec | str | Path
 
 
 def check(spec: Spec | str | Path) -> list[Diagnostic]:
     """Everything wrong with a spec that can be known without a model; an empty list if nothing is."""
     try:
-        resolve(as_spec(spec))
+        intend(spec)
     except PeftcError as error:
         return list(error.diagnostics)
     return []
+
+
+def intend(spec: SpecLike) -> Intentions:
+    """What a spec wants: a path ending in `.peft`, spec text, a parsed spec, or what this returned before.
+
+    Raises:
+        PeftcError: with everything that is wrong and can be known without a model.
+    """
+    return spec if isinstance(spec, Intentions) else resolve(as_spec(spec))
 
 
 def as_spec(spec: Spec | str | Path) -> Spec:

@@ -82,8 +82,9 @@ class Budget:
 
 @dataclass
 class Intentions:
-    """What a spec wants, in file order, with every name looked up."""
+    """What a spec wants, in file order, with every name looked up; `spec` is what it was read from."""
 
+    spec: ast.Spec
     applications: list[Application] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     storings: list[Storing] = field(default_factory=list)
@@ -97,7 +98,7 @@ def resolve(spec: ast.Spec) -> Intentions:
     Raises:
         PeftcError: with everything that is wrong and can be known without a model.
     """
-    resolver = _Resolver()
+    resolver = _Resolver(spec)
     resolver.statements(spec.statements)
     if resolver.problems:
         raise PeftcError(*in_file_order(resolver.problems))
@@ -105,8 +106,8 @@ def resolve(spec: ast.Spec) -> Intentions:
 
 
 class _Resolver:
-    def __init__(self) -> None:
-        self.found = Intentions()
+    def __init__(self, spec: ast.Spec) -> None:
+        self.found = Intentions(spec)
         self.problems: list[Diagnostic] = []
         self.lets: dict[str, ast.Let] = {}
         self.groups: dict[str, Group] = {}

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, suggest
-from peftc.diagnostics.source import Label, Source, Span, render
+from peftc.diagnostics.render import render
+from peftc.diagnostics.source import Label, Source, Span
 
 
 class Mistake(Diagnostic):

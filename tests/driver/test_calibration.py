@@ -22,9 +22,9 @@ from peftc.cli import main
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration, pipeline
 from peftc.graph.ir import get_attribute
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.rewrite.insert import dense_weight
-from peftc.spec.check import as_spec
+from peftc.spec.check import intend
 from zoo import VOCABULARY, ZOO
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def base(name: str) -> Any:
 
 @cache
 def _plan(name: str, spec: str) -> Any:
-    return pipeline.plan_model(base(name), as_spec(spec), example_inputs(base(name)), Timings())
+    return pipeline.plan_model(base(name), intend(spec), example_inputs(base(name)), Timings())
 
 
 def observed(name: str, spec: str, batches: Iterable[Any]) -> dict[Binding, Any]:

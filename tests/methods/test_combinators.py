@@ -19,12 +19,12 @@ from transformers.modeling_outputs import Seq2SeqQuestionAnsweringModelOutput
 
 import peftc
 from peftc.driver import calibration
+from peftc.driver.compiled import CompiledModule
 from peftc.graph.ir import get_attribute
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.method import methods
 from peftc.protocol.site import Linear
 from peftc.runtime.consistency import symmetric_divergence
-from peftc.runtime.module import CompiledModule
 from training import rows, trainer
 from zoo import VOCABULARY, ZOO, inputs
 

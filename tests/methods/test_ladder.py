@@ -16,9 +16,9 @@ import peftc
 from autograd import saved_bytes
 from peftc.capture.capture import capture
 from peftc.capture.inputs import example_inputs
+from peftc.driver.compiled import CompiledModule
 from peftc.protocol.site import Block
 from peftc.roles.find import find_sites
-from peftc.runtime.module import CompiledModule
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

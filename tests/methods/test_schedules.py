@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftc
 from peftc.graph.ir import PROVENANCE, get_attribute
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Linear
 from peftc.rewrite.insert import dense_weight
 from peftc.runtime.schedule import Follower

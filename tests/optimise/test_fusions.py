@@ -24,7 +24,8 @@ from peftc.capture.capture import capture
 from peftc.capture.inputs import example_inputs
 from peftc.graph.ir import get_attribute, set_tensor
 from peftc.graph.normalise import tidy
-from peftc.optimise.fuse import Fired, Fusion, fuse, fusions
+from peftc.optimise.fuse import Fired, fuse
+from peftc.protocol.rule import Fusion, fusions
 from peftc.show.tables import fusions_table, rendered
 from zoo import ZOO, inputs
 

@@ -20,11 +20,11 @@ from marks import first_is_quick
 from paths import GOLDEN
 from peftc.bench.saved_bytes import saved_bytes
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.driver.compiled import CompiledModule
+from peftc.graph.cut import cheapest
 from peftc.kernels.common.products import product
 from peftc.optimise import fuse as fusion
 from peftc.optimise.regions import Block, Kind, _Holder, program
-from peftc.optimise.two_passes import cheapest
-from peftc.runtime.module import CompiledModule
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

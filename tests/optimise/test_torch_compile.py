@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 import peftc
 from marks import by_inductor
 from peftc.bench.saved_bytes import saved_bytes
+from peftc.driver.compiled import CompiledModule
 from peftc.optimise.regions import Block
-from peftc.runtime.module import CompiledModule
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pytest
 import peftc
 from autograd import BATCH, SEQ, saved_bytes
 from marks import first_is_quick
-from peftc.planning.cost import formatted_bytes
+from peftc.planning.memory import formatted_bytes
 from zoo import ZOO
 
 

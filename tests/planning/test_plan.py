@@ -21,11 +21,12 @@ from peftc.capture.capture import Captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.capture.references import load_model, parse_reference
 from peftc.language.syntax import Apply
-from peftc.planning.planner import Plan, make_plan
+from peftc.planning.plan import Plan
+from peftc.planning.planner import make_plan
 from peftc.planning.select import Selection
 from peftc.protocol.site import Linear, Site, Sites
 from peftc.roles.find import find_sites
-from peftc.spec.check import as_spec
+from peftc.spec.check import as_spec, intend
 from zoo import ZOO
 
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def captured(model: str) -> tuple[Captured, Sites]:
 
 
 def plan(model: str, spec: str | Path) -> Plan:
-    return make_plan(*captured(model), as_spec(spec))
+    return make_plan(*captured(model), intend(spec))
 
 
 def together(model: str) -> pytest.MarkDecorator:
@@ -327,7 +328,7 @@ def planner(path: Path) -> Callable[[str | Path], Plan]:
     model, _ = load_model(parse_reference(str(path)), meta=True)
     found = capture(model, example_inputs(model))
     sites = find_sites(found)
-    return lambda spec: make_plan(found, sites, as_spec(spec))
+    return lambda spec: make_plan(found, sites, intend(spec))
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from torch import fx
 import peftc
 from golden import check
 from paths import GOLDEN
+from peftc.driver.compiled import CompiledModule
 from peftc.graph.printing import UniqueSuffixes, plain
-from peftc.runtime.module import CompiledModule
 from peftc.show import (
     Drawing,
     DrawnEdge,

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import peftc
 from peftc.graph.ir import get_attribute
-from peftc.planning.planner import Binding
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Projection
 from subjects import Compiled, close
 

@@ -14,7 +14,7 @@ from torch.library import custom_op
 from torch.utils import _pytree as pytree
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.runtime.errors import SecondDerivative
+from peftc.kernels.common.errors import SecondDerivative
 
 _CPU: dict[str, Callable[..., Any]] = {}
 _AUTOCAST = torch.library.Library("peftc", "IMPL")

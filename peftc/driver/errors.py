@@ -1,0 +1,43 @@
+"""What goes wrong between the stages: bugs of a pass, and batches that methods cannot start from."""
+
+from __future__ import annotations
+
+from peftc.diagnostics.diagnostic import Diagnostic
+
+
+class VerifierFailed(Diagnostic):
+    code = "verifier-failed"
+    pass_name: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"peftc broke the graph in pass '{self.pass_name}': {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("this is a bug in peftc, not in the spec: please report it with the spec and the model's config",)
+
+
+class NeedsCalibration(Diagnostic):
+    """A method that starts from data, compiled without any."""
+
+    code = "needs-calibration"
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} starts from data, and there is none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("pass calibration=, some batches as the model is called; on the command line, --calibration FILE",)
+
+
+class BadCalibration(Diagnostic):
+    code = "bad-calibration"
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"the calibration batches cannot be used: {self.reason}"

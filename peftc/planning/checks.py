@@ -1,0 +1,148 @@
+"""What can be wrong with a draft, one function a rule: statements that get into each other's way, and budgets.
+
+A check is handed the whole draft and yields a diagnostic for everything that it finds. `CHECKS` is all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from peftc.capture.capture import Captured
+from peftc.capture.convention import Convention
+from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.source import Span
+from peftc.language import syntax as ast
+from peftc.planning import errors as say
+from peftc.planning.gradients import never_learning
+from peftc.planning.memory import formatted_bytes
+from peftc.planning.packed_weight import Stored
+from peftc.planning.plan import Binding, Plan
+from peftc.planning.positions_left import too_long
+from peftc.planning.select import COMPARE
+from peftc.protocol.method import Stage
+from peftc.protocol.site import Projection, Site, Sites
+from peftc.spec.resolve import Budget, Intentions
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the statements of a spec come to on a model, one by one: not yet held against each other.
+
+    `bindings` stand in file order. `named`: the sites of each `train` and `freeze` statement, by its number.
+    """
+
+    captured: Captured
+    sites: Sites
+    intentions: Intentions
+    bindings: tuple[Binding, ...]
+    trained: dict[str, Span]
+    named: dict[int, list[Site]]
+    stored: dict[str, Stored]
+    checkpoints: dict[str, Span]
+
+
+def same_method_twice(draft: Draft) -> Iterator[Diagnostic]:
+    """One method on one site, by two statements: one error for each pair of them."""
+    first: dict[tuple[str, str], Binding] = {}
+    clashes: dict[tuple[int, int], list[tuple[Binding, Binding]]] = defaultdict(list)
+    whole = {
+        (b.method.label, b.site.weight): b
+        for b in draft.bindings
+        if isinstance(b.site, Projection) and not b.site.is_part
+    }
+    for binding in draft.bindings:
+        site = binding.site
+        earlier = first.setdefault((binding.method.label, site.name), binding)
+        if isinstance(site, Projection) and site.is_part and earlier is binding:
+            earlier = whole.get((binding.method.label, site.weight), binding)
+        if earlier is not binding:
+            pair = sorted((earlier, binding), key=lambda b: b.statement)
+            clashes[pair[0].statement, pair[1].statement].append((pair[0], pair[1]))
+    for pairs in clashes.values():
+        earlier, later = pairs[0]
+        yield say.SameMethodTwice(
+            method=later.method.name, site=later.site.name, others=len(pairs) - 1, first=earlier.span, span=later.span
+        )
+
+
+def tied_apart(draft: Draft) -> Iterator[Diagnostic]:
+    """A tied tensor trains only when all of its readers were named."""
+    trainings = enumerate(draft.intentions.trainings)
+    named = {site.name for number, training in trainings if training.on for site in draft.named[number]}
+    for name, span in draft.trained.items():
+        readers = [
+            site for site in draft.sites
+            if name in site.parameters and ("embed" in site.roles or (isinstance(site, Projection) and site.tied))
+        ]  # fmt: skip
+        missing = tuple(site.name for site in readers if site.name not in named)
+        trains = tuple(site.name for site in readers if site.name in named)
+        if missing and trains:
+            yield say.TrainsTied(trains=trains, missing=missing, span=span)
+
+
+def weight_claimed(draft: Draft) -> Iterator[Diagnostic]:
+    """A method that needs the weight to itself shares it neither with another nor with `train`."""
+    by_weight: dict[str, list[tuple[Binding, Projection]]] = defaultdict(list)
+    for binding in draft.bindings:
+        if isinstance(binding.site, Projection) and binding.method.stage is Stage.WEIGHT:
+            by_weight[binding.site.weight].append((binding, binding.site))
+    seen: set[tuple[Span, Span]] = set()
+    for weight, sharing in by_weight.items():
+        for one, site in sharing:
+            others = [other.span for other, place in sharing if other.span != one.span and site.overlaps(place)]
+            others += [draft.trained[weight]] if weight in draft.trained else []
+            reason = one.method.claims_weight()
+            if reason and others and (one.span, others[0]) not in seen:
+                seen.add((one.span, others[0]))
+                yield say.WeightClaimed(
+                    method=one.method.name, site=site.name, reason=reason, other=others[0], span=one.span
+                )
+
+
+def no_position_left(draft: Draft) -> Iterator[Diagnostic]:
+    """Prompts and prefixes that leave no position for the input."""
+    return too_long(draft.bindings)
+
+
+def no_gradient(draft: Draft) -> Iterator[Diagnostic]:
+    """What waits for a gradient that a method keeps from it."""
+    return never_learning(draft.captured.module.graph, draft.bindings, draft.trained)
+
+
+def cannot_agree(draft: Draft) -> Iterator[Diagnostic]:
+    """Two passes can only be compared by logits."""
+    convention = Convention(draft.captured.inputs, draft.captured.result)
+    wanting = [binding for binding in draft.bindings if binding.method.consistency]
+    if wanting and draft.captured.has_loss and not convention.logits:
+        first = wanting[0]
+        reason = "the model returns no logits to compare its two passes by: give consistency=0"
+        yield say.Refused(
+            method=first.method.name, site=first.site.name, reason=reason, others=len(wanting) - 1, span=first.span
+        )
+
+
+CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
+    same_method_twice, tied_apart, weight_claimed, no_position_left, no_gradient, cannot_agree,
+)  # fmt: skip
+
+
+def over_budget(plan: Plan, budget: Budget) -> Diagnostic | None:
+    """The error of a budget that `plan` does not keep, or None."""
+    limit = budget.limit.scaled
+    if budget.quantity == "memory":
+        memory = plan.memory(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
+        found, shown = float(memory.total), formatted_bytes(memory.total)
+        breakdown = memory.lines()
+    else:
+        count = plan.trainable if budget.quantity == "trainable" else plan.total
+        found = count / plan.total if budget.limit.unit == "%" else count
+        shown = f"{count / plan.total:.4%} ({count:,})" if budget.limit.unit == "%" else f"{count:,}"
+        breakdown = tuple(f"{row.parameters:>13,}  {row.statement}" for row in plan.rows)
+    if COMPARE[budget.op](found, limit):
+        return None
+    return say.OverBudget(
+        quantity=budget.quantity, found=shown, op=budget.op, limit=ast.unparse(budget.limit),
+        breakdown=tuple(breakdown), span=budget.span,
+    )  # fmt: skip

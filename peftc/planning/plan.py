@@ -1,0 +1,195 @@
+"""What a spec comes to on a model: which method stands where, what learns, what lies packed, and what that costs.
+
+A plan knows everything about the compiled model but its numbers. The planner makes it; all later stages read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from peftc.capture.capture import Captured
+from peftc.diagnostics.source import Span
+from peftc.graph.ir import get_attribute
+from peftc.language.syntax import Spec
+from peftc.planning.memory import Kept, Memory, step_memory
+from peftc.planning.packed_weight import Stored
+from peftc.protocol.method import Method, State
+from peftc.protocol.site import Sequence, Site, Sites
+from peftc.spec.resolve import Intentions
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """One method at one site. `path` is where the compiled model keeps its state."""
+
+    statement: int
+    method: Method
+    site: Site
+    path: str
+    span: Span
+    shared_path: str = ""
+    shared: dict[str, State] = field(default_factory=dict)
+
+    @cached_property
+    def state(self) -> dict[str, State]:
+        """The tensors the method keeps here."""
+        return self.method.state(self.site)
+
+    @cached_property
+    def own_names(self) -> dict[str, str]:
+        """The full name of each tensor the method keeps here."""
+        return {name: f"{self.path}.{name}" for name in self.state}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The full name of each tensor the method has here, those it shares with other sites included."""
+        return self.own_names | {name: f"{self.shared_path}.{name}" for name in self.shared}
+
+    @cached_property
+    def tensors(self) -> dict[str, State]:
+        """Full name -> what `names` names."""
+        specs = self.state | self.shared
+        return {full: specs[name] for name, full in self.names.items()}
+
+
+def extension(bindings: Iterable[Binding]) -> int:
+    """The positions that all prompts together add to the input."""
+    return sum(b.method.lengthens(b.site) for b in bindings if isinstance(b.site, Sequence))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a statement, what it matched, what it costs."""
+
+    statement: str
+    sites: int
+    parameters: int
+    stored: int | None = None  # bytes that the packed weights take, of a statement that packs some
+    dense: int = 0  # and what they take in the base model
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain data."""
+        row = {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
+        return row if self.stored is None else row | {"bytes": self.stored, "dense_bytes": self.dense}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec comes to on a model. Counts are exact; nothing has been allocated.
+
+    `kept`: what autograd keeps for the backward pass, read off the graph as it was captured.
+    """
+
+    intentions: Intentions
+    captured: Captured
+    sites: Sites
+    bindings: tuple[Binding, ...]
+    trained: dict[str, Span]
+    rows: tuple[Row, ...]
+    stored: dict[str, Stored] = field(default_factory=dict)
+    checkpoints: dict[str, Span] = field(default_factory=dict)
+    kept: tuple[Kept, ...] = ()
+
+    @property
+    def spec(self) -> Spec:
+        """What was planned."""
+        return self.intentions.spec
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn: the methods' own and the existing ones a `train` statement names."""
+        return self._added(trainable=True) + sum(self.sites.parameters[name] for name in self.trained)
+
+    @property
+    def total(self) -> int:
+        """All parameters of the compiled model, the frozen ones included."""
+        return sum(self.sites.parameters.values()) + self._added(trainable=True) + self._added(trainable=False)
+
+    @property
+    def share(self) -> float:
+        """`trainable` over `total`."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def _added(self, *, trainable: bool) -> int:
+        return sum(prod(state.shape) for state in self.tensors.values() if state.trainable is trainable)
+
+    @cached_property
+    def tensors(self) -> dict[str, State]:
+        """Every tensor that the methods keep, by its full name; one that sites share is there once."""
+        return {name: state for binding in self.bindings for name, state in binding.tensors.items()}
+
+    @cached_property
+    def consistency(self) -> float:
+        """The weight of a consistency loss between two passes of each step; 0 where no method asks for one."""
+        wanted = max((binding.method.consistency for binding in self.bindings), default=0.0)
+        return wanted if self.captured.has_loss else 0.0
+
+    @cached_property
+    def input_values(self) -> tuple[torch.Tensor, ...]:
+        """The fake values of the graph's inputs."""
+        return tuple(node.meta["val"] for node in self.captured.module.graph.find_nodes(op="placeholder"))
+
+    def memory(self, batch: int = 1, seq: int = 512, optimizer: str = "adamw") -> Memory:
+        """Bytes of one training step by kind: weights, gradients, optimiser state, activations.
+
+        Args:
+            batch: examples in a step.
+            seq: tokens in an example; without effect on models that take no tokens.
+            optimizer: a key of `peftc.planning.memory.STATE_BYTES`.
+        """
+        module = self.captured.module
+        sizes = {name: item.dtype.itemsize for name, item in self.stored.items()}
+        dense = (name for name in self.sites.parameters if name not in sizes)
+        sizes |= {name: get_attribute(module, name).element_size() for name in dense}
+        frozen = sum(count * sizes[name] for name, count in self.sites.parameters.items() if name not in self.stored)
+        beside = {name: sizes[binding.site.parameters[0]] for binding in self.bindings for name in binding.tensors}
+        added = [
+            (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
+            for name, state in self.tensors.items()
+        ]
+        known = self._sizes(batch, seq)
+        return step_memory(
+            frozen + sum(item.bytes for item in self.stored.values()),
+            sum(count * size for count, size, _ in added),
+            [
+                *((count, size) for count, size, trains in added if trains),
+                *((self.sites.parameters[name], sizes[name]) for name in self.trained),
+            ],
+            sum(kept.bytes(known) for kept in self.kept) * (2 if self.consistency else 1),
+            optimizer,
+        )
+
+    def _sizes(self, batch: int, seq: int) -> dict[Any, int]:
+        """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens, prompts included."""
+        known: dict[Any, int] = {}
+        for fake in self.input_values:
+            for size, given in zip(fake.shape, (batch, seq + extension(self.bindings)), strict=False):
+                if isinstance(size, torch.SymInt):
+                    known[size.node.expr] = given
+        return known
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "model": self.sites.model,
+            "trainable": self.trainable,
+            "total": self.total,
+            "share": self.share,
+            "statements": [row.to_json() for row in self.rows],
+            "bindings": [
+                {"method": repr(binding.method), "site": binding.site.name, "path": binding.path}
+                for binding in self.bindings
+            ],
+            "trained": list(self.trained),
+            "checkpoints": list(self.checkpoints),
+            "stored": [
+                {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
+                for item in self.stored.values()
+            ],
+        }

@@ -1,0 +1,138 @@
+"""What a fusion is: one class that says which operations belong together and what computes them at once.
+
+A file under `passes/fusions` is one rule: `pattern` says what it looks for, `check` why a place that fits is left
+alone, `rewrite` what stands there instead. Which values are read where decides, never a module's name. The graph
+without fusions (`fuse=False`) is each rule's oracle.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import fx
+
+import peftc.kernels  # noqa: F401 - registers the operations that rules emit
+from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, computed, get_attribute, module_path
+from peftc.graph.patterns import Match, Miss, Pattern, read_elsewhere
+
+__all__ = ["Editor", "Fusion", "Match", "Miss", "fusion", "fusions"]
+
+
+PASS = "fusions"
+
+
+class Fusion:
+    """Base of every rule. `rank` orders them: those of a lower rank run first, over the whole graph."""
+
+    name: ClassVar[str]
+    rank: ClassVar[int] = 2
+    pattern: ClassVar[Pattern]
+    in_training: ClassVar[bool] = False  # for the graph of a training step alone, see `peftc.optimise.loss_only`
+
+    def check(self, match: Match, editor: Editor) -> Miss | None:
+        """Why this place is not rewritten although the pattern fits, or None."""
+        return read_elsewhere(match)
+
+    def group(self, match: Match, editor: Editor) -> Hashable:
+        """Places with equal answers are rewritten together; each by itself unless a rule says otherwise."""
+        return match.root
+
+    def rewrite(self, matches: Sequence[Match], editor: Editor) -> Sequence[fx.Node]:
+        """Emits what computes the roots of `matches`, which stand in the graph's order; one node for each."""
+        raise NotImplementedError
+
+
+class Editor:
+    """Writes one rule's nodes into a graph: with fake values, provenance and module stack."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph, blocks: Sequence[str] = ()) -> None:
+        self.module = module
+        self.graph = graph
+        self.blocks = frozenset(blocks)
+        self._replaced: dict[fx.Node, fx.Node] = {}
+        self._learning: dict[fx.Node, bool] = {}
+        for node in graph.nodes:
+            self.learns(node)
+
+    def learns(self, node: fx.Node) -> bool:
+        """Whether the backward pass computes a gradient of `node`'s value."""
+        if node not in self._learning:
+            if node.op == "get_attr":
+                found = get_attribute(self.module, str(node.target))
+                self._learning[node] = isinstance(found, torch.Tensor) and found.requires_grad
+            elif node.op == "call_module":
+                self._learning[node] = True
+            else:
+                self._learning[node] = any(self.learns(source) for source in node.all_input_nodes)
+        return self._learning[node]
+
+    def block(self, node: fx.Node) -> str | None:
+        """The block that `node` is computed in."""
+        return block_of(node, self.blocks)
+
+    def stamp(self, match: Match) -> Provenance:
+        """Provenance of what replaces `match`: the site and the statement of what it replaces, if it has any."""
+        for node in match.nodes:
+            if isinstance(known := node.meta.get(PROVENANCE), Provenance):
+                return Provenance(PASS, known.site, known.span)
+        return Provenance(PASS, module_path(match.root))
+
+    def emit(self, match: Match, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node in front of `before`, in place of what `match` found."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {PROVENANCE: self.stamp(match), STACK: match.root.meta.get(STACK)}
+        node.meta["val"] = computed(node)
+        return node
+
+    def hoist(self, node: fx.Node, before: fx.Node) -> None:
+        """Moves `node`, and what it needs, in front of `before`, where it stands behind it."""
+        if node > before:
+            for source in node.all_input_nodes:
+                self.hoist(source, before)
+            before.prepend(node)
+
+    def current(self, match: Match) -> Match:
+        """The match with what it named as the graph has it now: what is named may have been another's root."""
+        return replace(match, named={name: self._replaced.get(found, found) for name, found in match.named.items()})
+
+    def replace(self, match: Match, new: fx.Node) -> None:
+        """Lets everything read `new` in place of the match's root, and drops what nothing reads any more."""
+        match.root.replace_all_uses_with(new)
+        self._replaced[match.root] = new
+        for node in match.nodes:
+            self.drop(node)
+
+    def drop(self, node: fx.Node) -> None:
+        """Erases `node` unless something reads it."""
+        if not node.users and node.op == "call_function":
+            self.graph.erase_node(node)
+
+
+F = TypeVar("F", bound=type[Fusion])
+
+
+_registry: dict[str, type[Fusion]] = {}
+
+
+def fusion(cls: F) -> F:
+    """Registers a rule under its `name`."""
+    if cls.name in _registry:
+        raise ValueError(f"two fusions are called {cls.name}")
+    _registry[cls.name] = cls
+    return cls
+
+
+@cache
+def fusions() -> tuple[Fusion, ...]:
+    """Every rule, in the order they run: importing each file under `passes/fusions` registers what it defines."""
+    package = importlib.import_module("peftc.passes.fusions")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return tuple(cls() for cls in sorted(_registry.values(), key=lambda cls: (cls.rank, cls.name)))

@@ -1,0 +1,29 @@
+"""What keeps a method's tensors from being made."""
+
+from __future__ import annotations
+
+from peftc.diagnostics.diagnostic import Diagnostic
+
+
+class BadStateFile(Diagnostic):
+    """A file of tensors that a spec names."""
+
+    code = "bad-state-file"
+    path: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.path}' cannot be started from: {self.reason}"
+
+
+class CannotStart(Diagnostic):
+    """A method whose start is made of something that is not there; a saved one needs no start."""
+
+    code = "cannot-start"
+    method: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} has nothing to start from: {self.reason}"
