@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 if TYPE_CHECKING:
     from peftc.protocol.method import Place, Step
@@ -22,7 +23,7 @@ SENSITIVITY, UNCERTAINTY = "peftc_sensitivity", "peftc_uncertainty"
 
 
 @method
-class AdaLoRA(Method):
+class AdaLoRA(WeightMethod):
     """A product P E Q like a singular value decomposition, whose least important triplets are cut as training goes on.
 
     P [n_out, r], E [r, 1] the diagonal, Q [r, n_in]; a penalty keeps P and Q orthogonal. The budget, the number of

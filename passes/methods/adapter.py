@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.parameterisation import Parameterisation
-from peftc.protocol.site import Module
+from peftc.protocol.site import Sublayer
+from peftc.protocol.stages import SublayerMethod
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,14 +23,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @method
-class Adapter(Method):
+class Adapter(SublayerMethod):
     """A small two-layer network with a residual, before the sublayer's own residual add."""
 
     name = "adapter"
     formula = "h + s U f(D h), or h + s U f(D x) in parallel; x enters the sublayer, h leaves it"
     paper = "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021; He et al. 2022, arXiv:2110.04366"
-    site = Module
-    stage = Stage.MODULE
     unmergeable = "its activation stands between two layers, so no single weight does the same"
 
     size: int | None = param(None, "width of the bottleneck", min=1, alias="bottleneck")
@@ -51,19 +50,19 @@ class Adapter(Method):
             return "size and reduction say the same thing: give one of them"
         return None
 
-    def refuses(self, site: Module) -> str | None:
+    def refuses(self, site: Sublayer) -> str | None:
         if self.size is None and site.width < (self.reduction or 16):
             return f"a width of {site.width} leaves nothing at reduction={self.reduction or 16}: give size="
         down, up = self._shapes(site)
         return self.weight.refuses(*down) or self.weight.refuses(*up)
 
-    def _shapes(self, site: Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _shapes(self, site: Sublayer) -> tuple[tuple[int, int], tuple[int, int]]:
         """[n_out, n_in] of D and of U."""
         width = self.size or site.width // (self.reduction or 16)
         entering = site.width if self.at == "sequential" else site.entry_width
         return (width, entering), (site.width, width)
 
-    def state(self, site: Module) -> dict[str, State]:
+    def state(self, site: Sublayer) -> dict[str, State]:
         down, up = self._shapes(site)
         state = _named("down", self.weight.state(*down, zero=False)) | _named("up", self.weight.state(*up, zero=True))
         if self.bias:
@@ -72,11 +71,11 @@ class Adapter(Method):
             state |= {"t": State((1,))}
         return state
 
-    def shared(self, sites: Sequence[Module]) -> dict[str, State]:
+    def shared(self, sites: Sequence[Sublayer]) -> dict[str, State]:
         shapes = [shape for site in sites for shape in self._shapes(site)]
         return _named("weight", self.weight.common(shapes))
 
-    def rewrite(self, site: Module, x: Tensor, y: Tensor, **state: Tensor) -> Tensor:
+    def rewrite(self, site: Sublayer, x: Tensor, y: Tensor, **state: Tensor) -> Tensor:
         entering = y if self.at == "sequential" else x
         narrow = self._times("down", entering.to(next(iter(state.values())).dtype), state)
         inner = ACTIVATIONS[self.activation](narrow)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 if TYPE_CHECKING:
     from peftc.protocol.method import Place, Step
@@ -21,7 +22,7 @@ LOW, HIGH = -1.5, 1.5
 
 
 @method
-class DiffPruning(Method):
+class DiffPruning(WeightMethod):
     """A dense difference times hard-concrete gates that an L0 penalty closes; at a set step all but a share is cut.
 
     The cut keeps the largest |z w| of all the statement's weights together. After it the gates are gone and what was

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class DoRA(Method):
+class DoRA(WeightMethod):
     """LoRA on the direction of every output row, and a trained length for it."""
 
     name = "dora"
@@ -43,7 +44,7 @@ class DoRA(Method):
             "m": State((site.n_out,), torch.nn.init.ones_),
         }
 
-    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         state["m"].copy_(weight.to(state["m"].dtype).norm(dim=1))
 
     def rewrite(

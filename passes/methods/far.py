@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Data, Method, State, method, param
+from peftc.protocol.method import PLAIN, Data, Here, State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class FAR(Method):
+class FAR(WeightMethod):
     """A linear layer split in two: the selected outputs have weights that learn, the other weights are frozen.
 
     The paper selects by how far a first part of full fine-tuning moves each output's weights. `gradient` asks the
@@ -52,7 +53,7 @@ class FAR(Method):
         }
         return state | ({"shift": State((kept,))} if site.bias else {})
 
-    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         known = self.select == "norm"
         self._take(weight, weight.float().norm(dim=1) if known else torch.rand(site.n_out, device=weight.device), state)
 

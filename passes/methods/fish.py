@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Data, Method, State, method, param
+from peftc.protocol.method import Data, State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class Fish(Method):
+class Fish(WeightMethod):
     """A change of the entries of W that carry most Fisher information; the rest of W stays as it is.
 
     The information is empirical: the squared gradient of each calibration example's loss, summed. The paper ranks all

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from peftc.protocol.combinator import INNER, Combinator
 from peftc.protocol.method import REQUIRED, Method, Stage, State, method, param
-from peftc.protocol.site import Attention
+from peftc.protocol.site import Attention, Projection
 
 
 @method
@@ -53,7 +53,7 @@ class Gated(Combinator):
 
     def state(self, site: Any) -> dict[str, State]:
         start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
-        entering = getattr(site, "n_in", None) or site.entry_width
+        entering = site.n_in if isinstance(site, Projection) else site.entry_width
         return super().state(site) | {"w": State((1, entering), start), "b": State((1,))}
 
     def calibrate(self, site: Any, weight: Tensor, data: Any, state: dict[str, Tensor]) -> None:

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import OutputMethod
 
 
 @method
-class IA3(Method):
+class IA3(OutputMethod):
     """One trained vector that scales keys, values, and what enters the feed-forward's down projection."""
 
     name = "ia3"
     formula = "y = l * (W x + b), or y = W (l * x) + b at mlp.down"
     paper = "Liu et al. 2022, arXiv:2205.05638"
     peft_type = "IA3"
-    stage = Stage.OUTPUT
 
     on: str = param(
         "auto",

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Sequence
+from peftc.protocol.stages import SequenceMethod
 
 
 @method
-class IPT(Method):
+class IPT(SequenceMethod):
     """A prompt that a network decodes from a vector of `dim` numbers, which alone learn once the decoder is found.
 
     P = W₂ tanh(W₁ z + b₁) + b₂, reshaped to [length, d]. First `learn=decoder, tasks=n` trains one decoder with a z of
@@ -26,8 +27,6 @@ class IPT(Method):
     name = "ipt"
     formula = "[W₂ tanh(W₁ z + b₁) + b₂; x]"
     paper = "Qin et al. 2021, arXiv:2110.07867"
-    site = Sequence
-    stage = Stage.SEQUENCE
     identity = False
     unmergeable = "a prompt lengthens the input, which no weight does"
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Method, State, divisors_near, method, param
+from peftc.protocol.method import State, divisors_near, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class KronA(Method):
+class KronA(WeightMethod):
     """A Kronecker product A (x) B beside a frozen weight, of full rank where a low-rank product would be of rank 1.
 
     A is [a1, a2] and B [b1, b2], a1 b1 = n_out, a2 b2 = n_in (section 3 of the paper). With x read as a matrix

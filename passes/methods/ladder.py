@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Block
+from peftc.protocol.stages import BlockMethod
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -23,7 +24,7 @@ EPSILON = 1e-6  # of the side network's norms, as T5's
 
 
 @method
-class Ladder(Method):
+class Ladder(BlockMethod):
     """A small network beside the model with a rung at every block, whose result joins the last block's output.
 
     With h_i [.., d] what leaves block i of n and x what enters the first, all detached, and μ_i = σ(α_i / T):
@@ -46,8 +47,6 @@ class Ladder(Method):
     name = "ladder"
     formula = "s_i = side(μ_i D_i h_i + (1 - μ_i) s_(i-1)), μ_i = σ(α_i / T); at the last block h_n + U s_n, h detached"
     paper = "Sung et al. 2022, arXiv:2206.06522"
-    site = Block
-    stage = Stage.MODULE
     unmergeable = "it is a network of its own beside the model, which no weight of the model stands for"
     indivisible = "its blocks hand a value on to one another"
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Attention
+from peftc.protocol.stages import AttentionMethod
 
 
 @method
-class LlamaAdapter(Method):
+class LlamaAdapter(AttentionMethod):
     """A learned prompt for each layer that its own frozen projections make keys and values of, attended apart.
 
     No position turns the prompt's keys, and no mask hides them. The gate starts at zero.
@@ -20,8 +21,6 @@ class LlamaAdapter(Method):
     name = "llama_adapter"
     formula = "y = softmax(q k^T) v + g softmax(q (Wk P)^T) (Wv P)"
     paper = "Zhang et al. 2023, arXiv:2303.16199"
-    site = Attention
-    stage = Stage.ATTENTION
     indivisible = "it is a gated branch inside an attention already"
     unmergeable = "its attention to the prompt depends on every query, and no weight does that"
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 NAMES = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 
 
 @method
-class LoHa(Method):
+class LoHa(WeightMethod):
     """The entrywise product of two low-rank matrices beside a frozen weight: rank r^2 from 2 r (n_in + n_out) numbers.
 
     B1 A1 is `w1_a @ w1_b`, B2 A2 is `w2_a @ w2_b`, as LyCORIS and HF PEFT name them. The product of two matrices of

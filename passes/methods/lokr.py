@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class LoKr(Method):
+class LoKr(WeightMethod):
     """A Kronecker product W1 (x) W2 beside a frozen weight; W2, and W1 if asked, as a product of rank r.
 
     W1 is [out1, in1] and W2 [out2, in2], out1 out2 = n_out, in1 in2 = n_in. With x read as a matrix X [in1, in2] in

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from peftc.protocol.fourbit import rounded
-from peftc.protocol.method import Data, Init, Method, State, method, param
+from peftc.protocol.method import PLAIN, Data, Here, Init, State, method, param
 from peftc.protocol.site import Experts, Linear, Projection
+from peftc.protocol.stages import WeightMethod
+from peftc.protocol.storage import Storage
 
 # In HF PEFT's words: starts that leave the base model's weights alone, and options that make another method of it.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -27,7 +29,7 @@ def _each_row_uniform(tensor: Tensor) -> Tensor:
 
 
 @method
-class LoRA(Method):
+class LoRA(WeightMethod):
     """A frozen weight and a trained product of two thin matrices beside it.
 
     Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
@@ -96,11 +98,11 @@ class LoRA(Method):
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
         return state
 
-    def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         if not self.takes_from_weight:
             return
         if self.init == "loftq":
-            self._start_from_rounding(site, weight, state)
+            self._start_from_rounding(weight, state, here.storage)
             return
         if self.init == "pissa":
             b, a = self._leading(weight)
@@ -116,7 +118,7 @@ class LoRA(Method):
         root = singular[..., : self.r].sqrt() / math.sqrt(self.scale)  # the quotient itself may pass float32's range
         return left[..., : self.r] * root[..., None, :], root[..., None] * right[..., : self.r, :]
 
-    def _start_from_rounding(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def _start_from_rounding(self, weight: Tensor, state: dict[str, Tensor], storage: Storage | None) -> None:
         """Q = NF4(W - B A) and B A = svd_r(W - Q) in turn (LoftQ, Li 2023, arXiv:2310.08659, algorithm 1).
 
         A0 and B0 are those that the last Q was made with. Where a storage packs the weight, it rounds, not NF4.
@@ -127,7 +129,7 @@ class LoRA(Method):
             state["A0"].copy_(state["A"])
             state["B0"].copy_(state["B"])
             rest = self._rest(weight.float(), state)
-            kept = rounded(rest, "nf4") if site.storage is None else site.storage.rounded(rest)
+            kept = rounded(rest, "nf4") if storage is None else storage.rounded(rest)
             b, a = self._leading(weight.float() - kept)
             state["A"].copy_(a)
             state["B"].copy_(b)
@@ -140,15 +142,15 @@ class LoRA(Method):
         ascending = torch.linalg.eigh(data).eigenvectors
         state["A"].copy_(ascending.flip(1)[:, : self.r].t())
 
-    def prepare(self, site: Projection, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def prepare(self, site: Projection, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> Tensor:
         if not self.takes_from_weight:
             return weight
         rest = self._rest(weight, state)
-        return rounded(rest, "nf4") if self.init == "loftq" and site.storage is None else rest
+        return rounded(rest, "nf4") if self.init == "loftq" and here.storage is None else rest
 
-    def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, here: Here = PLAIN) -> Tensor:
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        branch = self.scale * site.product(site.product(x, A), B)
+        branch = self.scale * here.product(here.product(x, A), B)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Projection, **state: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftc.protocol.combinator import INNER, Combinator
-from peftc.protocol.method import REQUIRED, Init, Method, Stage, State, method, param
+from peftc.protocol.method import PLAIN, REQUIRED, Here, Init, Method, Stage, State, method, param
 
 
 @method
@@ -50,11 +50,11 @@ class Mixture(Combinator):
             for name, spec in super().state(site).items()
         }
 
-    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         own = self.state(site)
         for copy in range(self.n):
             inner = {name.removeprefix(INNER): state[name][copy] if name in own else state[name] for name in state}
-            self.method.initialise(site, weight, inner)
+            self.method.initialise(site, weight, inner, here)
 
     def asks(self, state: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*super().asks(state), "training")))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Attention
+from peftc.protocol.stages import AttentionMethod
 
 
 @method
-class Prefix(Method):
+class Prefix(AttentionMethod):
     """Learned keys and values in front of an attention's own, as if of tokens before the text.
 
     They take the sequence's first `length` positions: the text counts on from there. Given `reparam`, they are made
@@ -26,8 +27,6 @@ class Prefix(Method):
     name = "prefix"
     formula = "y = softmax([q P^T, q k^T]) [Q; v]; with reparam: [P, Q] = V tanh(W E + b) + c"
     paper = "Li and Liang 2021, arXiv:2101.00190"
-    site = Attention
-    stage = Stage.ATTENTION
     identity = False
     peft_type = "PREFIX_TUNING"
     unmergeable = "its keys and values depend on no token, and no weight makes such"

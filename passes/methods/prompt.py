@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Sequence
+from peftc.protocol.stages import SequenceMethod
 
 STARTS = ("random", "vocab", "zeros")
 
 
 @method
-class Prompt(Method):
+class Prompt(SequenceMethod):
     """Learned embeddings before the first token, or added to the first tokens' own.
 
     mode=prepend: [p; x], with p of [length, d]; the attention mask is 1 there, labels are left out of the loss, and
@@ -27,8 +28,6 @@ class Prompt(Method):
     name = "prompt"
     formula = "[p; x], or x + p"
     paper = "Lester et al. 2021, arXiv:2104.08691; Jia et al. 2022, arXiv:2203.12119 on images"
-    site = Sequence
-    stage = Stage.SEQUENCE
     identity = False
     unmergeable = "a prompt lengthens the input, which no weight does"
     peft_type = "PROMPT_TUNING"
@@ -66,7 +65,7 @@ class Prompt(Method):
             )
         return None
 
-    def initialise(self, site: Sequence, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Sequence, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         if self.start in ("random", "zeros"):
             return
         tokens = torch.randint(0, weight.shape[0], (self.length,))

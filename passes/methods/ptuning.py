@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.protocol.method import Method, Stage, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Sequence
+from peftc.protocol.stages import SequenceMethod
 
 GATES = 4  # of an LSTM: input, forget, cell, output
 SIDES = ("", "_reverse")
 
 
 @method
-class PTuning(Method):
+class PTuning(SequenceMethod):
     """A prompt encoded by an LSTM (both ways) with a head of two layers, or by three layers; trained together.
 
     P = U relu(V lstm(E)) or P = W₃ relu(W₂ relu(W₁ E)), with E of [length, d] learned as well. Saved for HF PEFT it is
@@ -29,8 +30,6 @@ class PTuning(Method):
     name = "ptuning"
     formula = "[f(E); x], f an LSTM or an MLP"
     paper = "Liu et al. 2021, arXiv:2103.10385"
-    site = Sequence
-    stage = Stage.SEQUENCE
     identity = False
     unmergeable = "a prompt lengthens the input, which no weight does"
     peft_type = "P_TUNING"

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, divisors_near, method, param
+from peftc.protocol.method import State, divisors_near, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class QALoRA(Method):
+class QALoRA(WeightMethod):
     """Low-rank adaptation of the sums of x over each group of inputs, as quantised weights are grouped.
 
     A is [r, n_in / group], and all inputs of a group share its column: the change of a weight row is one number a

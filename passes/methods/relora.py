@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 if TYPE_CHECKING:
     from peftc.protocol.method import Place, Step
@@ -21,7 +22,7 @@ START = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
 
 
 @method
-class ReLoRA(Method):
+class ReLoRA(WeightMethod):
     """LoRA that is merged into the weight every so often and starts anew, so that the sum of its updates has any rank.
 
     After each merge A and B start again, what the optimiser remembers of them is dropped, and the learning rate rises
@@ -57,7 +58,7 @@ class ReLoRA(Method):
             "merged": State((site.n_out, site.n_in), trainable=False),
         }
 
-    def prepare(self, site: Linear, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def prepare(self, site: Linear, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> Tensor:
         merged = state["merged"]
         return weight + merged.to(weight.dtype) if merged.any() else weight
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # the odd constants of splitmix64
 RADIX = 5  # a Walsh-Hadamard transform is done 32 by 32: a few products instead of many sums
 
 
 @method
-class SAID(Method):
+class SAID(WeightMethod):
     """One vector for the whole model, spread over every weight by a Fastfood transform, times a learned length each.
 
     The transform P is made from a seed whenever it is needed and is never stored. `dim` counts the vector; each weight

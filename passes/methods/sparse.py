@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftc.protocol.combinator import INNER, Combinator
-from peftc.protocol.method import REQUIRED, Data, Method, State, method, param
+from peftc.protocol.method import PLAIN, REQUIRED, Data, Here, Method, State, method, param
 
 Probed = Mapping[str, tuple[Tensor, Tensor]]  # state name -> its values and their gradients, in the probe
 PROBE = partial(torch.nn.init.normal_, std=0.02)  # what a matrix that starts at zero is judged by
@@ -68,18 +68,18 @@ class Sparse(Combinator):
             state[f"{INNER}{name}.places"] = State((kept,), trainable=False, dtype=torch.int64)
         return state
 
-    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
-        self._start(site, weight, state, {})
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
+        self._start(site, weight, state, {}, here)
 
     def calibrate(self, site: Any, weight: Tensor, data: Probed, state: dict[str, Tensor]) -> None:
-        self._start(site, weight, state, data)
+        self._start(site, weight, state, data, PLAIN)
 
-    def _start(self, site: Any, weight: Tensor, state: dict[str, Tensor], probed: Probed) -> None:
+    def _start(self, site: Any, weight: Tensor, state: dict[str, Tensor], probed: Probed, here: Here) -> None:
         """Fills places by the scores, and values by the inner method's own start: the one that was probed, if any."""
         pruned = self._pruned(site)
         dense = {name: spec.init(_like(state[f"{INNER}{name}.values"], spec.shape)) for name, spec in pruned.items()}
         rest = {name.removeprefix(INNER): t for name, t in state.items() if name.removeprefix(INNER) not in pruned}
-        self.method.initialise(site, weight, rest | dense)
+        self.method.initialise(site, weight, rest | dense, here)
         for name, (start, _) in probed.items():
             own = dense[name] if name in dense else rest[name]
             if own.any():  # the probe's random numbers in place of zeros are for judging only

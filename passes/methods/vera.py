@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from peftc.protocol.method import Method, State, method, param
+from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
+from peftc.protocol.stages import WeightMethod
 
 
 @method
-class VeRA(Method):
+class VeRA(WeightMethod):
     """Two trained vectors that scale what frozen random matrices, the same ones for all layers, do beside the weight.
 
     A [r, largest n_in] and B [largest n_out, r] are drawn once a statement, from `seed` alone; a layer reads the first

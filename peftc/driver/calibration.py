@@ -25,7 +25,7 @@ from peftc.graph.ir import get_attribute, value
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Data
 from peftc.protocol.site import Linear
-from peftc.rewrite.insert import dense_weight
+from peftc.rewrite.weights import dense_weight
 
 Batches = Iterable[Any]
 AT_ONCE = 8  # examples of a file in a batch

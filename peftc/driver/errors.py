@@ -41,3 +41,18 @@ class BadCalibration(Diagnostic):
     @property
     def title(self) -> str:
         return f"the calibration batches cannot be used: {self.reason}"
+
+
+class UsedPlan(Diagnostic):
+    """A plan whose graph passes have rewritten already."""
+
+    code = "used-plan"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"this plan of {self.model} was built already, and its graph is another one since"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("plan once more for another module: a plan is cheap beside what it plans",)

@@ -1,14 +1,12 @@
-"""The one visible list of stages, from a captured model and a plan to a trainable module.
+"""The one visible list of stages, from a model and a spec to a trainable module.
 
-    capture -> sites -> plan -> [ PASSES ] -> fold -> CompiledModule
-
-Every pass works on the flat graph in place; the verifier runs after each.
+capture -> sites -> plan -> [ PASSES ] -> fold -> CompiledModule
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -19,122 +17,17 @@ from peftc.diagnostics import debug
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.verify import Verifier
-from peftc.graph.ir import copied
-from peftc.graph.normalise import tidy
-from peftc.graph.printing import as_text, diff
+from peftc.driver.passes import PASSES, Work, run
 from peftc.optimise.fold import fold_blocks
-from peftc.optimise.fuse import Fired, fuse
-from peftc.optimise.regions import Block, mark
+from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.planner import make_plan
-from peftc.protocol.method import Data, Stage
-from peftc.rewrite.attention import attend
-from peftc.rewrite.insert import Inserter, materialise
-from peftc.rewrite.packed import unpack_in_graph
-from peftc.rewrite.penalties import add_penalties
-from peftc.rewrite.positions import Rooms, make_room
-from peftc.rewrite.prompts import insert_prompts
+from peftc.protocol.method import Data
 from peftc.roles.find import find_sites
-from peftc.runtime.module import Stages
 from peftc.spec.resolve import Intentions
 
-
-@dataclass
-class Work:
-    """What the passes share: the module under change, its plan, an artifact's tensors, and who splices."""
-
-    module: fx.GraphModule
-    plan: Plan
-    state: dict[str, Tensor] | None
-    data: Mapping[Binding, Any] | None
-    inserter: Inserter
-    fuse: bool = True
-    rooms: Rooms | None = None
-    fired: tuple[Fired, ...] | None = None
-
-
-Pass = Callable[[Work], bool]  # returns whether it changed the graph
-
-
-def _materialise(work: Work) -> bool:
-    """Tensors first: the rewrites refer to them."""
-    materialise(work.module, work.plan, work.state, work.data)
-    return False
-
-
-def _storage(work: Work) -> bool:
-    """Who reads a weight that is packed reads what unpacks it."""
-    work.inserter.dense = unpack_in_graph(work.module, work.plan, "storage")
-    return bool(work.inserter.dense)
-
-
-def _insert(name: str, stage: Stage) -> Pass:
-    def insert(work: Work) -> bool:
-        mine = [binding for binding in work.plan.bindings if binding.method.stage is stage]
-        for binding in mine:
-            work.inserter.insert(binding, name)
-        return bool(mine)
-
-    return insert
-
-
-def _positions(work: Work) -> bool:
-    """The text counts its tokens from behind what stands in front of it."""
-    before = len(work.module.graph.nodes)
-    work.rooms = make_room(work.module.graph, work.plan, "positions")
-    return len(work.module.graph.nodes) > before
-
-
-def _attention(work: Work) -> bool:
-    """Learned keys and values."""
-    mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.ATTENTION]
-    for binding in mine:
-        assert work.rooms is not None
-        attend(work.inserter, binding, work.rooms, "attention methods")
-    return bool(mine)
-
-
-def _penalties(work: Work) -> bool:
-    """What methods add to the loss in training."""
-    return add_penalties(work.module, work.plan, "penalties")
-
-
-def _prompts(work: Work) -> bool:
-    """All at once: each sequence is lengthened by as much as its methods ask for together."""
-    mine = [binding for binding in work.plan.bindings if binding.method.stage is Stage.SEQUENCE]
-    if mine:
-        insert_prompts(work.module, mine, "sequence methods")
-    return bool(mine)
-
-
-def _tidy(work: Work) -> bool:
-    """Casts to the dtype a value already has, and what nothing reads any more."""
-    return tidy(work.module)
-
-
-def _fuse(work: Work) -> bool:
-    """What belongs together is computed together."""
-    if not work.fuse:
-        return False
-    work.fired = fuse(work.module, work.module.graph, work.plan.sites.blocks)
-    debug.tell(1, (f"fusion {fired}" for fired in work.fired))
-    return any(fired.count for fired in work.fired)
-
-
-PASSES: tuple[tuple[str, Pass], ...] = (
-    ("materialise", _materialise),
-    ("storage", _storage),
-    ("weight methods", _insert("weight methods", Stage.WEIGHT)),
-    ("output methods", _insert("output methods", Stage.OUTPUT)),
-    ("module methods", _insert("module methods", Stage.MODULE)),
-    ("positions", _positions),
-    ("attention methods", _attention),
-    ("sequence methods", _prompts),
-    ("penalties", _penalties),
-    ("tidy", _tidy),
-    ("fusions", _fuse),
-)
+# Where nothing is to be fused the last pass leaves everything as it is.
+UNFUSED = (*PASSES[:-1], replace(PASSES[-1], run=lambda _work: ()))
 
 
 def plan_model(model: nn.Module, intentions: Intentions, example: Example, timings: Timings) -> Plan:
@@ -170,30 +63,16 @@ def build(
 
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
     Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
+
+    Raises:
+        PeftcError: `used-plan` for a plan that was built before; `verifier-failed` where a pass is wrong.
     """
-    work = Work(plan.captured.module, plan, state, data, Inserter(plan.captured.module), fuse)
-    verifier = Verifier(work.module, plan)
-    with timings.stage("history"):
-        stages: Stages = [("capture", copied(work.module.graph)[0])]
+    work = Work.on(plan, state=state, data=data)
     debug.tell(2, (f"{binding.method!r} -> {binding.site.name}  ({binding.span})" for binding in plan.bindings))
-    for name, run in PASSES:
-        with timings.stage(name):
-            changed = run(work)
-        with timings.stage("verify"):
-            verifier.check(work.module, name)
-        with timings.stage("history"):
-            stages.append((name, copied(work.module.graph)[0] if changed else stages[-1][1]))
-        _tell(name, timings.seconds[name], stages[-2][1], stages[-1][1])
+    history = list(run(work, PASSES if fuse else UNFUSED, timings))
     with timings.stage("fold"):
-        outer = fold_blocks(work.module, plan.sites.blocks, Block if fuse else fx.GraphModule)
+        outer = fold_blocks(work.module, plan.sites.blocks, BlockModule if fuse else fx.GraphModule)
         if fuse:
             mark(work.module, plan.checkpoints)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, stages, work.fired)
-
-
-def _tell(name: str, seconds: float, before: fx.Graph, after: fx.Graph) -> None:
-    """What a pass took, what it changed, and the graph as it is then."""
-    debug.tell(1, [f"{name}: {seconds:.3f} s, {len(after.nodes) - len(before.nodes):+d} nodes"])
-    debug.tell(3, (diff(before, graph) for graph in [after]))
-    debug.tell(4, map(as_text, [after]))
+        return CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.errors import VerifierFailed
 from peftc.graph.ir import PROVENANCE, Provenance, computed, get_attribute
+from peftc.graph.ir import tensors as tensors_of
 from peftc.planning.plan import Plan
 
 
@@ -21,6 +22,8 @@ class Verifier:
     def __init__(self, module: fx.GraphModule, plan: Plan) -> None:
         self.plan = plan
         self.original = set(module.graph.nodes)
+        self.graph = _graph(module)
+        self.tensors = _tensors(module)
         self.checked: set[fx.Node] = set()
         self.known: dict[tuple[Any, str], str] = {}
         self.frozen = {
@@ -32,13 +35,30 @@ class Verifier:
             parameter for binding in plan.bindings if binding.method.prepares for parameter in binding.site.parameters
         }
 
-    def check(self, module: fx.GraphModule, pass_name: str) -> None:
-        """Raises PeftcError (`verifier-failed`) unless every invariant holds."""
+    def check(self, module: fx.GraphModule, pass_name: str, *, graph: bool = True, tensors: bool = True) -> bool:
+        """Looks at the module behind a pass. Returns whether the graph has changed.
+
+        Args:
+            module: whose graph the pass worked on.
+            pass_name: for the diagnostic.
+            graph: whether the pass may change the graph.
+            tensors: whether it may change which tensors there are.
+
+        Raises:
+            PeftcError: `verifier-failed` unless every invariant holds.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
             module.graph.lint()
+        before, self.graph = self.graph, _graph(module)
+        held, self.tensors = self.tensors, _tensors(module)
+        if not graph and self.graph != before:
+            self._fail(pass_name, "the graph is another, which this pass may not change", None)
+        if not tensors and (odd := sorted({name for name, _ in held.items() ^ self.tensors.items()})):
+            self._fail(pass_name, f"{odd[0]} is another tensor, which this pass may not change", None)
         self._new_nodes(module, pass_name)
-        self._tensors(module, pass_name)
+        self._learning(module, pass_name)
+        return self.graph != before
 
     def _new_nodes(self, module: fx.GraphModule, pass_name: str) -> None:
         """Provenance on each new node, and the shape and dtype it claims."""
@@ -68,7 +88,7 @@ class Verifier:
             reason = f"{node.name} is {self.known[key]} where {_signature(claimed)} was promised"
             self._fail(pass_name, reason, stamp)
 
-    def _tensors(self, module: fx.GraphModule, pass_name: str) -> None:
+    def _learning(self, module: fx.GraphModule, pass_name: str) -> None:
         """Frozen tensors are the same objects, so tied ones are still tied; what learns is what was planned."""
         for name, tensor in self.frozen.items():
             if name not in self.replaceable and get_attribute(module, name) is not tensor:
@@ -87,3 +107,13 @@ class Verifier:
 def _signature(given: Any) -> str:
     """Shape (symbolically, so that comparing adds no guard) and dtype of a tensor; anything else as it prints."""
     return f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else str(given)
+
+
+def _graph(module: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """All that a graph says, to be compared with what it says later."""
+    return [(node, node.target, node.args, node.kwargs) for node in module.graph.nodes]
+
+
+def _tensors(module: fx.GraphModule) -> dict[str, int]:
+    """Which tensor has which name."""
+    return {name: id(tensor) for name, tensor in tensors_of(module).items()}

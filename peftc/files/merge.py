@@ -19,8 +19,8 @@ from peftc.files.errors import BadOutput, CannotMerge
 from peftc.graph.ir import get_attribute, set_tensor
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Projection
-from peftc.rewrite.insert import dense_weight, replace_rows, take
 from peftc.rewrite.packed import frozen_weight
+from peftc.rewrite.weights import dense_weight, replace_rows, take
 from peftc.runtime.module import Runtime
 
 

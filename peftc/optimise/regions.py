@@ -58,7 +58,7 @@ class Kind:
     checkpoint: bool
 
 
-class Block(fx.GraphModule):
+class BlockModule(fx.GraphModule):
     """A block of the compiled model. Its graph is what it computes; how a training step runs it is planned apart.
 
     `meta["checkpoint"]`: its backward pass computes all of it again.
@@ -74,7 +74,7 @@ class Block(fx.GraphModule):
         plain = cls.forward
         self.__dict__.update(_lifted={}, _in_place=any(map(is_mutable, self.graph.nodes)))
 
-        def forward(self: Block, *given: Any) -> Any:
+        def forward(self: BlockModule, *given: Any) -> Any:
             if not torch.is_grad_enabled():
                 return plain(self, *given)
             if torch.compiler.is_compiling():
@@ -118,7 +118,7 @@ def mark(module: fx.GraphModule, blocks: dict[str, Span]) -> None:
     """
     for path, span in blocks.items():
         block = module.get_submodule(path)
-        if not isinstance(block, Block) or lifted(block, block.graph, trains=True) is None:
+        if not isinstance(block, BlockModule) or lifted(block, block.graph, trains=True) is None:
             raise PeftcError(CannotCheckpoint(block=path, span=span))
         block.meta[CHECKPOINT] = True
 

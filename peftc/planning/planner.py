@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 
 from peftc.capture.capture import Captured
@@ -18,7 +17,6 @@ from peftc.language import syntax as ast
 from peftc.planning import errors as say
 from peftc.planning.checks import CHECKS, Draft, over_budget
 from peftc.planning.cost import Step
-from peftc.planning.packed_weight import Stored
 from peftc.planning.packing import stored_weights
 from peftc.planning.plan import Binding, Plan, Row
 from peftc.planning.recompute import recomputed
@@ -49,7 +47,7 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
 
 
 def _plan(draft: Draft) -> Plan:
-    ordered = tuple(sorted(_knowing(draft.stored, draft.bindings), key=lambda binding: binding.method.stage))
+    ordered = tuple(sorted(draft.bindings, key=lambda binding: binding.method.stage))
     graph, blocks = draft.captured.module.graph, draft.sites.blocks
     return Plan(
         intentions=draft.intentions,
@@ -62,16 +60,6 @@ def _plan(draft: Draft) -> Plan:
         checkpoints=draft.checkpoints,
         kept=Step(graph, blocks, ordered, draft.trained, draft.checkpoints).kept(),
     )
-
-
-def _knowing(stored: dict[str, Stored], bindings: tuple[Binding, ...]) -> Iterator[Binding]:
-    """The bindings, with the storage of the weight told to each that takes something out of it."""
-    for binding in bindings:
-        site = binding.site
-        if isinstance(site, Projection) and binding.method.prepares and site.weight in stored:
-            yield replace(binding, site=replace(site, storage=stored[site.weight].storage))
-        else:
-            yield binding
 
 
 def _rows(draft: Draft) -> Iterator[Row]:

@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from peftc.protocol.method import Method, Stage, State
+from peftc.protocol.method import PLAIN, Here, Method, Stage, State
 from peftc.protocol.site import Site
+from peftc.protocol.stages import OPERANDS, PROJECTIONS
 
 INNER = "method."
-# What a method may ask for that is no state: of a rewrite, and of `extend`.
-OPERANDS = ("weight", "bias", "training")
-PROJECTIONS = ("key_weight", "key_bias", "value_weight", "value_bias", "training")
 
 
 class Combinator(Method):
@@ -66,9 +64,9 @@ class Combinator(Method):
     def shared(self, sites: Sequence[Any]) -> dict[str, State]:
         return {INNER + name: spec for name, spec in self.method.shared(sites).items()}
 
-    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         own = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}
-        self.method.initialise(site, weight, own)
+        self.method.initialise(site, weight, own, here)
 
     @property
     def consistency(self) -> float:

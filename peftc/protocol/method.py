@@ -2,33 +2,36 @@
 
 A method is written once, in one file under `passes/methods`. Its fields become the language's parameters, the
 command line's help and the README's table; its `state` becomes the counts of `peftc plan`; its `delta` becomes
-merging and the tests' oracle; its `rewrite` is traced and spliced into the graph.
+merging and the tests' oracle; its `rewrite` is traced and spliced into the graph. `peftc.protocol.stages` has a base
+class for each place in the model where a method can act; what all of them have in common is here, by what it is for.
 """
 
 from __future__ import annotations
 
 import enum
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from peftc.protocol.operands import check_operands, wanted
 from peftc.protocol.params import REQUIRED, Configured, Param, param, register, registered
 from peftc.protocol.site import Linear, Site
+from peftc.protocol.storage import Storage
 
 __all__ = [
-    "REQUIRED", "Data", "Init", "Method", "Param", "Stage", "State", "divisors_near", "kinds", "method", "methods",
-    "param", "wanted",
+    "PLAIN", "REQUIRED", "Data", "Here", "Init", "Method", "Param", "Place", "Stage", "State", "Step", "divisors_near",
+    "kinds", "method", "methods", "param",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 
 class Stage(enum.IntEnum):
@@ -62,238 +65,19 @@ class State:
     dtype: torch.dtype | None = None
 
 
-class Method(Configured):
-    """Base of every method. A subclass gives `state`, one of the rewrites, and `delta` or `fold` if it merges."""
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What is known of a place only where a method is put there.
 
-    formula: ClassVar[str]
-    paper: ClassVar[str]
-    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
-    stage: Stage = Stage.WEIGHT
-    identity: bool = True
-    unmergeable: str | None = None
-    data: Data | None = None
-    scheduled: bool = False
-    indivisible: str | None = None  # why a combinator cannot take the method's state apart
-    windowed: bool = False  # whether a sliding window may hide what `extend` puts in front
-    peft_type: ClassVar[str | None] = None
-    peft_shared: ClassVar[Mapping[str, str]] = {}
+    `product`: how the base multiplies, for the matrices of a branch: x, W -> x Wᵀ, for stacked experts each token with
+    its own. `storage`: what the frozen weight is packed in once a method has taken its part out; None for a dense one.
+    """
 
-    noun = "method"
-    such_as = "lora(r=8)"
-    folder = "methods"
-
-    @property
-    def prepares(self) -> bool:
-        """Whether `prepare` may return another weight than it is given."""
-        return type(self).prepare is not Method.prepare
-
-    @property
-    def label(self) -> str:
-        """What the state lies under in the model, and what there may be once at a place."""
-        return self.name
-
-    def refuses(self, site: Any) -> str | None:
-        """Why this method cannot attach to `site`, a site of its kind, or None."""
-        return None
-
-    def claims_weight(self) -> str | None:
-        """Why nothing else may change the weight that this method stands on, or None."""
-        return None
-
-    def claims_upstream(self) -> str | None:
-        """Why nothing that the method's output depends on may learn (no gradient passes through it), or None."""
-        return None
-
-    def state(self, site: Any) -> dict[str, State]:
-        """The tensors the method keeps at `site`: shapes and initialisation, no data."""
-        raise NotImplementedError
-
-    def shared(self, sites: Sequence[Any]) -> dict[str, State]:
-        """The tensors the method keeps once for all the sites of its statement, asked for by name like the others."""
-        return {}
-
-    def calibrate(self, site: Any, weight: Tensor, data: Any, state: dict[str, Tensor]) -> None:
-        """Fills state, which `initialise` has filled already, from what `data` says the batches showed."""
-
-    def probe(self) -> Method:
-        """The method whose state's gradients `Data.STATE_GRADIENTS` asks for."""
-        raise NotImplementedError
-
-    def missing(self, site: Any) -> str | None:
-        """What `initialise` needs and cannot get at, such as a tokenizer, or None."""
-        return None
-
-    def reads(self) -> tuple[str, str] | None:
-        """A safetensors file that state starts from, and how the names of that state begin; None for no file."""
-        return None
-
-    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> None:
-        """Fills state from the frozen weight [n_out, n_in], where the method starts from it."""
-
-    def prepare(self, site: Any, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The frozen weight as the compiled model keeps it; another tensor where the method takes a part out."""
-        return weight
-
-    def rewrite_input(self, *given: Any, **state: Any) -> Tensor:
-        """(site, x, *state): x as everything at the site shall read it. State is asked for by name."""
-        raise NotImplementedError
-
-    def rewrite(self, *given: Any, **state: Any) -> Any:
-        """(site, x, y, *state): the site's output. State is asked for by name, and what else `asks` says.
-
-        At a block, `carry`, `memory` and `attend` too (see `peftc.rewrite.blocks`): who asks for `carry` returns the
-        pair of the output and what the next block of its chain gets.
-        """
-        raise NotImplementedError
-
-    def lengthens(self, site: Any) -> int:
-        """How many positions the method adds to a sequence; its `rewrite` is (site, x, *state) -> [B, k + S, d]."""
-        return 0
-
-    def extend(self, *given: Any, **state: Any) -> tuple[Tensor, Tensor]:
-        """(site, *state): keys and values for an attention, [length, kv_heads * width] each.
-
-        They stand in front of the attention's own, under one softmax. A method that has a `rewrite`, too, is given
-        (site, attended, y, *state): what the attention's queries make of these keys and values apart, and its result.
-        State is asked for by name, and so are `key_weight`, `key_bias`, `value_weight` and `value_bias`, those of the
-        layers that project the attention's own.
-        """
-        raise NotImplementedError
-
-    @property
-    def attends_apart(self) -> bool:
-        """Whether what `extend` makes is attended to under a softmax of its own, for `rewrite` to take in."""
-        return type(self).rewrite is not Method.rewrite
-
-    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
-        """What `extend` wants by name."""
-        return wanted(type(self).extend, 2, state)
-
-    def gate(self, *given: Any, **state: Any) -> Tensor:
-        """(site, x, y, changed, *state): what passes of an attention's result without and with the method's keys.
-
-        x enters the sublayer. Only a method that gates others defines it.
-        """
-        raise NotImplementedError
-
-    def takes_positions(self, site: Any) -> int:
-        """How many of the sequence's first positions the method takes at `site`: the text counts on from there."""
-        return 0
-
-    def delta(self, site: Any, **state: Tensor) -> Tensor:
-        """The definition as a change of the weight, [n_out, n_in]."""
-        raise NotImplementedError
-
-    def fold(
-        self, site: Any, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The weight [n_out, n_in] and bias [n_out] of a plain layer that does the same."""
-        return weight + self.delta(site, **state).to(weight.dtype), bias
-
-    def unexportable(self, site: Any) -> str | None:
-        """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
-        return None
-
-    def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's."""
-        return None
-
-    def asks(self, state: Iterable[str]) -> tuple[str, ...]:
-        """What `rewrite` wants by name: state, and `weight`, `bias` or `training` (1.0 in `train()`, else 0.0)."""
-        return wanted(type(self).rewrite, 4, state)
-
-    def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
-        """What `rewrite_input` wants by name."""
-        return wanted(type(self).rewrite_input, 3, state)
-
-    def penalty(self, site: Any, state: Mapping[str, Tensor]) -> Tensor:
-        """What is added to the loss in training for one site, a scalar. Only a method that has one defines it."""
-        raise NotImplementedError
-
-    def on_step(self, step: Step, places: Sequence[Place]) -> bool:
-        """Called once a statement after each step of the optimiser, where `scheduled`; gradients are still there.
-
-        Returns whether it changed state that `prepare` reads.
-        """
-        return False
-
-    def warmth(self, step: int) -> float:
-        """The multiple of the learning rate at a step (from 1), where `scheduled`."""
-        return 1.0
-
-    @property
-    def consistency(self) -> float:
-        """The weight of a consistency loss between two passes of each training step; 0 for a single pass."""
-        return 0.0
-
-    def misfit(self, total: int | None) -> str | None:
-        """Why the method's schedule does not fit a training of `total` steps (None: nobody knows), or None."""
-        return None
-
-    def adds_bias(self, site: Any) -> bool:
-        """Whether `fold` needs a bias to put something in, which a layer may not have."""
-        return False
-
-    def rate(self, state: str) -> float:
-        """The learning rate of one state tensor, as a multiple of the base rate."""
-        return 1.0
-
-    def changes(self, site: Any) -> bool:
-        """Whether the site's output becomes another; a link of a chain may only read it."""
-        return True
-
-    def keeps(self, site: Any) -> int | None:
-        """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
-        return None
-
-    def rewrites_input(self, site: Any) -> bool:
-        """Whether the method acts on what goes into the site; else on what comes out."""
-        return False
+    product: Multiply = F.linear
+    storage: Storage | None = None
 
 
-def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
-    """The kinds of site that a method attaches to, the one that it is made for first."""
-    return get_args(method.site) or (cast(type[Site], method.site),)
-
-
-M = TypeVar("M", bound=type[Method])
-
-
-def method(cls: M) -> M:
-    """Registers a method under its `name` and turns its fields into parameters."""
-    return register(cls)
-
-
-def methods() -> dict[str, type[Method]]:
-    """Every method by name: importing each file under `passes/methods` registers what it defines."""
-    return cast(dict[str, type[Method]], registered(Method))
-
-
-def wanted(function: Callable[..., Any], given: int, known: Iterable[str] = ()) -> tuple[str, ...]:
-    """The names a rewrite asks for behind its first `given` parameters; `**state` asks for all that are `known`."""
-    named, everything = _asked(function, given)
-    return (*named, *(name for name in known if name not in named)) if everything else named
-
-
-def divisors_near(size: int, wanted: int) -> str:
-    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
-    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))
-
-
-@cache
-def _asked(function: Callable[..., Any], given: int) -> tuple[tuple[str, ...], bool]:
-    parameters = tuple(inspect.signature(function).parameters.values())[given:]
-    named = tuple(item.name for item in parameters if item.kind is not item.VAR_KEYWORD)
-    return named, len(named) < len(parameters)
+PLAIN = Here()
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,3 +99,254 @@ class Step:
     def forget(self, tensor: Tensor) -> None:
         """Drops what the optimiser remembers of a tensor, such as Adam's moments."""
         self.optimizer.state.pop(tensor, None)
+
+
+class _Starting:
+    """Where a method's tensors start from, if `State.init` does not say it all."""
+
+    data: Data | None = None
+
+    def missing(self, site: Any) -> str | None:
+        """What `initialise` needs and cannot get at, such as a tokenizer, or None."""
+        return None
+
+    def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
+        """Fills state from the frozen weight [*batch, n_out, n_in], where the method starts from it."""
+
+    def reads(self) -> tuple[str, str] | None:
+        """A safetensors file that state starts from, and how the names of that state begin; None for no file."""
+        return None
+
+    def calibrate(self, site: Any, weight: Tensor, data: Any, state: dict[str, Tensor]) -> None:
+        """Fills state, which `initialise` has filled already, from what `data` says the batches showed."""
+
+    def probe(self) -> Method:
+        """The method whose state's gradients `Data.STATE_GRADIENTS` asks for."""
+        raise NotImplementedError
+
+
+class _Training:
+    """What a method does while the model trains, beside its place in the graph."""
+
+    scheduled: bool = False
+
+    def rate(self, state: str) -> float:
+        """The learning rate of one state tensor, as a multiple of the base rate."""
+        return 1.0
+
+    def penalty(self, site: Any, state: Mapping[str, Tensor]) -> Tensor:
+        """What is added to the loss in training for one site, a scalar. Only a method that has one defines it."""
+        raise NotImplementedError
+
+    @property
+    def consistency(self) -> float:
+        """The weight of a consistency loss between two passes of each training step; 0 for a single pass."""
+        return 0.0
+
+    def on_step(self, step: Step, places: Sequence[Place]) -> bool:
+        """Called once a statement after each step of the optimiser, where `scheduled`; gradients are still there.
+
+        Returns whether it changed state that `prepare` reads.
+        """
+        return False
+
+    def warmth(self, step: int) -> float:
+        """The multiple of the learning rate at a step (from 1), where `scheduled`."""
+        return 1.0
+
+    def misfit(self, total: int | None) -> str | None:
+        """Why the method's schedule does not fit a training of `total` steps (None: nobody knows), or None."""
+        return None
+
+
+class _InHFPeft:
+    """How HF PEFT's folders hold the method, for those that it has."""
+
+    peft_type: ClassVar[str | None] = None
+    peft_shared: ClassVar[Mapping[str, str]] = {}  # their names of what `shared` returns -> ours
+
+    def unexportable(self, site: Any) -> str | None:
+        """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
+        return None
+
+    def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's."""
+        return None
+
+
+class _Acting:
+    """What the compiler asks of every method about its place; the base classes of the stages say what each is for.
+
+    A member that no stage of a method has keeps the answer that it has here.
+    """
+
+    identity: bool = True
+    unmergeable: str | None = None
+    indivisible: str | None = None
+    windowed: bool = False
+
+    def rewrite(self, *given: Any, **operands: Any) -> Any:
+        """See the base class of the stage."""
+        raise NotImplementedError
+
+    def rewrites_input(self, site: Any) -> bool:
+        """See `OutputMethod`."""
+        return False
+
+    def rewrite_input(self, *given: Any, **operands: Any) -> Tensor:
+        """See `OutputMethod`."""
+        raise NotImplementedError
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` may return another weight than it is given."""
+        return type(self).prepare is not _Acting.prepare
+
+    def prepare(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> Tensor:
+        """See `WeightMethod`."""
+        return weight
+
+    def delta(self, site: Any, **state: Tensor) -> Tensor:
+        """See `WeightMethod`."""
+        raise NotImplementedError
+
+    def fold(
+        self, site: Any, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `WeightMethod`."""
+        return weight + self.delta(site, **state).to(weight.dtype), bias
+
+    def adds_bias(self, site: Any) -> bool:
+        """Whether `fold` needs a bias to put something in, which a layer may not have."""
+        return False
+
+    def claims_weight(self) -> str | None:
+        """See `WeightMethod`."""
+        return None
+
+    def claims_upstream(self) -> str | None:
+        """Why nothing that the method's output depends on may learn (no gradient passes through it), or None."""
+        return None
+
+    def changes(self, site: Any) -> bool:
+        """Whether the site's output becomes another; a link of a chain may only read it."""
+        return True
+
+    def keeps(self, site: Any) -> int | None:
+        """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
+        return None
+
+    def extend(self, *given: Any, **operands: Any) -> tuple[Tensor, Tensor]:
+        """See `AttentionMethod`."""
+        raise NotImplementedError
+
+    @property
+    def attends_apart(self) -> bool:
+        """Whether what `extend` makes is attended to under a softmax of its own, for `rewrite` to take in."""
+        return type(self).rewrite is not _Acting.rewrite
+
+    def gate(self, *given: Any, **operands: Any) -> Tensor:
+        """(site, x, y, changed, *state): what passes of an attention's result without and with the method's keys.
+
+        x enters the sublayer. Only a combinator that gates others defines it.
+        """
+        raise NotImplementedError
+
+    def takes_positions(self, site: Any) -> int:
+        """See `AttentionMethod`."""
+        return 0
+
+    def lengthens(self, site: Any) -> int:
+        """See `SequenceMethod`."""
+        return 0
+
+
+class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
+    """Base of every method; to write one, take the base class of its stage from `peftc.protocol.stages`.
+
+    A subclass gives `name`, `formula`, `paper`, its parameters (`param`), and
+
+    state(site)   the tensors it keeps at a site: shapes and starts, no data
+    rewrite(…)    what it computes, in plain PyTorch, with the operands that the stage's base class lists
+
+    and, where it is so: `refuses` (why it cannot attach), `shared` (tensors of all sites together), `identity = False`
+    (it changes the model from the start), `unmergeable` (why no plain weight does the same), `indivisible` (why a
+    combinator cannot take its state apart), and what `_Starting`, `_Training` and `_InHFPeft` list.
+    """
+
+    formula: ClassVar[str]
+    paper: ClassVar[str]
+    site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
+    stage: Stage = Stage.WEIGHT
+    # The rewrites that may be defined: by name, what they are given first, and what may be asked for beside state.
+    rewrites: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {}
+
+    noun = "method"
+    such_as = "lora(r=8)"
+    folder = "methods"
+
+    @property
+    def label(self) -> str:
+        """What the state lies under in the model, and what there may be once at a place."""
+        return self.name
+
+    def refuses(self, site: Any) -> str | None:
+        """Why this method cannot attach to `site`, a site of its kind, or None."""
+        return None
+
+    def state(self, site: Any) -> dict[str, State]:
+        """The tensors the method keeps at `site`: shapes and initialisation, no data."""
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Any]) -> dict[str, State]:
+        """The tensors the method keeps once for all the sites of its statement, asked for by name like the others."""
+        return {}
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises TypeError where a rewrite is not given what it takes, or asks for an operand that there is not."""
+        check_operands(cls, kinds(cls))
+
+    def asks(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `rewrite` wants by name, of `state` and of the stage's operands."""
+        return wanted(type(self).rewrite, 4, state)
+
+    def asks_input(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `rewrite_input` wants by name."""
+        return wanted(type(self).rewrite_input, 3, state)
+
+    def asks_extend(self, state: Iterable[str]) -> tuple[str, ...]:
+        """What `extend` wants by name."""
+        return wanted(type(self).extend, 2, state)
+
+
+def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
+    """The kinds of site that a method attaches to, the one that it is made for first."""
+    return get_args(method.site) or (cast(type[Site], method.site),)
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def method(cls: M) -> M:
+    """Registers a method under its `name` and turns its fields into parameters."""
+    return register(cls)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name: importing each file under `passes/methods` registers what it defines."""
+    return cast(dict[str, type[Method]], registered(Method))
+
+
+def divisors_near(size: int, wanted: int) -> str:
+    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
+    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))

@@ -156,6 +156,10 @@ class Configured:
         """Why these parameters do not go together, or None."""
         return None
 
+    @classmethod
+    def check(cls) -> None:
+        """Called when the whole registry is there. Raises TypeError where the class is not what its base asks for."""
+
 
 C = TypeVar("C", bound=type[Configured])
 _registries: dict[str, dict[str, type[Configured]]] = {}
@@ -190,4 +194,7 @@ def _imported(folder: str) -> dict[str, type[Configured]]:
     package = importlib.import_module(f"peftc.passes.{folder}")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_registries[folder].items()))
+    found = dict(sorted(_registries[folder].items()))
+    for cls in found.values():
+        cls.check()
+    return found

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from peftc.graph.ir import is_tensor
-
-Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
-
-if TYPE_CHECKING:
-    from peftc.protocol.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +57,14 @@ class Site:
         """The numbers `where` may ask for, and `--json` prints."""
         return {}
 
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        """Small ones of this kind in no model, with all that a method's state may depend on, for its names to be known.
+
+        None where a method has to see a model first.
+        """
+        return ()
+
     def reads(self) -> tuple[fx.Node, ...]:
         """The base model's values that a branch here reads; those it keeps for the backward pass are among them."""
         return ()
@@ -82,9 +84,7 @@ class Projection(Site):
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
-    its transpose, so that no one change of it is a change of this layer. `product` is how the base multiplies here,
-    for the matrices of a branch: set in the site that a rewrite gets. `storage` is what the weight is packed in once a
-    method has taken its part out: set in the site that such a method gets.
+    its transpose, so that no one change of it is a change of this layer.
     """
 
     n_in: int = 0
@@ -97,8 +97,6 @@ class Projection(Site):
     tied: bool = False
     mixed: bool = False
     uses: tuple[Use, ...] = ()
-    product: Multiply = F.linear
-    storage: Storage | None = None
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
@@ -138,6 +136,14 @@ class Linear(Projection):
     kind = "linear"
     noun, nouns, written = "a linear layer", "linear layers", "linear layers"
 
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        """A small one, one with a bias that leads down from a feed-forward's middle, and a large one."""
+        names: dict[str, Any] = {"weight": "sample.weight", "owner": "sample.weight", "n_in": 128, "n_out": 64}
+        small = cls("sample", "sample", frozenset({"linear"}), parameters=("sample.weight",), **names)
+        biased = replace(small, parameters=("sample.weight", "sample.bias"), bias="sample.bias")
+        return small, replace(biased, roles=frozenset({"linear", "mlp.down"})), replace(small, n_in=2048, n_out=512)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Experts(Projection):
@@ -158,9 +164,14 @@ class Experts(Projection):
     def batch(self) -> tuple[int, ...]:
         return (self.experts,)
 
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        names: dict[str, Any] = {"weight": "sample", "owner": "sample", "n_in": 128, "n_out": 64, "experts": 2}
+        return (cls("sample", "sample", frozenset({"expert"}), parameters=("sample",), **names),)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Module(Site):
+class Sublayer(Site):
     """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add."""
 
     width: int = 0
@@ -173,6 +184,11 @@ class Module(Site):
 
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
+
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        names = ("sample.weight",)
+        return (cls("sample", "sample", frozenset({"mlp"}), parameters=names, width=128, entry_width=64),)
 
     def reads(self) -> tuple[fx.Node, ...]:
         return () if self.entry is None else (self.entry.x,)
@@ -222,6 +238,12 @@ class Block(Site):
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
 
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        """The only one of a chain, the last of one, and one that reads another chain."""
+        alone = cls("sample.0", "sample.0", frozenset({"block"}), parameters=("sample.weight",), width=128, top=True)
+        return alone, replace(alone, before=alone), replace(alone, memory=alone)
+
     def reads(self) -> tuple[fx.Node, ...]:
         """What leaves the block; at the first of a chain what enters it; what an attention to another chain reads."""
         entering = [self.x] if self.before is None else []
@@ -268,6 +290,11 @@ class Sequence(Site):
     def facts(self) -> dict[str, Any]:
         return {"width": self.width}
 
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        names = ("sample.weight",)
+        return (cls("sample", "sample", frozenset(), parameters=names, width=128, vocabulary=100, tokens="input_ids"),)
+
     def changes(self) -> tuple[fx.Node, ...]:
         return () if self.embeddings is None else (self.embeddings,)
 
@@ -294,7 +321,7 @@ class AttentionPattern:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attention(Module):
+class Attention(Sublayer):
     """A sublayer whose attention is understood: softmax(q kᵀ) v with q of `heads` heads.
 
     Keys have `kv_heads` heads of `key_width` features each, values of `value_width`. The attention reads k and v with
@@ -321,6 +348,17 @@ class Attention(Module):
     def facts(self) -> dict[str, Any]:
         heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.key_width}
         return {**super().facts(), **heads}
+
+    @classmethod
+    def samples(cls) -> tuple[Site, ...]:
+        layer = Linear("sample.k", "sample.k", frozenset(), parameters=("sample.k",), n_in=128, n_out=64, weight="k")
+        heads: dict[str, Any] = {"heads": 4, "kv_heads": 4, "key_width": 16, "value_width": 16, "groups": (0, 1, 2, 3)}
+        return (
+            cls(
+                "sample", "sample", frozenset({"attn"}), parameters=("sample.k",), width=128, entry_width=128,
+                key=layer, value=layer, **heads,
+            ),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,22 +16,23 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftc.graph.ir import Provenance, set_tensor, splice, trace, users_except, value
-from peftc.graph.normalise import training_tensor
+from peftc.graph.ir import Provenance, users_except, value
 from peftc.graph.rows import path_between
 from peftc.planning.plan import Binding
-from peftc.protocol.method import Method, wanted
-from peftc.protocol.site import Attention, Linear
-from peftc.rewrite.insert import TRAINING, Inserter, dense_weight, take
-from peftc.rewrite.positions import Rooms, made
+from peftc.protocol.method import Method
+from peftc.protocol.operands import wanted
+from peftc.protocol.site import Attention
+from peftc.rewrite.positions import Positions, made
 from peftc.rewrite.spelt_out import SpeltOut
+from peftc.rewrite.splicer import TRAINING, Splicer, of_method
+from peftc.rewrite.weights import dense_weight, take
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def attend(inserter: Inserter, binding: Binding, rooms: Rooms, pass_name: str) -> None:
+def attend(splicer: Splicer, binding: Binding, positions: Positions, pass_name: str) -> None:
     """Puts the keys and values of one method at its attention."""
-    Attender(inserter, binding, rooms, Provenance(pass_name, binding.site.name, binding.span)).attend()
+    Attender(splicer, binding, positions, Provenance(pass_name, binding.site.name, binding.span)).attend()
 
 
 def heads_of(flat: Tensor, site: Attention, like: Tensor) -> Tensor:
@@ -54,15 +55,16 @@ def heads_of(flat: Tensor, site: Attention, like: Tensor) -> Tensor:
 class Attender:
     """One method at one attention."""
 
-    def __init__(self, inserter: Inserter, binding: Binding, rooms: Rooms, stamp: Provenance) -> None:
+    def __init__(self, splicer: Splicer, binding: Binding, positions: Positions, stamp: Provenance) -> None:
         assert isinstance(binding.site, Attention)
         assert binding.site.pattern is not None
-        self.module, self.graph, self.operand = inserter.module, inserter.graph, inserter.operand
+        self.splicer = splicer
+        self.graph = splicer.graph
         self.binding = binding
         self.method: Method = binding.method
         self.site = binding.site
         self.pattern = binding.site.pattern
-        self.rooms = rooms
+        self.positions = positions
         self.stamp = stamp
         self.asked = self.method.asks_extend(tuple(binding.names))
         self.operands = self._operands(self.asked)
@@ -76,7 +78,7 @@ class Attender:
             self._fused_apart() if apart else self._fused_in_front()
         else:
             keys, values = self._keys_and_values(self.pattern.scores)
-            spelt = SpeltOut(self.pattern, self.site, keys, values, self.rooms, self.method.windowed, self.stamp)
+            spelt = SpeltOut(self.pattern, self.site, keys, values, self.positions, self.method.windowed, self.stamp)
             if apart:
                 self._rewritten(spelt.apart())
             else:
@@ -124,7 +126,7 @@ class Attender:
             mask = self._spliced(partial(_causal, count), [q, k], node.prev, node, f"causal {count}")
             set_argument(node, "is_causal", False)
         elif mask is not None:
-            mask = self.rooms.widened(mask, self.site, count, self.method.windowed, self.stamp)
+            mask = self.positions.widened(mask, self.site, count, self.method.windowed, self.stamp)
         for name, now in {"key": keys, "value": values, "attn_mask": mask}.items():
             set_argument(node, name, now)
 
@@ -190,34 +192,34 @@ class Attender:
         for kind, layer in (("key", self.site.key), ("value", self.site.value)):
             assert layer is not None
             if f"{kind}_weight" in names:
-                paths |= {f"{kind}_weight": layer.weight} | self._rows(f"{kind}_rows", layer)
+                paths[f"{kind}_weight"] = layer.weight
             if f"{kind}_bias" in names and layer.bias:
                 paths[f"{kind}_bias"] = layer.bias
-        nodes = {name: self.operand(path) for name, path in paths.items()}
-        return nodes | ({TRAINING: training_tensor(self.graph)} if TRAINING in names else {})
+        return (
+            {name: self.splicer.operand(path) for name, path in paths.items()}
+            | self._rows(names)
+            | ({TRAINING: self.splicer.training()} if TRAINING in names else {})
+        )
 
-    def _rows(self, name: str, layer: Linear) -> dict[str, str]:
-        """The rows of a fused weight as a buffer, where they are no range."""
-        if layer.rows is None or layer.slice is not None:
-            return {}
-        path = f"{self.binding.path}.{name}"
-        device = value(self.operand(layer.weight)).device
-        set_tensor(self.module, path, torch.tensor(layer.rows, device=device))
-        return {name: path}
+    def _rows(self, names: tuple[str, ...]) -> dict[str, fx.Node]:
+        """The rows of fused weights that are asked for, as buffers, where they are no range."""
+        found: dict[str, fx.Node] = {}
+        for kind, layer in (("key", self.site.key), ("value", self.site.value)):
+            assert layer is not None
+            if f"{kind}_weight" in names and layer.rows is not None and layer.slice is None:
+                found[f"{kind}_rows"] = self.splicer.index(f"{self.binding.path}.{kind}_rows", layer)
+        return found
 
     def _spliced(
         self, function: Callable[..., Any], args: list[fx.Node], after: fx.Node, inside: fx.Node, name: str
     ) -> Any:
         """The nodes of `function`, traced once for each method, kind of site and shape: equal blocks share it."""
-        site = self.site
-        key = (
-            name, type(self.method), repr(self.method), tuple(site.facts().items()), site.groups,
-            *((layer.transposed, layer.rows, layer.bias is None) for layer in (site.key, site.value) if layer),
-            tuple((str(tuple(value(node).shape)), value(node).dtype, str(value(node).device)) for node in args),
-        )  # fmt: skip
-        if key not in self.rooms.templates:
-            self.rooms.templates[key] = trace(function, *map(value, args))
-        return splice(self.graph, self.rooms.templates[key], args, after, self.stamp, inside)[0]
+        layers = tuple(
+            (layer.transposed, layer.rows, layer.bias is None) for layer in (self.site.key, self.site.value) if layer
+        )
+        facts = name, of_method(self.method, self.site, ()), self.site.groups, layers
+        template = self.splicer.templates.get(function, facts, [value(node) for node in args])
+        return self.splicer.splice(template, args, after, self.stamp, inside)[0]
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -8,33 +8,31 @@ returns the pair of output and carry. Where the block's attention reads another 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, fx
 
-from peftc.graph.ir import Provenance, is_tensor, redirect, splice, trace, value
+from peftc.graph.ir import Provenance, is_tensor, redirect, value
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Reading
-
-if TYPE_CHECKING:
-    from peftc.planning.plan import Binding
-    from peftc.rewrite.insert import Inserter
+from peftc.rewrite.splicer import Splicer, of_method
 
 ATTEND = "attend "
 
 
-def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], stamp: Provenance) -> None:
+def onto_block(splicer: Splicer, binding: Binding, state: dict[str, fx.Node], stamp: Provenance) -> None:
     """Splices a method behind its block's hidden state, with what its chain carries."""
     site, method = binding.site, binding.method
     assert isinstance(site, Block)
     assert site.x is not None
     assert site.h is not None
     names = method.asks(binding.names)
-    x, y = (inserter.current.get(node, node) for node in (site.x, site.h))
+    x, y = (splicer.current.get(node, node) for node in (site.x, site.h))
     given = dict(state)
     if "carry" in names and site.before is not None:
-        given["carry"] = inserter.carries[binding.statement, site.before.name]
+        given["carry"] = splicer.carries[binding.statement, site.before.name]
     if "memory" in names and site.memory is not None and site.reading is not None:
-        given["memory"] = inserter.carries[binding.statement, site.memory.name]
+        given["memory"] = splicer.carries[binding.statement, site.memory.name]
         given |= _operands(site.reading)
 
     def function(x: Tensor, y: Tensor, *tensors: Tensor) -> Any:
@@ -44,30 +42,15 @@ def onto_block(inserter: Inserter, binding: Binding, state: dict[str, fx.Node], 
         return method.rewrite(site, x, y, **{name: values.get(name) for name in names})
 
     args = [x, y, *given.values()]
-    template = _template(inserter, binding, function, args, tuple(given))
-    result, made = splice(inserter.graph, template, args, y, stamp)
+    facts = of_method(method, site, given), tuple(binding.names), _constants(site.reading)
+    template = splicer.templates.get(function, facts, [value(node) for node in args])
+    result, made = splicer.splice(template, args, y, stamp)
     _same_randomness(site.reading, made)
     if "carry" in names:
-        result, inserter.carries[binding.statement, site.name] = cast(tuple[fx.Node, fx.Node], result)
+        result, splicer.carries[binding.statement, site.name] = cast(tuple[fx.Node, fx.Node], result)
     if result is not y:
         redirect(y, result, keep=made)
-        inserter.current[site.h] = result
-
-
-def _template(
-    inserter: Inserter, binding: Binding, function: Callable[..., Any], args: Sequence[fx.Node], names: tuple[str, ...]
-) -> fx.Graph:
-    """Traced once for equal blocks in equal places of a chain."""
-    site = binding.site
-    assert isinstance(site, Block)
-    fakes = [value(node) for node in args]
-    key = (
-        type(binding.method), repr(binding.method), tuple(binding.names), names, tuple(site.facts().items()),
-        _constants(site.reading), tuple((str(tuple(fake.shape)), fake.dtype, str(fake.device)) for fake in fakes),
-    )  # fmt: skip
-    if key not in inserter.templates:
-        inserter.templates[key] = trace(function, *fakes)
-    return inserter.templates[key]
+        splicer.current[site.h] = result
 
 
 # ---- Another's attention ---------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
-from peftc.graph.ir import Provenance, attribute_node, get_attribute, set_tensor, splice, trace, value
+from peftc.graph.ir import Provenance, attribute_node, get_attribute, set_tensor, value
 from peftc.planning.packed_weight import Stored
 from peftc.planning.plan import Plan
+from peftc.rewrite.splicer import Splicer
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
@@ -55,23 +56,21 @@ def _put(module: nn.Module, item: Stored, buffers: dict[str, Tensor]) -> None:
         set_tensor(module, item.weight, nn.Parameter(dense.detach().to("meta"), requires_grad=False))
 
 
-def unpack_in_graph(module: fx.GraphModule, plan: Plan, pass_name: str) -> dict[str, fx.Node]:
+def unpack_in_graph(splicer: Splicer, plan: Plan, pass_name: str) -> dict[str, fx.Node]:
     """Replaces each stored weight in the graph by what unpacks it, where it is first read.
 
     Returns that node by the weight's name.
     """
-    templates: dict[Hashable, fx.Graph] = {}
+    module = splicer.module
     dense: dict[str, fx.Node] = {}
     for item in plan.stored.values():
         (node,) = module.graph.find_nodes(op="get_attr", target=item.weight)
         first = min(node.users)
         operands = [attribute_node(module.graph, module, full) for full in item.names.values()]
-        fakes = [value(operand) for operand in operands]
-        key = repr(item.storage), item.shape, item.dtype, item.transposed, str(fakes[0].device)
-        if key not in templates:
-            templates[key] = trace(_unpacking(item), *fakes)
+        facts = repr(item.storage), item.shape, item.dtype, item.transposed
+        template = splicer.templates.get(_unpacking(item), facts, [value(operand) for operand in operands])
         stamp = Provenance(pass_name, item.weight, item.span)
-        dense[item.weight], _ = splice(module.graph, templates[key], operands, first.prev, stamp, inside=first)
+        dense[item.weight], _ = splicer.splice(template, operands, first.prev, stamp, inside=first)
         node.replace_all_uses_with(dense[item.weight])
         module.graph.erase_node(node)
         owner, _, leaf = item.weight.rpartition(".")

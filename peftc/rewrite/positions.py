@@ -40,7 +40,7 @@ def made(
 
 
 @dataclass
-class Longer:
+class Lengthened:
     """Values of a graph as they would be with `by` more tokens in front of the sequence whose length is `tokens`."""
 
     graph: fx.Graph
@@ -129,16 +129,15 @@ class Longer:
 
 
 @dataclass
-class Rooms:
-    """What the passes of one model know of its positions: one `Longer` for each sequence with something in front."""
+class Positions:
+    """What passes know of a model's positions: one `Lengthened` for each sequence with something in front."""
 
     graph: fx.Graph
     counting: Counting
-    longer: dict[Any, Longer] = field(default_factory=dict)
+    longer: dict[Any, Lengthened] = field(default_factory=dict)
     masks: dict[Hashable, fx.Node] = field(default_factory=dict)
-    templates: dict[Hashable, fx.Graph] = field(default_factory=dict)
 
-    def of(self, site: Attention) -> Longer | None:
+    def of(self, site: Attention) -> Lengthened | None:
         """The longer values of the site's own sequence; None where nothing of it moves."""
         return None if site.cross else self.longer.get(tokens_of(site))
 
@@ -175,14 +174,14 @@ class Rooms:
         return splice(self.graph, trace(widen, value(mask)), [mask], after, stamp, mask)[0]
 
 
-def make_room(graph: fx.Graph, plan: Plan, pass_name: str) -> Rooms:
+def make_room(graph: fx.Graph, plan: Plan, pass_name: str) -> Positions:
     """Moves the positions of every sequence that a method takes the first places of.
 
     All the layers count alike, so the statement that takes the most places decides; those that take fewer stand
     right before the text. A sequence of a fixed length (an image's patches) has no such room: its positions stay.
     """
     every = [site for site in plan.sites if isinstance(site, Attention)]
-    rooms = Rooms(graph, Counting(graph))
+    positions = Positions(graph, Counting(graph))
     takes: dict[Any, list[tuple[int, Attention, Span]]] = defaultdict(list)
     for binding in plan.bindings:
         site = binding.site
@@ -191,13 +190,13 @@ def make_room(graph: fx.Graph, plan: Plan, pass_name: str) -> Rooms:
     for tokens, takers in takes.items():
         if not isinstance(tokens, int):
             by, first, span = max(takers, key=operator.itemgetter(0))
-            longer = Longer(graph, tokens, by, Provenance(pass_name, first.name, span))
-            _shift(longer, [site for _, site, _ in takers], every, rooms.counting)
-            rooms.longer[tokens] = longer
-    return rooms
+            longer = Lengthened(graph, tokens, by, Provenance(pass_name, first.name, span))
+            _shift(longer, [site for _, site, _ in takers], every, positions.counting)
+            positions.longer[tokens] = longer
+    return positions
 
 
-def _shift(longer: Longer, sites: list[Attention], every: list[Attention], counting: Counting) -> None:
+def _shift(longer: Lengthened, sites: list[Attention], every: list[Attention], counting: Counting) -> None:
     """Lets all that counts the text's tokens on its way to `sites` count from `longer.by`."""
     inside = stream(sites, every) - {node for site in every for node in core(site)}
     affected = [node for node in longer.graph.nodes if node in counting.counted and longer.depends(node)]

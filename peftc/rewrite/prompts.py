@@ -27,7 +27,7 @@ from peftc.graph.ir import (
 )  # fmt: skip
 from peftc.planning.errors import Refused
 from peftc.planning.plan import Binding
-from peftc.protocol.method import wanted
+from peftc.protocol.operands import wanted
 from peftc.protocol.site import Sequence
 from peftc.roles.counting import expression
 from peftc.roles.images import SIZED, downstream, upstream

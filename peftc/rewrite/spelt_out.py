@@ -15,7 +15,7 @@ from torch import fx
 from peftc.graph.ir import Provenance, computed, is_tensor, value
 from peftc.graph.rows import path_between
 from peftc.protocol.site import Attention, AttentionPattern
-from peftc.rewrite.positions import Rooms, made
+from peftc.rewrite.positions import Positions, made
 from peftc.roles.counting import expression, tokens_of
 from peftc.roles.flow import SCORES
 
@@ -29,7 +29,7 @@ class SpeltOut:
     """One attention, and keys [..., width, count] and values [..., count, width] for it."""
 
     def __init__(
-        self, pattern: AttentionPattern, site: Attention, keys: fx.Node, values: fx.Node, rooms: Rooms,
+        self, pattern: AttentionPattern, site: Attention, keys: fx.Node, values: fx.Node, positions: Positions,
         windowed: bool, stamp: Provenance,
     ) -> None:  # fmt: skip
         assert pattern.scores is not None
@@ -39,7 +39,7 @@ class SpeltOut:
         self.tokens = tokens_of(site)
         self.keys, self.values = keys, values
         self.count = int(value(keys).shape[-1])
-        self.rooms, self.site, self.windowed, self.stamp = rooms, site, windowed, stamp
+        self.positions, self.site, self.windowed, self.stamp = positions, site, windowed, stamp
         self.last = self.softmax.prev
 
     def in_front(self) -> fx.Node:
@@ -106,13 +106,13 @@ class SpeltOut:
 
     def _columns(self, operand: fx.Node) -> fx.Node | None:
         """What a mask or bias says of the added keys, where that is something."""
-        longer = self.rooms.of(self.site)
-        speaks = longer is not None and self.rooms.speaks_of_positions(operand, self.windowed)
+        longer = self.positions.of(self.site)
+        speaks = longer is not None and self.positions.speaks_of_positions(operand, self.windowed)
         return longer.in_front(operand, self.count) if longer and speaks else None
 
     def _move(self, operand: fx.Node, reader: fx.Node) -> None:
         """What it says of the text's own keys then counts on, too."""
-        longer = self.rooms.of(self.site)
+        longer = self.positions.of(self.site)
         assert longer is not None
         reader.replace_input_with(operand, longer.for_text(operand))
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.graph.ir import get_attribute, is_tensor, value
 from peftc.graph.rows import hint, on_cpu, path_between
-from peftc.protocol.site import Attention, Module
+from peftc.protocol.site import Attention, Sublayer
 
 aten = torch.ops.aten
 
@@ -120,7 +120,7 @@ def core(site: Attention) -> set[fx.Node]:
     return {pattern.scores, *path_between(pattern.scores, pattern.out)}
 
 
-def with_limits(module: fx.GraphModule, modules: list[Module]) -> list[Module]:
+def with_limits(module: fx.GraphModule, modules: list[Sublayer]) -> list[Sublayer]:
     """`modules`, with the attentions knowing how many tokens the tables of positions go up to.
 
     Found by asking for one token more than a table has rows: the first that falls off says where it ends.

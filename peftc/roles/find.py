@@ -22,7 +22,7 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows
-from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Module, Site, Sites
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sites, Sublayer
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
@@ -62,7 +62,7 @@ class _Finder:
         self.aliases = captured.aliases
         self.known_rows: Known = {}
         self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
-        self.modules: list[Module] = []
+        self.modules: list[Sublayer] = []
         self.crossing: Crossing = {}
         self.model_name = type(captured.model).__name__
 
@@ -155,7 +155,7 @@ class _Finder:
             return
         o = self.by_node[hit]
         self.roles[o.weight, None] |= {"attn.o", f"{kind}.attn.o"}
-        make = partial(Attention, **facts, cross=kind == "cross") if facts else Module
+        make = partial(Attention, **facts, cross=kind == "cross") if facts else Sublayer
         roles, members = frozenset({"attn", f"{kind}.attn"}), [*queries, *others, o]
         self._add_module("attn", roles, queries[0], o, members, make)
 
@@ -233,7 +233,7 @@ class _Finder:
 
     def _add_module(
         self, kind: str, roles: frozenset[str], entry: Product, last: Product, members: list[Product],
-        make: Callable[..., Module] = Module,
+        make: Callable[..., Sublayer] = Sublayer,
     ) -> None:  # fmt: skip
         path = os.path.commonpath([member.weight.replace(".", "/") for member in members]).replace("/", ".")
         block = self._block_of(last.weight)

@@ -19,7 +19,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Binding
 from peftc.protocol.method import Place, Step
-from peftc.rewrite.insert import prepare
+from peftc.rewrite.state import prepare
 from peftc.runtime.errors import BadSchedule
 from peftc.runtime.holder import Holder
 

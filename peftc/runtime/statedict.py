@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftc.planning.plan import Plan
-from peftc.rewrite.insert import prepare
+from peftc.rewrite.state import prepare
 from peftc.runtime.holder import Holder
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Plan
-from peftc.rewrite.insert import rewritten
+from peftc.rewrite.state import rewritten
 from peftc.runtime.errors import CannotUnfreeze, FixedPrecision, NotInSpec
 
 

@@ -23,7 +23,7 @@ from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration, pipeline
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Binding
-from peftc.rewrite.insert import dense_weight
+from peftc.rewrite.weights import dense_weight
 from peftc.spec.check import intend
 from zoo import VOCABULARY, ZOO
 

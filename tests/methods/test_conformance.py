@@ -28,9 +28,9 @@ from claims import (
     with_dense_weights,
 )
 from peftc.protocol.combinator import Combinator
-from peftc.protocol.method import Method, kinds, methods
+from peftc.protocol.method import PLAIN, Method, kinds, methods
 from peftc.protocol.params import Configured, Param, registered
-from peftc.protocol.site import Experts, Linear, Module
+from peftc.protocol.site import Experts, Linear, Sublayer
 from subjects import close, compiled
 from variants import (
     ARCHITECTURES,
@@ -257,7 +257,7 @@ def test_2_rewrite_equals_fold_on_any_shape(
     state = {key: number(*spec.shape) if spec.dtype is None else start[key] for key, spec in specs.items()}
     x, bias = number(tokens, n_in), number(n_out) if has_bias else None
     weight = method.prepare(site, number(n_out, n_in), state)
-    known: dict[str, Tensor | None] = {**state, "weight": weight, "bias": bias, "training": torch.zeros(())}
+    known: dict[str, Any] = {**state, "weight": weight, "bias": bias, "training": torch.zeros(()), "here": PLAIN}
     if method.rewrites_input(site):
         given = {name: known.get(name) for name in method.asks_input(state)}
         rewritten = F.linear(method.rewrite_input(site, x, **given), weight, bias)
@@ -289,5 +289,5 @@ def test_2_an_adapter_is_its_formula(at: str, bias: bool, width: int, entering: 
     inner = [torch.tanh((down[j] * source).sum() + (down_bias[j] if bias else 0)) for j in range(size)]
     outer = [sum(up[k, j] * inner[j] for j in range(size)) + (up_bias[k] if bias else 0) for k in range(width)]
     expected = torch.stack([h[k] + 1.5 * outer[k] for k in range(width)])
-    found = method.rewrite(Module("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], **state)
+    found = method.rewrite(Sublayer("mlp", "mlp", frozenset({"mlp"}), width=width), x[None], h[None], **state)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftc
 from peftc.graph.ir import PROVENANCE
-from peftc.protocol.method import methods
+from peftc.protocol.method import Here, methods
 from peftc.protocol.site import Experts
-from peftc.rewrite.grouped import product_like
+from peftc.rewrite.weights import product_like
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
@@ -197,10 +197,8 @@ def test_a_branch_of_any_shape_is_each_experts_own(counts: list[int], n_in: int,
 
     graph = fx.Graph()
     op = graph.call_function(torch.ops.transformers.grouped_mm_fallback.default)
-    site = Experts(
-        "experts", "experts", frozenset(), n_in=n_in, n_out=n_out, experts=len(counts),
-        product=product_like(op, offsets),
-    )  # fmt: skip
+    site = Experts("experts", "experts", frozenset(), n_in=n_in, n_out=n_out, experts=len(counts))
+    here = Here(product=product_like(op, offsets))
     method = methods()["lora"](r=r, alpha=3)
     state = {name: number(*spec.shape) for name, spec in method.state(site).items()}
     x, y = number(sum(counts), n_in), number(sum(counts), n_out)
@@ -209,7 +207,7 @@ def test_a_branch_of_any_shape_is_each_experts_own(counts: list[int], n_in: int,
     for expert, end in enumerate(offsets.tolist()):
         expected[start:end] += x[start:end] @ (3 / r * state["B"][expert] @ state["A"][expert]).T
         start = end
-    torch.testing.assert_close(method.rewrite(site, x, y, **state), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(method.rewrite(site, x, y, here=here, **state), expected, rtol=1e-12, atol=1e-12)
     delta = method.delta(site, **state)
     assert delta.shape == (len(counts), n_out, n_in)
 

@@ -18,7 +18,7 @@ from peftc.graph.ir import get_attribute
 from peftc.protocol.method import methods
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Param, registered
-from peftc.protocol.site import Module
+from peftc.protocol.site import Sublayer
 from peftc.spec.check import as_spec
 from peftc.spec.resolve import resolve
 from zoo import ZOO, inputs
@@ -208,7 +208,7 @@ ADAPTERS = [
 ]
 
 
-class Sublayer(nn.Module):
+class Sublayered(nn.Module):
     """One block with a feed-forward whose inside is wider than its sides."""
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ def method_of(call: str) -> Any:
 def test_an_adapter_is_its_dense_formula(call: str, entry_width: int) -> None:
     """h + t h + s U f(D h + b) + s c, or of x in parallel, with D and U formed; output and gradients."""
     adapter = method_of(call)
-    site = Module("mlp", "", frozenset({"mlp"}), width=12, entry_width=entry_width)
+    site = Sublayer("mlp", "", frozenset({"mlp"}), width=12, entry_width=entry_width)
     assert adapter.refuses(site) is None
     specs = adapter.state(site) | adapter.shared([site, site])
     state = randomised({name: torch.empty(spec.shape, dtype=torch.float64) for name, spec in specs.items()})
@@ -262,7 +262,7 @@ def test_an_adapter_is_its_dense_formula(call: str, entry_width: int) -> None:
 @pytest.mark.parametrize("call", ADAPTERS)
 def test_an_adapter_starts_as_the_identity(call: str) -> None:
     adapter = method_of(call)
-    site = Module("mlp", "", frozenset({"mlp"}), width=12, entry_width=12)
+    site = Sublayer("mlp", "", frozenset({"mlp"}), width=12, entry_width=12)
     state = {name: spec.init(torch.empty(spec.shape)) for name, spec in
              (adapter.state(site) | adapter.shared([site])).items()}  # fmt: skip
     x, h = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
@@ -317,7 +317,7 @@ COMPACTER = "adapter(size=4, weight=phm(n=2, rank=1, shared=true)) to mlp"
 
 def test_rules_are_shared_by_a_statement_and_counted_once() -> None:
     """One A for both layers and both matrices, whose gradient is the sum over all of them; another for another line."""
-    model = Sublayer()
+    model = Sublayered()
     example = {"x": torch.randn(2, 3, 12)}
     plan = peftc.plan(model, f"apply {COMPACTER}", example=example)
     shared = {full for binding in plan.bindings for full in binding.names.values() if full.endswith("weight.A")}
@@ -336,7 +336,7 @@ def test_rules_are_shared_by_a_statement_and_counted_once() -> None:
 
 
 def test_shared_rules_learn_from_every_layer() -> None:
-    model = Sublayer().double()
+    model = Sublayered().double()
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     compiled = peftc.compile(model, f"apply {COMPACTER}", example={"x": x})
     state = randomised({name: tensor.detach() for name, tensor in compiled.trainable_parameters().items()})
@@ -358,7 +358,7 @@ def test_shared_rules_learn_from_every_layer() -> None:
 
 def test_counts_without_a_model() -> None:
     """Numbers an adapter of the paper's sizes keeps at a layer of T5-base: 2 376 of Compacter, against 37 656 dense."""
-    site = Module("mlp", "", frozenset({"mlp"}), width=768, entry_width=768)
+    site = Sublayer("mlp", "", frozenset({"mlp"}), width=768, entry_width=768)
 
     def count(call: str) -> int:
         return sum(prod(spec.shape) for spec in method_of(call).state(site).values())

@@ -19,7 +19,7 @@ import peftc
 from peftc.graph.ir import PROVENANCE, get_attribute
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Linear
-from peftc.rewrite.insert import dense_weight
+from peftc.rewrite.weights import dense_weight
 from peftc.runtime.schedule import Follower
 from zoo import VOCABULARY, ZOO
 

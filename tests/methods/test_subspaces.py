@@ -19,7 +19,7 @@ import peftc
 from peftc.graph.ir import get_attribute
 from peftc.protocol.method import methods
 from peftc.protocol.site import Linear
-from peftc.rewrite.insert import dense_weight
+from peftc.rewrite.weights import dense_weight
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

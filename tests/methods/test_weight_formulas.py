@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import peftc
 from peftc.graph.ir import get_attribute
-from peftc.protocol.method import Method, methods, wanted
+from peftc.protocol.method import Method, methods
+from peftc.protocol.operands import wanted
 from peftc.protocol.site import Linear
 from zoo import ZOO, inputs
 

@@ -24,7 +24,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.graph.cut import cheapest
 from peftc.kernels.common.products import product
 from peftc.optimise import fuse as fusion
-from peftc.optimise.regions import Block, Kind, _Holder, program
+from peftc.optimise.regions import BlockModule, Kind, _Holder, program
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
@@ -32,8 +32,8 @@ NAMES = first_is_quick(list(ZOO))
 LORA = "apply lora(r=4) to attn.*"
 
 
-def blocks(model: nn.Module) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]
+def blocks(model: nn.Module) -> list[BlockModule]:
+    return [module for module in model.modules() if isinstance(module, BlockModule)]
 
 
 def planned(plain: CompiledModule) -> CompiledModule:
@@ -43,7 +43,7 @@ def planned(plain: CompiledModule) -> CompiledModule:
         parent, _, leaf = path.rpartition(".")
         block = twin.get_submodule(path)
         assert isinstance(block, fx.GraphModule)
-        twin.get_submodule(parent).add_module(leaf, Block(block, block.graph))
+        twin.get_submodule(parent).add_module(leaf, BlockModule(block, block.graph))
     return twin.train(plain.training)
 
 
@@ -103,7 +103,7 @@ def test_a_plan_keeps_less(name: str) -> None:
 def kept(model: CompiledModule, path: str) -> str:
     """What a block's plan keeps, one value a line, its own tensors and what all blocks read left out."""
     block = model.get_submodule(path)
-    assert isinstance(block, Block)
+    assert isinstance(block, BlockModule)
     known = block._lifted[True]
     assert known is not None
     graph, text = known

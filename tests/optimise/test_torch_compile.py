@@ -17,7 +17,7 @@ import peftc
 from marks import by_inductor
 from peftc.bench.saved_bytes import saved_bytes
 from peftc.driver.compiled import CompiledModule
-from peftc.optimise.regions import Block
+from peftc.optimise.regions import BlockModule
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def test_a_block_that_writes_in_place_runs_as_it_is_written() -> None:
     graph.call_function(torch.ops.aten.mul_.Tensor, (y, 2.0))
     graph.output(graph.call_function(torch.ops.aten.exp.default, (y,)))
     given = torch.randn(3, 5, requires_grad=True)
-    result = compiled(Block(nn.Module(), graph), "aot_eager")(given)
+    result = compiled(BlockModule(nn.Module(), graph), "aot_eager")(given)
     (gradient,) = torch.autograd.grad(result.sum(), given)
     expected = torch.exp(2 * torch.sin(given.detach()))
     torch.testing.assert_close(result.detach(), expected)

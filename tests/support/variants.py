@@ -12,14 +12,14 @@ from typing import Any
 import peftc
 from peftc.protocol.method import Data, Method, Stage, kinds, methods
 from peftc.protocol.params import Param, registered
-from peftc.protocol.site import Attention, Block, Experts, Linear, Module, Sequence, Site
+from peftc.protocol.site import Attention, Block, Experts, Linear, Sequence, Site, Sublayer
 from peftc.spec.check import as_spec
 from peftc.spec.resolve import resolve
 
 # Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
 # on all of them mlp.down has more inputs than outputs.
 PLACES: dict[type[Site], str] = {
-    Linear: "attn.q, mlp.down", Module: "attn, mlp", Block: "block", Experts: "mlp.gate, mlp.down",
+    Linear: "attn.q, mlp.down", Sublayer: "attn, mlp", Block: "block", Experts: "mlp.gate, mlp.down",
     Sequence: "the whole input", Attention: "attn",
 }  # fmt: skip
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit")
@@ -36,7 +36,7 @@ LIKELY = (
         Linear("mlp.down", "", frozenset({"mlp.down"}), n_out=n_out, n_in=n_in)
         for n_out, n_in in ((24, 40), (32, 48), (32, 80))
     ),
-    *(Module(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
+    *(Sublayer(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
 )
 EXPERTS = Experts("experts", "", frozenset({"expert"}), n_out=48, n_in=32, experts=4)
 # How a call is spelt small where its default is too large for models this small.

@@ -1,0 +1,132 @@
+"""Where a method acts: a base class for each place in the model, with what its rewrite is given and what it returns.
+
+A rewrite is plain PyTorch. Behind what it is given it names what else it wants, and gets that by name: any state of
+the method (parameters called as `state` calls them, `**state` for all of it), and the operands that its base class
+lists. A name that is neither is refused when the method registers. Tensors are traced fakes: no value can be looked
+at, sizes may be symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from peftc.protocol.method import Method, Stage
+from peftc.protocol.site import Attention, Block, Linear, Sequence, Sublayer
+
+__all__ = ["AttentionMethod", "BlockMethod", "OutputMethod", "SequenceMethod", "SublayerMethod", "WeightMethod"]
+
+Rewrites = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+
+# Operands that are no state. weight [*batch, n_out, n_in], bias [n_out] or None; training is 1.0 in `train()`, else
+# 0.0, a tensor []; here is `peftc.protocol.method.Here`.
+OPERANDS = ("weight", "bias", "training", "here")
+PROJECTIONS = ("key_weight", "key_bias", "value_weight", "value_bias", "training")
+
+
+class WeightMethod(Method):
+    """Acts as a change of a linear layer's weight: LoRA and its kin. They come first, and may stand beside each other.
+
+    rewrite(site, x, y, …) -> y'    x [..., n_in] enters the layer, y [..., n_out] leaves it, bias and all that other
+                                    methods have done included; y' has y's shape and dtype
+        operands: weight, bias, training, here
+
+    delta(site, **state) -> D       the definition: the change of the weight, [*batch, n_out, n_in]. Merging and the
+                                    tests come from it. A method that is no sum defines `fold` instead:
+    fold(site, weight, bias, state) -> weight, bias of a plain layer that does the same
+    prepare(site, weight, state, here) -> the frozen weight as the compiled model keeps it, where the method takes a
+                                    part out or adds one to it; the weight itself, where it does not
+    claims_weight() -> why no other method may change the weight that this one stands on
+    """
+
+    stage = Stage.WEIGHT
+    site = Linear
+    rewrites: ClassVar[Rewrites] = {
+        "rewrite": (("site", "x", "y"), OPERANDS),
+        "rewrite_input": (("site", "x"), OPERANDS),
+    }
+
+
+class OutputMethod(WeightMethod):
+    """Acts on what leaves a linear layer, or on what enters it, after all changes of weights: IA3.
+
+    rewrites_input(site) -> whether it acts on the input at this site; then
+
+    rewrite_input(site, x, …) -> x' [..., n_in], which the layer and all that stands beside it read
+    rewrite(site, x, y, …) -> y'    as of a `WeightMethod`, elsewhere
+        operands of both: weight, bias, training, here
+
+    fold(site, weight, bias, state), where it merges; `adds_bias(site)` says that it needs a bias to put something in.
+    """
+
+    stage = Stage.OUTPUT
+
+
+class SublayerMethod(Method):
+    """Acts on a whole attention or feed-forward, before its residual add: adapters.
+
+    rewrite(site, x, y, …) -> y'    x [..., entry_width] enters the sublayer, y [..., width] leaves it
+        operands: training
+    """
+
+    stage = Stage.MODULE
+    site = Sublayer
+    rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x", "y"), ("training",))}
+
+
+class BlockMethod(Method):
+    """Acts on the repeated blocks of a stack, which what one statement names makes a chain of: ladders.
+
+    rewrite(site, x, y, …) -> y'    x [..., width] enters the block, y leaves it
+        operands: training, and
+        carry   what the rewrite at the block before returned beside its output, None at the first. Who asks for it
+                returns the pair of output and carry
+        memory  the carry at the end of the chain that this block's cross attention reads, or None
+        attend  values [B, S, n] -> [B, T, n]: what that attention makes of values of the rewrite's own, or None
+
+    changes(site) -> False where the rewrite only reads the block; `claims_upstream()` says why nothing below it may
+    learn; `keeps(site)` how many features a token it keeps for the backward pass.
+    """
+
+    stage = Stage.MODULE
+    site = Block
+    rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x", "y"), ("training", "carry", "memory", "attend"))}
+
+
+class AttentionMethod(Method):
+    """Acts inside an attention, beside its keys and values: prefixes.
+
+    extend(site, …) -> keys [length, kv_heads * key_width], values [length, kv_heads * value_width]
+        They stand in front of the attention's own, under one softmax.
+        operands: key_weight, key_bias, value_weight, value_bias of the layers that project the attention's own
+        (a bias is None where there is none), training
+
+    rewrite(site, x, y, …) -> y'    where it is defined the keys and values are attended to apart, under a softmax of
+                                    their own: x is what the queries find there, y the attention's own result, both
+                                    [batch, heads, tokens, width], or with heads in the batch
+        operands: training
+
+    takes_positions(site) -> how many of the sequence's first positions they take: the text counts on from there.
+    `windowed`: whether a sliding window may hide them.
+    """
+
+    stage = Stage.ATTENTION
+    site = Attention
+    rewrites: ClassVar[Rewrites] = {
+        "extend": (("site",), PROJECTIONS),
+        "rewrite": (("site", "x", "y"), ("training",)),
+    }
+
+
+class SequenceMethod(Method):
+    """Acts on the embedded input as a whole: prompts.
+
+    rewrite(site, x, …) -> x'       x [B, S, width]; x' [B, lengthens(site) + S, width], see `site.join`
+        operands: mask, the attention mask [B, S], or None where the model was captured without
+
+    lengthens(site) -> how many positions it adds; every length, mask and position of the graph follows.
+    """
+
+    stage = Stage.SEQUENCE
+    site = Sequence
+    rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x"), ("mask",))}
