@@ -9,7 +9,7 @@ from zlib import crc32
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("claims", "subjects")
+pytest.register_assert_rewrite("byhooks", "claims", "fusioncases", "subjects")
 
 # Other processes may take the machine meanwhile: how long an example took says nothing. In CI a commit has the same
 # examples each time: looking for new ones is for the runs before.
