@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import peftc
 from paths import EXAMPLES
 from peftc.diagnostics.source import Source
-from peftc.language.syntax import parse, parse_file, unparse
+from peftc.language import parse, parse_file, unparse
 from peftc.spec.check import as_spec
 from peftc.spec.resolve import resolve
 from zoo import ZOO, inputs
@@ -119,7 +119,7 @@ def test_recipe_compiles_and_learns(recipe: Path, family: str) -> None:
     assert 0 < model.plan.trainable < model.plan.total
     with torch.no_grad():
         before = model(**batch)
-        if all(binding.method.identity for binding in model.plan.bindings) and not model.plan.stored:
+        if all(binding.method.identity for binding in model.plan.bindings) and not model.plan.packed:
             torch.testing.assert_close(before.logits, base(**batch).logits, rtol=1e-5, atol=1e-5)
     # What learns five numbers on a random classifier has a long way to go at a rate that suits thousands.
     assert any(loss_after_ten_steps(model, batch, rate) < before.loss for rate in (1e-3, 3e-2, 0.3))

@@ -28,7 +28,7 @@ from peftc.bench.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver.compiled import CompiledModule
-from peftc.language.syntax import Spec
+from peftc.language import Spec
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
 WARM_UP = 1  # steps after the one that is looked into, before the clock runs
@@ -36,7 +36,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """What was measured of one variant; None where it could not be, or where there is no such variant."""
 
     name: str
@@ -63,7 +63,7 @@ class Bench:
     device: str
     threads: int
     repeats: int
-    rows: tuple[Row, ...]
+    rows: tuple[Measured, ...]
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -71,11 +71,11 @@ class Bench:
         """Whether all variants compute the same."""
         return all(row.agrees for row in self.rows)
 
-    def row(self, name: str) -> Row | None:
+    def row(self, name: str) -> Measured | None:
         """The row of one variant."""
         return next((row for row in self.rows if row.name == name), None)
 
-    def ratio(self, row: Row, quantity: str) -> float | None:
+    def ratio(self, row: Measured, quantity: str) -> float | None:
         """A row's seconds, saved, peak or flops in units of the floor's."""
         own, unit = getattr(row, quantity), getattr(self.rows[0], quantity)
         return own / unit if own is not None and unit else None
@@ -172,11 +172,11 @@ def _start_alike(fused: CompiledModule, plain: CompiledModule) -> None:
 
 def _measured(
     variants: list[Variant], arguments: Arguments, repeats: int, device: torch.device, timings: Timings
-) -> tuple[Row, ...]:
+) -> tuple[Measured, ...]:
     """A row a variant. All are warm before any is timed."""
     working: dict[str, Variant] = {}
     found: dict[str, Behaviour] = {}
-    rows = {variant.name: Row(variant.name, note=variant.missing) for variant in variants}
+    rows = {variant.name: Measured(variant.name, note=variant.missing) for variant in variants}
     random = _is_random(variants, arguments)
     for variant in variants:
         if variant.module is None:
@@ -189,7 +189,7 @@ def _measured(
             except Exception as error:
                 if not variant.foreign:
                     raise
-                rows[variant.name] = Row(variant.name, note=headline(error))
+                rows[variant.name] = Measured(variant.name, note=headline(error))
                 continue
         working[variant.name] = variant
     with timings.stage("clock"):
@@ -203,11 +203,11 @@ def _measured(
     return tuple(rows.values())
 
 
-def _counted(variant: Variant, arguments: Arguments, device: torch.device, seen: Behaviour, seconds: float) -> Row:
+def _counted(variant: Variant, arguments: Arguments, device: torch.device, seen: Behaviour, seconds: float) -> Measured:
     assert variant.module is not None
     given = [leaf for leaf in (*arguments[0], *arguments[1].values()) if isinstance(leaf, Tensor)]
     own = (*variant.module.parameters(), *variant.module.buffers(), *given)
-    return Row(
+    return Measured(
         variant.name,
         seconds=seconds,
         saved=saved_bytes(lambda: variant.loss(arguments), own),

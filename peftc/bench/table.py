@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from peftc.bench.bench import Bench, Row
+from peftc.bench.bench import Bench, Measured
 from peftc.planning.memory import formatted_bytes
 
 FOOTNOTE = (
@@ -30,7 +30,7 @@ def bench_table(bench: Bench) -> Group:
     return Group(table, *notes, Text(FOOTNOTE))
 
 
-def _cells(bench: Bench, row: Row) -> list[str]:
+def _cells(bench: Bench, row: Measured) -> list[str]:
     figures = {
         "seconds": row.seconds and f"{row.seconds:.4f} s",
         "saved": row.saved is not None and formatted_bytes(row.saved),

@@ -65,7 +65,7 @@ def _is_shape(shape: tuple[Any, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackedFile:
     """The packed layers of a checkpoint that is to be written: bitsandbytes' state dict of each, by its path.
 
     `settings` is the `quantization_config` by which transformers knows them.

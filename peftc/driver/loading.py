@@ -58,7 +58,7 @@ def load_and_plan(
     module, given = model, None
     if not isinstance(module, nn.Module):
         reference = parse_reference(str(module))
-        if intentions.storings:
+        if intentions.packings:
             plan = None if whole else _without_what_is_packed(reference, intentions, make_example, timings, dtype)
             if plan is not None:
                 return plan
@@ -77,7 +77,7 @@ def _without_what_is_packed(
     def leave(skeleton: nn.Module) -> Iterable[str]:
         plans.append(pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings))
         reading.enter_context(timings.stage("load"))
-        return plans[0].stored
+        return plans[0].packed
 
     with ExitStack() as reading:
         found = load_but(reference, leave, dtype=dtype)
@@ -88,7 +88,7 @@ def _without_what_is_packed(
         debug.tell(1, [f"{reference.text} has no safetensors files: it was read as a whole"])
         return pipeline.plan_model(model, intentions, make_example(model, None), timings)
     (plan,) = plans
-    _tell(checkpoint, len(plan.stored), timings)
+    _tell(checkpoint, len(plan.packed), timings)
     return replace(plan, captured=over(plan.captured, model, checkpoint))
 
 

@@ -73,6 +73,6 @@ def build(
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, BlockModule if fuse else fx.GraphModule)
         if fuse:
-            mark(work.module, plan.checkpoints)
+            mark(work.module, plan.recomputed)
     with timings.stage("emit"):
         return CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)

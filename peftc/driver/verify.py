@@ -29,7 +29,7 @@ class Verifier:
         self.frozen = {
             str(node.target): get_attribute(module, str(node.target))
             for node in module.graph.find_nodes(op="get_attr")
-            if str(node.target) not in plan.trained and str(node.target) not in plan.stored
+            if str(node.target) not in plan.trained and str(node.target) not in plan.packed
         }
         self.replaceable = {
             parameter for binding in plan.bindings if binding.method.prepares for parameter in binding.site.parameters

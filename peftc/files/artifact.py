@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peftc import language as ast
 from peftc.capture.checkpoint import digest
 from peftc.capture.inputs import Example, example_inputs, fake_mode_of
 from peftc.capture.references import parse_reference
@@ -31,7 +32,6 @@ from peftc.diagnostics.source import Source
 from peftc.files.errors import BadArtifact, WrongBase
 from peftc.files.folder import write_folder
 from peftc.graph.ir import get_attribute
-from peftc.language import syntax as ast
 from peftc.runtime.module import Runtime
 from peftc.runtime.statedict import added_names
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftc.capture.bitsandbytes import Packing
+from peftc.capture.bitsandbytes import PackedFile
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.files.errors import BadOutput, CannotMerge
 from peftc.graph.ir import get_attribute, set_tensor
@@ -45,7 +45,7 @@ def merge(compiled: Runtime) -> nn.Module:
         for name in (*plan.trained, *compiled.watch.unplanned(compiled)):
             for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
-        for name in plan.stored:
+        for name in plan.packed:
             write(compiled, model, name, frozen_weight(compiled, plan, name))
         for weight, bindings in by_weight.items():
             _fold(compiled, model, weight, bindings)
@@ -111,7 +111,7 @@ def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
         config.tie_word_embeddings = False
 
 
-def save_merged(model: nn.Module, folder: str | Path, packed: Packing | None = None) -> bool:
+def save_merged(model: nn.Module, folder: str | Path, packed: PackedFile | None = None) -> bool:
     """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
 
     With `packed` its layers are written as bitsandbytes packs them, and the configuration says so: returns whether

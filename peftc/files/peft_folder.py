@@ -26,7 +26,7 @@ from peftc.files.folder import write_folder
 from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, prefix_folder, read_prefix
 from peftc.files.peft_prompt import has_prompt, prompt_folder, read_prompt
 from peftc.graph.ir import get_attribute
-from peftc.language.syntax import Spec, parse
+from peftc.language import Spec, parse
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Experts, Linear, Projection

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from peftc.capture.bitsandbytes import Packing
+from peftc.capture.bitsandbytes import PackedFile
 from peftc.files.merge import merge, write
 from peftc.graph.ir import get_attribute
-from peftc.planning.packed_weight import Stored
+from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.site import Projection
 from peftc.runtime.module import Runtime
 
@@ -35,7 +35,7 @@ class Repacked:
 
     model: nn.Module
     lost: dict[str, Rounding]
-    packing: Packing | None
+    packing: PackedFile | None
 
 
 def repack(compiled: Runtime) -> Repacked:
@@ -52,7 +52,7 @@ def repack(compiled: Runtime) -> Repacked:
     layers: dict[str, dict[str, Tensor]] = {}
     changed = {binding.site.weight for binding in compiled.plan.bindings if isinstance(binding.site, Projection)}
     with torch.no_grad():
-        for name, item in compiled.plan.stored.items():
+        for name, item in compiled.plan.packed.items():
             merged = get_attribute(model, name).detach()
             as_it_is = {full: get_attribute(compiled, full) for full in item.buffers}
             buffers = item.pack(merged) if name in changed else as_it_is
@@ -61,7 +61,7 @@ def repack(compiled: Runtime) -> Repacked:
             layers[name.removesuffix(".weight")] = item.to_bitsandbytes(buffers)
             write(compiled, model, name, rounded)
     settings = _settings(compiled, model)
-    return Repacked(model, lost, None if settings is None else Packing(layers, settings))
+    return Repacked(model, lost, None if settings is None else PackedFile(layers, settings))
 
 
 def _lost(merged: Tensor, rounded: Tensor) -> Rounding:
@@ -71,24 +71,24 @@ def _lost(merged: Tensor, rounded: Tensor) -> Rounding:
 
 def _settings(compiled: Runtime, model: nn.Module) -> dict[str, object] | None:
     """`quantization_config` of a checkpoint with these layers packed and no others; None if there cannot be one."""
-    stored = compiled.plan.stored
-    if not stored or not isinstance(model, PreTrainedModel):
+    packed = compiled.plan.packed
+    if not packed or not isinstance(model, PreTrainedModel):
         return None
-    first, *others = [item.storage.bitsandbytes_settings(item.dtype) for item in stored.values()]
-    if any(other != first for other in others) or not all(_is_layer(model, item) for item in stored.values()):
+    first, *others = [item.storage.bitsandbytes_settings(item.dtype) for item in packed.values()]
+    if any(other != first for other in others) or not all(_is_layer(model, item) for item in packed.values()):
         return None
     skipped = [
         name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in stored
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in packed
     ]  # fmt: skip
     # A layer is left dense that is like one of these by name, or is one that the model keeps in full precision.
     dense = [*skipped, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    if not all(should_convert_module(name.removesuffix(".weight"), dense) for name in stored):
+    if not all(should_convert_module(name.removesuffix(".weight"), dense) for name in packed):
         return None
     return {"quant_method": "bitsandbytes", **first, "llm_int8_skip_modules": skipped}
 
 
-def _is_layer(model: PreTrainedModel, item: Stored) -> bool:
+def _is_layer(model: PreTrainedModel, item: PackedWeight) -> bool:
     """Whether the weight is that of a layer that transformers has bitsandbytes' in place of."""
     owner, _, leaf = item.weight.rpartition(".")
     return leaf == "weight" and type(model.get_submodule(owner)) in (nn.Linear, Conv1D)

@@ -15,6 +15,7 @@ from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Source, Span
 from peftc.language import errors as mistakes
 from peftc.language import globs as patterns
+from peftc.language import spelling
 from peftc.language.explain import bad_number, unknown_operator
 from peftc.language.reader import DEEPEST
 from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS
@@ -146,7 +147,7 @@ class Builder:
         parts = tuple(token.split("."))
         words = parts[:-1] if parts[-1] == "*" and len(parts) > 1 else parts
         if not all(word.isascii() and word.isidentifier() for word in words):
-            self.problems.append(mistakes.BadRole(text=str(token), span=span))
+            self.problems.append(spelling.BadRole(text=str(token), span=span))
         return Role(parts, span=span)
 
     def _glob(self, token: Token, span: Span) -> Glob:
@@ -154,7 +155,7 @@ class Builder:
         if problem := patterns.problem(pattern):
             start, reason = problem
             place = Span(self.source, offsets[start], offsets[min(start + 1, len(pattern))])
-            self.problems.append(mistakes.BadGlob(reason=reason, span=place))
+            self.problems.append(spelling.BadGlob(reason=reason, span=place))
         return Glob(pattern, span=span)
 
     def _regex(self, pattern: str, span: Span) -> Regex:
@@ -165,9 +166,9 @@ class Builder:
         except re.error as error:
             start = span.start + 1 + (error.pos or 0)
             place = Span(self.source, start, min(start + 1, span.end - 1)) if error.pos is not None else span
-            self.problems.append(mistakes.BadRegex(reason=error.msg, span=place))
+            self.problems.append(spelling.BadRegex(reason=error.msg, span=place))
         except (OverflowError, RecursionError, Warning) as error:
-            self.problems.append(mistakes.BadRegex(reason=str(error).split(" at position")[0], span=span))
+            self.problems.append(spelling.BadRegex(reason=str(error).split(" at position")[0], span=span))
         return Regex(pattern, span=span)
 
     def _in_layers(self, parts: list[Any], span: Span) -> InLayers:
@@ -256,7 +257,7 @@ class Builder:
         elif len(digits) < 40:
             value = int(digits)
         if abs(value) > (2**63 - 1 if isinstance(value, int) else sys.float_info.max):
-            self.problems.append(mistakes.NumberTooLarge(span=span))
+            self.problems.append(spelling.NumberTooLarge(span=span))
             return Number(1, span=span)
         return Number(value, unit or None, span=span)
 
@@ -268,9 +269,9 @@ class Builder:
             part, place = match.group(), Span(self.source, base + match.start(), base + match.end())
             character = _unescape(part) if part[0] == "\\" else part
             if character is None:
-                self.problems.append(mistakes.BadEscape(escape=part, span=place))
+                self.problems.append(spelling.BadEscape(escape=part, span=place))
             elif part < " " and part != "\t":
-                self.problems.append(mistakes.BadCharacter(character=part, span=place))
+                self.problems.append(spelling.BadCharacter(character=part, span=place))
             characters.append(character or "x")
             offsets.append(place.start)
         return "".join(characters), [*offsets, base + len(token) - 1]

@@ -13,7 +13,7 @@ from lark import Token
 from peftc.diagnostics.diagnostic import Diagnostic, choices, suggest
 from peftc.diagnostics.source import Source, Span
 from peftc.language import errors as mistakes
-from peftc.language import tokens
+from peftc.language import spelling, tokens
 from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, NEWLINE, VERBS, WORDS
 from peftc.language.tree import UNITS
 
@@ -193,11 +193,11 @@ def bad_number(rest: str, span: Span) -> Diagnostic:
     """What follows the digits of a number is no unit: a misspelt one, or the whole is no number."""
     if rest.isalpha() and rest not in ("e", "E"):
         return unknown_unit(rest, Span(span.source, span.end - len(rest), span.end))
-    return mistakes.BadNumber(text=span.text, span=span)
+    return spelling.BadNumber(text=span.text, span=span)
 
 
 def unknown_unit(unit: str, span: Span) -> Diagnostic:
-    return mistakes.UnknownUnit(unit=unit, hint=suggest(unit, UNITS), units=tuple(UNITS), span=span)
+    return spelling.UnknownUnit(unit=unit, hint=suggest(unit, UNITS), units=tuple(UNITS), span=span)
 
 
 def unknown_operator(operator: str, operators: tuple[str, ...], span: Span) -> Diagnostic:
@@ -225,18 +225,18 @@ def _lexical_mistake(token: Token, span: Span) -> Diagnostic | None:
     text = str(token)
     match token.type:
         case "BAD_STRING":
-            return mistakes.UnclosedString(span=span)
+            return spelling.UnclosedString(span=span)
         case "BAD_QUOTE":
-            return mistakes.WrongQuote(text=text, span=span)
+            return spelling.WrongQuote(text=text, span=span)
         case "BAD_REGEX":
-            return mistakes.UnclosedRegex(comment=text.startswith("//"), span=span)
+            return spelling.UnclosedRegex(comment=text.startswith("//"), span=span)
         case "BAD_NAME":
             at = next(index for index, letter in enumerate(text) if not letter.isascii())
             plain = unicodedata.normalize("NFKD", text.translate(_LETTERS)).encode("ascii", "ignore").decode()
             meant = plain if len(plain) == len(text) else None
-            return mistakes.BadName(word=text, character=text[at], meant=meant, span=span)
+            return spelling.BadName(word=text, character=text[at], meant=meant, span=span)
         case "BAD_CHARACTER":
-            return mistakes.BadCharacter(character=text, hint=_character_hint(text), span=span)
+            return spelling.BadCharacter(character=text, hint=_character_hint(text), span=span)
     return None
 
 

@@ -30,7 +30,7 @@ from peftc.optimise.two_passes import Passes, split
 
 aten = torch.ops.aten
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
-CHECKPOINT = "checkpoint"
+RECOMPUTED = "peftc recomputed"
 LOCK = threading.RLock()
 
 
@@ -55,13 +55,13 @@ class Kind:
     constants: tuple[Any, ...]
     device: torch.device
     autocast: tuple[str, torch.dtype] | None
-    checkpoint: bool
+    recompute_all: bool
 
 
 class BlockModule(fx.GraphModule):
     """A block of the compiled model. Its graph is what it computes; how a training step runs it is planned apart.
 
-    `meta["checkpoint"]`: its backward pass computes all of it again.
+    `meta[RECOMPUTED]`: its backward pass computes all of it again.
     """
 
     _lifted: dict[bool, tuple[Lifted, str] | None]
@@ -80,7 +80,7 @@ class BlockModule(fx.GraphModule):
             if torch.compiler.is_compiling():
                 if self._in_place or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
                     return plain(self, *given)
-                return partitioned(plain, CHECKPOINT in self.meta, self, *given)
+                return partitioned(plain, RECOMPUTED in self.meta, self, *given)
             if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's transformations
                 return plain(self, *given)
             with LOCK:  # a trace has the shape environment of the capture to itself
@@ -105,7 +105,7 @@ class BlockModule(fx.GraphModule):
             return None
         constants = tuple(inputs[place] for place in graph.constants)
         device = next(item.device for item in inputs if isinstance(item, Tensor))
-        kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(CHECKPOINT)))
+        kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(RECOMPUTED)))
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
 
@@ -120,7 +120,7 @@ def mark(module: fx.GraphModule, blocks: dict[str, Span]) -> None:
         block = module.get_submodule(path)
         if not isinstance(block, BlockModule) or lifted(block, block.graph, trains=True) is None:
             raise PeftcError(CannotCheckpoint(block=path, span=span))
-        block.meta[CHECKPOINT] = True
+        block.meta[RECOMPUTED] = True
 
 
 class _Holder:
@@ -160,11 +160,11 @@ def program(kind: Kind, holder: _Holder) -> Program:
     own = len(graph.inputs) - len(graph.names)
     given = [place < own and _shape(node) in streams for place, node in enumerate(graph.inputs)]
     wide = tuple(map(operator.or_, kind.needs, given))
-    both = _traced(replace(kind, needs=wide, checkpoint=False), holder)
+    both = _traced(replace(kind, needs=wide, recompute_all=False), holder)
     both = both.narrowed(graph.reached(kind.needs), tuple(compress(kind.needs, wide)))
     # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
-    passes = split(both, free, recompute_all=kind.checkpoint)
+    passes = split(both, free, recompute_all=kind.recompute_all)
     if kind.device.type == "cpu":
         for half in (passes.forward, passes.backward):
             _multiply_fast(half)

@@ -9,15 +9,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from peftc import language as ast
 from peftc.capture.capture import Captured
 from peftc.capture.convention import Convention
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
-from peftc.language import syntax as ast
 from peftc.planning import errors as say
 from peftc.planning.gradients import never_learning
 from peftc.planning.memory import formatted_bytes
-from peftc.planning.packed_weight import Stored
+from peftc.planning.packed_weight import PackedWeight
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.positions_left import too_long
 from peftc.planning.select import COMPARE
@@ -39,8 +39,8 @@ class Draft:
     bindings: tuple[Binding, ...]
     trained: dict[str, Span]
     named: dict[int, list[Site]]
-    stored: dict[str, Stored]
-    checkpoints: dict[str, Span]
+    packed: dict[str, PackedWeight]
+    recomputed: dict[str, Span]
 
 
 def same_method_twice(draft: Draft) -> Iterator[Diagnostic]:

@@ -45,12 +45,12 @@ class Step:
 
     def __init__(
         self, graph: fx.Graph, blocks: Iterable[str], bindings: Iterable[Binding], trained: Container[str],
-        checkpoints: Container[str],
+        recomputed: Container[str],
     ) -> None:  # fmt: skip
         self.graph = graph
         self.blocks = frozenset(blocks)
         self.bindings = tuple(bindings)
-        self.checkpoints = checkpoints
+        self.recomputed = recomputed
         self.needs = self._needing_gradients(trained)
         self.of = {node: block_of(node, self.blocks) for node in graph.nodes}
         self.members: dict[str | None, list[fx.Node]] = defaultdict(list)
@@ -69,12 +69,12 @@ class Step:
                 continue
             block = self.of[node]
             needed[block] |= dict.fromkeys(tensor for tensor in _kept_by(node, self.needs) if is_tensor(tensor))
-            if block not in self.checkpoints:
+            if block not in self.recomputed:
                 beside += _kept_beside(node)
         replaced: dict[int, Kept] = {}
         for binding in self.bindings:
             block = self._block_of_site(binding.site)
-            if block not in self.checkpoints:
+            if block not in self.recomputed:
                 beside += _kept_by_branch(binding, needed[block], replaced)
         chosen = {node for block, wanted in needed.items() for node in self._chosen(block, wanted)}
         kept = {memory(node): _whole(node) for node in chosen if node.op == "call_function" and is_tensor(node)}
@@ -103,7 +103,7 @@ class Step:
         members = self.members[block]
         inside = set(members)
         entering = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in inside)
-        all_again = block in self.checkpoints
+        all_again = block in self.recomputed
 
         def weight(node: fx.Node) -> float:
             own = node in inside or node in self.needs or self.of[node] is not None

@@ -15,7 +15,7 @@ from peftc.protocol.storage import Buffer, Storage
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class PackedWeight:
     """One weight in one storage. `path` is where the compiled model keeps its buffers.
 
     `weight` is the tensor's name in the graph, `held` its shape in the base model; `transposed`: its rows are input

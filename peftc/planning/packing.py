@@ -10,23 +10,23 @@ from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute
 from peftc.planning import errors as say
-from peftc.planning.packed_weight import Stored
+from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.site import Projection, Site
 from peftc.protocol.storage import Storage
-from peftc.spec.resolve import Storing
+from peftc.spec.resolve import Packing
 
 
-def stored_weights(
-    captured: Captured, statements: Iterable[tuple[Storing, list[Site]]], trained: dict[str, Span]
-) -> tuple[dict[str, Stored], list[Diagnostic]]:
-    """Weight's name in the graph -> how it is stored, and what is wrong.
+def packed_weights(
+    captured: Captured, statements: Iterable[tuple[Packing, list[Site]]], trained: dict[str, Span]
+) -> tuple[dict[str, PackedWeight], list[Diagnostic]]:
+    """Weight's name in the graph -> how it is packed, and what is wrong.
 
     Args:
         captured: the model, of any device.
         statements: each with the sites that its selector means; a part of a fused weight means the whole of it.
         trained: existing parameters that learn, and which statement says so.
     """
-    stored: dict[str, Stored] = {}
+    packed: dict[str, PackedWeight] = {}
     problems: list[Diagnostic] = []
     for number, (statement, sites) in enumerate(statements):
         refused, clashes = defaultdict(list), defaultdict(list)
@@ -36,7 +36,7 @@ def stored_weights(
                 continue
             assert isinstance(site, Projection)
             item = _stored(captured, number, statement, site)
-            earlier = stored.setdefault(site.weight, item)
+            earlier = packed.setdefault(site.weight, item)
             other = earlier.span if earlier.statement != number else trained.get(site.weight)
             if other is not None:
                 clashes[other, earlier.statement != number].append(site)
@@ -53,7 +53,7 @@ def stored_weights(
             )
             for (other, twice), found in clashes.items()
         ]
-    return stored, problems
+    return packed, problems
 
 
 def _obstacle(site: Site) -> str | None:
@@ -65,7 +65,7 @@ def _obstacle(site: Site) -> str | None:
     return None
 
 
-def _refuses(captured: Captured, statement: Storing, site: Projection) -> str | None:
+def _refuses(captured: Captured, statement: Packing, site: Projection) -> str | None:
     return statement.storage.refuses(_shape(captured, site))
 
 
@@ -75,9 +75,9 @@ def _shape(captured: Captured, site: Projection) -> tuple[int, ...]:
     return (*held[:-2], held[-1], held[-2]) if site.transposed else held
 
 
-def _stored(captured: Captured, number: int, statement: Storing, site: Projection) -> Stored:
+def _stored(captured: Captured, number: int, statement: Packing, site: Projection) -> PackedWeight:
     tensor = get_attribute(captured.module, site.weight)
-    return Stored(
+    return PackedWeight(
         statement=number, storage=statement.storage, weight=site.weight, path=_path(captured, statement.storage, site),
         held=tuple(tensor.shape), dtype=tensor.dtype, transposed=site.transposed, span=statement.span,
     )  # fmt: skip

@@ -16,9 +16,9 @@ import torch
 from peftc.capture.capture import Captured
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute
-from peftc.language.syntax import Spec
+from peftc.language import Spec
 from peftc.planning.memory import Kept, Memory, step_memory
-from peftc.planning.packed_weight import Stored
+from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.method import Method, State
 from peftc.protocol.site import Sequence, Site, Sites
 from peftc.spec.resolve import Intentions
@@ -64,19 +64,19 @@ def extension(bindings: Iterable[Binding]) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class StatementCost:
     """One line of the report: a statement, what it matched, what it costs."""
 
     statement: str
     sites: int
     parameters: int
-    stored: int | None = None  # bytes that the packed weights take, of a statement that packs some
+    packed: int | None = None  # bytes that the packed weights take, of a statement that packs some
     dense: int = 0  # and what they take in the base model
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
         row = {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
-        return row if self.stored is None else row | {"bytes": self.stored, "dense_bytes": self.dense}
+        return row if self.packed is None else row | {"bytes": self.packed, "dense_bytes": self.dense}
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Plan:
     sites: Sites
     bindings: tuple[Binding, ...]
     trained: dict[str, Span]
-    rows: tuple[Row, ...]
-    stored: dict[str, Stored] = field(default_factory=dict)
-    checkpoints: dict[str, Span] = field(default_factory=dict)
+    rows: tuple[StatementCost, ...]
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    recomputed: dict[str, Span] = field(default_factory=dict)
     kept: tuple[Kept, ...] = ()
 
     @property
@@ -144,10 +144,10 @@ class Plan:
             optimizer: a key of `peftc.planning.memory.STATE_BYTES`.
         """
         module = self.captured.module
-        sizes = {name: item.dtype.itemsize for name, item in self.stored.items()}
+        sizes = {name: item.dtype.itemsize for name, item in self.packed.items()}
         dense = (name for name in self.sites.parameters if name not in sizes)
         sizes |= {name: get_attribute(module, name).element_size() for name in dense}
-        frozen = sum(count * sizes[name] for name, count in self.sites.parameters.items() if name not in self.stored)
+        frozen = sum(count * sizes[name] for name, count in self.sites.parameters.items() if name not in self.packed)
         beside = {name: sizes[binding.site.parameters[0]] for binding in self.bindings for name in binding.tensors}
         added = [
             (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
@@ -155,7 +155,7 @@ class Plan:
         ]
         known = self._sizes(batch, seq)
         return step_memory(
-            frozen + sum(item.bytes for item in self.stored.values()),
+            frozen + sum(item.bytes for item in self.packed.values()),
             sum(count * size for count, size, _ in added),
             [
                 *((count, size) for count, size, trains in added if trains),
@@ -187,9 +187,9 @@ class Plan:
                 for binding in self.bindings
             ],
             "trained": list(self.trained),
-            "checkpoints": list(self.checkpoints),
+            "checkpoints": list(self.recomputed),
             "stored": [
                 {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
-                for item in self.stored.values()
+                for item in self.packed.values()
             ],
         }

@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 
+from peftc import language as ast
 from peftc.capture.capture import Captured
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, in_file_order
 from peftc.diagnostics.source import Span
-from peftc.language import syntax as ast
 from peftc.planning import errors as say
 from peftc.planning.checks import CHECKS, Draft, over_budget
 from peftc.planning.cost import Step
-from peftc.planning.packing import stored_weights
-from peftc.planning.plan import Binding, Plan, Row
+from peftc.planning.packing import packed_weights
+from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
 from peftc.protocol.method import Method, Stage, kinds, methods
@@ -56,32 +56,32 @@ def _plan(draft: Draft) -> Plan:
         bindings=ordered,
         trained=draft.trained,
         rows=tuple(_rows(draft)),
-        stored=draft.stored,
-        checkpoints=draft.checkpoints,
-        kept=Step(graph, blocks, ordered, draft.trained, draft.checkpoints).kept(),
+        packed=draft.packed,
+        recomputed=draft.recomputed,
+        kept=Step(graph, blocks, ordered, draft.trained, draft.recomputed).kept(),
     )
 
 
-def _rows(draft: Draft) -> Iterator[Row]:
+def _rows(draft: Draft) -> Iterator[StatementCost]:
     """The report: what lies packed, as that pass is the first; methods, existing parameters, recomputed blocks."""
     intentions = draft.intentions
-    for number, storing in enumerate(intentions.storings):
-        mine = [item for item in draft.stored.values() if item.statement == number]
+    for number, packing in enumerate(intentions.packings):
+        mine = [item for item in draft.packed.values() if item.statement == number]
         packed, dense = sum(item.bytes for item in mine), sum(item.dense_bytes for item in mine)
-        yield Row(_one_line(storing.span), len(mine), 0, packed, dense)
+        yield StatementCost(_one_line(packing.span), len(mine), 0, packed, dense)
     for number, application in enumerate(intentions.applications):
         bindings = [binding for binding in draft.bindings if binding.statement == number]
         tensors = {name: state for binding in bindings for name, state in binding.tensors.items()}
         count = sum(prod(state.shape) for state in tensors.values() if state.trainable)
-        yield Row(_one_line(application.span), len(bindings), count)
+        yield StatementCost(_one_line(application.span), len(bindings), count)
     for number, training in enumerate(intentions.trainings):
         if training.on:
             found = draft.named[number]
             parameters = {name for site in found for name in _whole_parameters(site)}
             count = sum(draft.sites.parameters[name] for name in parameters)
-            yield Row(_one_line(training.span), len(found), count)
+            yield StatementCost(_one_line(training.span), len(found), count)
     for item in intentions.recomputings:
-        yield Row(_one_line(item.span), sum(span == item.span for span in draft.checkpoints.values()), 0)
+        yield StatementCost(_one_line(item.span), sum(span == item.span for span in draft.recomputed.values()), 0)
 
 
 class _Drafting:
@@ -101,11 +101,11 @@ class _Drafting:
             for binding in self._bind(number, application)
         )
         trained, named = self._trained()
-        statements = [(item, self._select(item.target, parameters=True)) for item in self.intentions.storings]
-        stored, problems = stored_weights(self.captured, statements, trained)
+        statements = [(item, self._select(item.target, parameters=True)) for item in self.intentions.packings]
+        packed, problems = packed_weights(self.captured, statements, trained)
         self.problems += problems
-        checkpoints = recomputed(self.intentions.recomputings, self._select, self.problems)
-        return Draft(self.captured, self.sites, self.intentions, bindings, trained, named, stored, checkpoints)
+        again = recomputed(self.intentions.recomputings, self._select, self.problems)
+        return Draft(self.captured, self.sites, self.intentions, bindings, trained, named, packed, again)
 
     def _select(self, selector: ast.Selector, *, parameters: bool = False) -> list[Site]:
         selection = Selection(self.sites, parameters=parameters)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
-from peftc.language import syntax as ast
 from peftc.planning.errors import WrongSite
 from peftc.protocol.site import Site
 from peftc.spec.resolve import Recomputing

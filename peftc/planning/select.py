@@ -11,8 +11,8 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable
 
+from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic
-from peftc.language import syntax as ast
 from peftc.planning import errors as say
 from peftc.protocol.site import Parameters, Projection, Site, Sites
 from peftc.spec.groups import Group, InGroup

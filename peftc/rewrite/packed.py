@@ -7,14 +7,14 @@ from collections.abc import Callable
 from torch import Tensor, fx, nn
 
 from peftc.graph.ir import Provenance, attribute_node, get_attribute, set_tensor, value
-from peftc.planning.packed_weight import Stored
+from peftc.planning.packed_weight import PackedWeight
 from peftc.planning.plan import Plan
 from peftc.rewrite.splicer import Splicer
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
     """The tensor as it is computed with, in the base model's layout: unpacked, where it is stored packed."""
-    item = plan.stored.get(name)
+    item = plan.packed.get(name)
     if item is None:
         found: Tensor = get_attribute(module, name).detach()
         return found
@@ -23,7 +23,7 @@ def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
     return item.unpack({full: get_attribute(module, full) for full in item.buffers})
 
 
-def is_packed(module: nn.Module, item: Stored) -> bool:
+def is_packed(module: nn.Module, item: PackedWeight) -> bool:
     """Whether the buffers are in `module`; before they are, the weight is."""
     owner, _, leaf = item.first.rpartition(".")
     try:
@@ -32,7 +32,7 @@ def is_packed(module: nn.Module, item: Stored) -> bool:
         return False
 
 
-def pack_as_found(module: nn.Module, plan: Plan, item: Stored) -> bool:
+def pack_as_found(module: nn.Module, plan: Plan, item: PackedWeight) -> bool:
     """Puts the packed weight into `module` as its checkpoint has it; False where that has it dense or otherwise."""
     state = plan.captured.packed(item.weight)
     buffers = item.packed_as(state) if state is not None else None
@@ -42,12 +42,12 @@ def pack_as_found(module: nn.Module, plan: Plan, item: Stored) -> bool:
     return True
 
 
-def pack(module: nn.Module, item: Stored, weight: Tensor) -> None:
+def pack(module: nn.Module, item: PackedWeight, weight: Tensor) -> None:
     """Puts the packed weight into `module`; of a dense one that is still there only the shape stays."""
     _put(module, item, item.pack(weight))
 
 
-def _put(module: nn.Module, item: Stored, buffers: dict[str, Tensor]) -> None:
+def _put(module: nn.Module, item: PackedWeight, buffers: dict[str, Tensor]) -> None:
     for full, tensor in buffers.items():
         set_tensor(module, full, tensor)
     owner, _, leaf = item.weight.rpartition(".")
@@ -63,7 +63,7 @@ def unpack_in_graph(splicer: Splicer, plan: Plan, pass_name: str) -> dict[str, f
     """
     module = splicer.module
     dense: dict[str, fx.Node] = {}
-    for item in plan.stored.values():
+    for item in plan.packed.values():
         (node,) = module.graph.find_nodes(op="get_attr", target=item.weight)
         first = min(node.users)
         operands = [attribute_node(module.graph, module, full) for full in item.names.values()]
@@ -78,5 +78,5 @@ def unpack_in_graph(splicer: Splicer, plan: Plan, pass_name: str) -> dict[str, f
     return dense
 
 
-def _unpacking(item: Stored) -> Callable[..., Tensor]:
+def _unpacking(item: PackedWeight) -> Callable[..., Tensor]:
     return lambda *buffers: item.unpack(dict(zip(item.names.values(), buffers, strict=True)))

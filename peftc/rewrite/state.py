@@ -45,24 +45,24 @@ def materialise(
     made: dict[str, Tensor] = {}
     with torch.no_grad():
         # A method that takes something out of a weight takes it out of the base's; the others start from what is kept.
-        before = [b for b in plan.bindings if _prepares(b) and b.site.parameters[0] in plan.stored]
+        before = [b for b in plan.bindings if _prepares(b) and b.site.parameters[0] in plan.packed]
         for binding in before:
             _begin(module, plan, binding, made, state, data)
-        for weight, item in plan.stored.items():
+        for weight, item in plan.packed.items():
             if not is_packed(module, item):
                 _pack(module, plan, weight)
         for binding in plan.bindings:
             if binding not in before:
                 _begin(module, plan, binding, made, state, data)
-        _prepare(module, plan, [weight for weight in rewritten(plan) if weight not in plan.stored])
+        _prepare(module, plan, [weight for weight in rewritten(plan) if weight not in plan.packed])
 
 
 def _pack(module: nn.Module, plan: Plan, weight: str) -> None:
     """Packs a weight with what methods change of it; one that none changes lies as its checkpoint has it, if packed."""
     base = _base(module, plan, weight)
     prepared = _prepared(module, plan, weight, base)
-    if prepared is not base or not pack_as_found(module, plan, plan.stored[weight]):
-        pack(module, plan.stored[weight], prepared)
+    if prepared is not base or not pack_as_found(module, plan, plan.packed[weight]):
+        pack(module, plan.packed[weight], prepared)
 
 
 def _begin(
@@ -75,7 +75,7 @@ def _begin(
 ) -> None:
     """Fills the binding's tensors and puts them in place; `made`, by full name, are those of the bindings before."""
     method, site = binding.method, binding.site
-    takes = site.parameters[0] in plan.stored and _prepares(binding)
+    takes = site.parameters[0] in plan.packed and _prepares(binding)
     frozen = _base(module, plan, site.parameters[0]) if takes else frozen_weight(module, plan, site.parameters[0])
     fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
     made |= {full: _start(spec, frozen) for full, spec in fresh.items()}
@@ -107,8 +107,8 @@ def _prepare(module: nn.Module, plan: Plan, weights: Iterable[str]) -> None:
     for weight in weights:
         base = _base(module, plan, weight)
         prepared = _prepared(module, plan, weight, base)
-        if weight in plan.stored:
-            pack(module, plan.stored[weight], prepared)
+        if weight in plan.packed:
+            pack(module, plan.packed[weight], prepared)
             continue
         now = get_attribute(module, weight)
         if now.data_ptr() != prepared.data_ptr() and not torch.equal(now, prepared):
@@ -127,13 +127,13 @@ def _prepares(binding: Binding) -> bool:
 
 def _here(plan: Plan, binding: Binding) -> Here:
     """The storage of the weight, for a method that takes its part out before the weight is packed."""
-    item = plan.stored.get(binding.site.parameters[0]) if _prepares(binding) else None
+    item = plan.packed.get(binding.site.parameters[0]) if _prepares(binding) else None
     return Here(storage=None if item is None else item.storage)
 
 
 def _base(module: nn.Module, plan: Plan, weight: str) -> Tensor:
     """The base model's tensor, where the compiled model computes."""
-    item = plan.stored.get(weight)
+    item = plan.packed.get(weight)
     device = get_attribute(module, weight if item is None or not is_packed(module, item) else item.first).device
     return plan.captured.frozen(weight).to(device)
 

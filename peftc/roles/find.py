@@ -30,7 +30,7 @@ from peftc.roles.linears import Product, products
 from peftc.roles.parameters import existing_parameters, own_name
 from peftc.roles.residual import Crossing, block_sites
 from peftc.roles.sequences import find_sequences
-from peftc.roles.stacks import Block, find_blocks
+from peftc.roles.stacks import BlockPath, find_blocks
 
 aten = torch.ops.aten
 
@@ -260,7 +260,7 @@ class _Finder:
             if self._block_of(product.weight) is None:
                 self.roles[product.weight, None].add("head")
 
-    def _block_of(self, parameter: str) -> Block | None:
+    def _block_of(self, parameter: str) -> BlockPath | None:
         return next((block for block in self.blocks if parameter.startswith(f"{block.path}.")), None)
 
     def _linear_sites(self) -> Iterator[Site]:
@@ -302,7 +302,7 @@ class _Finder:
         return any(user.target is aten.embedding.default for user in node.users)
 
 
-def _name_stacks(blocks: list[Block], decoders: set[str]) -> list[Block]:
+def _name_stacks(blocks: list[BlockPath], decoders: set[str]) -> list[BlockPath]:
     """With two stacks, the one with cross attention is the decoder; with one, there is nothing to name."""
     stacks = {block.stack for block in blocks}
     if len(stacks) != 2 or not decoders:
@@ -310,7 +310,7 @@ def _name_stacks(blocks: list[Block], decoders: set[str]) -> list[Block]:
     return [block.named("decoder" if block.stack in decoders else "encoder") for block in blocks]
 
 
-def _place(site: Site, blocks: list[Block]) -> Site:
+def _place(site: Site, blocks: list[BlockPath]) -> Site:
     """The site with its layer, stack and block filled in, from where its parameters live."""
     owner = site.parameters[0] if site.parameters else site.name
     for block in blocks:

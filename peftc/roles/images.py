@@ -15,7 +15,7 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import block_of, get_attribute, is_tensor, value
 from peftc.protocol.site import Sequence
-from peftc.roles.stacks import Block
+from peftc.roles.stacks import BlockPath
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ CAUSAL = {
 }  # fmt: skip
 
 
-def image_sequence(captured: Captured, blocks: list[Block]) -> Sequence | None:
+def image_sequence(captured: Captured, blocks: list[BlockPath]) -> Sequence | None:
     """The value [batch, length, width] that enters the first block, positions added; None without one."""
     if not blocks:
         return None

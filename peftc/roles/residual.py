@@ -25,7 +25,7 @@ Crossing = dict[str, tuple[AttentionPattern, fx.Node]]
 def block_sites(
     graph: fx.Graph,
     flow: nx.DiGraph[fx.Node],
-    blocks: list[found.Block],
+    blocks: list[found.BlockPath],
     is_product: Callable[[fx.Node], bool],
     crossing: Crossing,
 ) -> list[Block]:
@@ -45,7 +45,7 @@ def block_sites(
     readers = {stack: _readers(flow, h, stack, blocks, members) for h, stack in ends.items()}
     used = [str(node.target) for node in graph.find_nodes(op="get_attr")]
 
-    def site(block: found.Block) -> Block:
+    def site(block: found.BlockPath) -> Block:
         h = leaving.get(block.path)
         x = None if h is None else _entering(flow, h, set(members[block.path]), is_product)
         reading, source = _reading(flow, block, crossing, ends)
@@ -60,7 +60,7 @@ def block_sites(
     return [site(block) for block in blocks]
 
 
-def _members(graph: fx.Graph, blocks: list[found.Block]) -> Members:
+def _members(graph: fx.Graph, blocks: list[found.BlockPath]) -> Members:
     """The nodes of each block, in order."""
     paths = {block.path for block in blocks}
     members: Members = defaultdict(list)
@@ -94,7 +94,7 @@ def _entering(
 
 
 def _readers(
-    flow: nx.DiGraph[fx.Node], h: fx.Node, stack: str, blocks: list[found.Block], members: Members
+    flow: nx.DiGraph[fx.Node], h: fx.Node, stack: str, blocks: list[found.BlockPath], members: Members
 ) -> tuple[str, ...]:
     """The other containers with a block that depends on `h`."""
     behind = nx.descendants(flow, h)
@@ -103,7 +103,7 @@ def _readers(
 
 
 def _reading(
-    flow: nx.DiGraph[fx.Node], block: found.Block, crossing: Crossing, ends: dict[fx.Node, str]
+    flow: nx.DiGraph[fx.Node], block: found.BlockPath, crossing: Crossing, ends: dict[fx.Node, str]
 ) -> tuple[Reading | None, str | None]:
     """The block's cross attention and the container that it reads; nothing where its heads stand in the batch."""
     if block.path not in crossing:

@@ -19,7 +19,7 @@ from peftc.protocol.site import Sequence
 from peftc.roles.images import image_sequence
 from peftc.roles.limits import position_limit
 from peftc.roles.linears import parameter_of
-from peftc.roles.stacks import Block
+from peftc.roles.stacks import BlockPath
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0}
 TOKENS, LABELS, POSITIONS, MASK, IGNORED = "input_ids", "labels", "position_ids", "attention_mask", -100
 
 
-def find_sequences(captured: Captured, blocks: list[Block]) -> tuple[Sequence, ...]:
+def find_sequences(captured: Captured, blocks: list[BlockPath]) -> tuple[Sequence, ...]:
     """The model's input sequence: of an encoder-decoder model, the encoder's. Empty where there is none to be found."""
     inputs = {str(node.target): node for node in captured.module.graph.find_nodes(op="placeholder")}
     looked_up = {name: list(_lookups(node)) for name, node in inputs.items() if _counts_tokens(node)}

@@ -19,7 +19,7 @@ def refuse_casts(module: Holder, change: Callable[[Tensor], Tensor]) -> None:
 
     It is asked about empty tensors: nothing is changed yet.
     """
-    packed = {full for item in module.plan.stored.values() for full in item.buffers}
+    packed = {full for item in module.plan.packed.values() for full in item.buffers}
     asked: dict[tuple[torch.dtype, torch.device], torch.dtype] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         key = tensor.dtype, tensor.device

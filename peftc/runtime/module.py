@@ -125,7 +125,7 @@ class Runtime(Holder):
         """
         refuse_casts(self, fn)
         before = self.device
-        packed = {full: get_attribute(self, full) for item in self.plan.stored.values() for full in item.buffers}
+        packed = {full: get_attribute(self, full) for item in self.plan.packed.values() for full in item.buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         keep_packed(self, packed)
         if self.device != before:

@@ -52,10 +52,10 @@ def plan_table(plan: Plan) -> Table:
     for heading in ("sites", "trainable", "share"):
         table.add_column(heading, justify="right")
     for row in plan.rows:
-        if row.stored is None:
+        if row.packed is None:
             counts = f"{row.parameters:,}", f"{row.parameters / plan.total:.4%}"
         else:
-            counts = f"{formatted_bytes(row.stored)}", f"of {formatted_bytes(row.dense)}"
+            counts = f"{formatted_bytes(row.packed)}", f"of {formatted_bytes(row.dense)}"
         table.add_row(Text(row.statement), f"{row.sites:,}", *counts)
     table.add_section()
     table.add_row("all", "", f"{plan.trainable:,}", f"{plan.share:.4%}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, cast
 
+from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic, suggest
 from peftc.diagnostics.source import Span
-from peftc.language import syntax as ast
 from peftc.protocol.method import Method
 from peftc.protocol.params import Configured, Param, registered
 from peftc.spec import errors as say

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.diagnostics.source import Source
-from peftc.language.syntax import Spec, parse, parse_file
+from peftc.language import Spec, parse, parse_file
 from peftc.spec.resolve import Intentions, resolve
 
 SpecLike = Intentions | Spec | str | Path

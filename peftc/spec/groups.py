@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from peftc.language import syntax as ast
+from peftc import language as ast
 
 Grouping = Callable[[int, int], tuple[int, ...]]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
+from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, in_file_order
 from peftc.diagnostics.source import Span
 from peftc.language import errors as mistakes
-from peftc.language import syntax as ast
 from peftc.protocol.method import Method, Stage, methods
 from peftc.protocol.storage import Storage
 from peftc.spec import errors as say
@@ -61,7 +61,7 @@ class Recomputing:
 
 
 @dataclass(frozen=True)
-class Storing:
+class Packing:
     """`quantize SELECTOR with STORAGE`, with the storage built."""
 
     storage: Storage
@@ -87,7 +87,7 @@ class Intentions:
     spec: ast.Spec
     applications: list[Application] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
-    storings: list[Storing] = field(default_factory=list)
+    packings: list[Packing] = field(default_factory=list)
     recomputings: list[Recomputing] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -134,7 +134,7 @@ class _Resolver:
                     target = self.selector(statement.target)
                     built = self.calls.build(statement.storage, Storage)
                     if built is not None:
-                        self.found.storings.append(Storing(built, target, statement.span))
+                        self.found.packings.append(Packing(built, target, statement.span))
                 case ast.Checkpoint():
                     self.found.recomputings.append(Recomputing(self.selector(statement.target), statement.span))
                 case ast.Group():

@@ -16,7 +16,7 @@ import peftc
 from marks import by_inductor
 from peftc.bench.agreement import Behaviour, differences
 from peftc.bench.batches import batch_for
-from peftc.bench.bench import Bench, Row, bench
+from peftc.bench.bench import Bench, Measured, bench
 from peftc.bench.table import bench_table
 from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, PLAIN, Variant, floor, hf_peft, shared_copy
 from peftc.cli import main
@@ -161,9 +161,9 @@ def test_a_module_with_an_example_is_measured_on_it() -> None:
 
 def test_the_table_says_what_is_missing_and_what_differs() -> None:
     rows = (
-        Row(FLOOR, seconds=2.0, saved=1000, peak=2000, flops=10**9, loss=1.0),
-        Row(FUSED, seconds=1.0, saved=500, peak=1000, flops=10**9, loss=1.5, note="loss is 1.5", agrees=False),
-        Row(HF_PEFT, note="peft is not installed"),
+        Measured(FLOOR, seconds=2.0, saved=1000, peak=2000, flops=10**9, loss=1.0),
+        Measured(FUSED, seconds=1.0, saved=500, peak=1000, flops=10**9, loss=1.5, note="loss is 1.5", agrees=False),
+        Measured(HF_PEFT, note="peft is not installed"),
     )
     text = rendered(bench_table(Bench("Model", "spec", 2, 8, "float32", "cpu", 1, 3, rows)))
     assert "1.0000 s" in text
@@ -234,7 +234,10 @@ def test_the_command_prints_data(config: Path, spec: Path, capsys: pytest.Captur
 def test_a_disagreement_ends_with_one(
     config: Path, spec: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = (Row(FLOOR, seconds=1.0), Row(FUSED, seconds=1.0, note="loss is 0, of the plain graph 1", agrees=False))
+    rows = (
+        Measured(FLOOR, seconds=1.0),
+        Measured(FUSED, seconds=1.0, note="loss is 0, of the plain graph 1", agrees=False),
+    )
     found = Bench("Model", "spec", 2, 8, "float32", "cpu", 1, 1, rows)
     monkeypatch.setattr("peftc.bench.bench.bench", lambda *_, **__: found)
     status, out, _ = run(capsys, "bench", spec, config, "--random-weights", "--repeats", 1, "--seq", 8)

@@ -112,8 +112,8 @@ def test_the_same_storage_takes_it_as_it_is(name: str, storage: str, tmp_path: P
     packed_by_transformers(name, storage, tmp_path)
     compiled = peftc.compile(tmp_path / "packed", f"quantize linear except head with {storage}\n{LORA}")
     on_disk = load_file(tmp_path / "packed" / "model.safetensors")
-    assert compiled.plan.stored
-    for weight, item in compiled.plan.stored.items():
+    assert compiled.plan.packed
+    for weight, item in compiled.plan.packed.items():
         buffers = {full: get_attribute(compiled, full) for full in item.buffers}
         for key, tensor in item.to_bitsandbytes(buffers).items():
             assert torch.equal(tensor, on_disk[f"{weight.removesuffix('.weight')}.{key}"])
@@ -124,7 +124,7 @@ def test_another_storage_rounds_what_it_stands_for(tmp_path: Path) -> None:
     packed_by_transformers("llama", "int8", tmp_path)
     model, _ = load_model(parse_reference(str(tmp_path / "packed")))
     compiled = peftc.compile(tmp_path / "packed", f"quantize linear except head with nf4\n{LORA}")
-    for weight, item in compiled.plan.stored.items():
+    for weight, item in compiled.plan.packed.items():
         expected = item.pack(get_attribute(model, weight).detach())
         assert all(torch.equal(get_attribute(compiled, full), tensor) for full, tensor in expected.items())
 
@@ -136,7 +136,7 @@ def test_a_method_that_writes_the_weight_starts_from_what_it_stands_for(tmp_path
     model, _ = load_model(parse_reference(str(tmp_path / "packed")))
     spec = "quantize linear except head with fp4\napply lora(r=4, init=pissa) to attn.q"
     from_file, from_model = peftc.compile(tmp_path / "packed", spec), peftc.compile(model, spec)
-    for name, item in from_model.plan.stored.items():
+    for name, item in from_model.plan.packed.items():
         if name.endswith("q_proj.weight"):
             assert all(torch.equal(get_attribute(from_file, f), get_attribute(from_model, f)) for f in item.buffers)
 
@@ -227,7 +227,7 @@ def test_what_no_method_changes_keeps_its_bits(storage: str) -> None:
     compiled = peftc.compile(base("llama"), f"quantize linear except head with {storage}\n{LORA}")
     found = repack(compiled)
     assert found.packing is not None
-    for weight, item in compiled.plan.stored.items():
+    for weight, item in compiled.plan.packed.items():
         if "mlp" in weight:
             assert found.lost[weight] == Rounding(0.0, 0.0)
             buffers = item.to_bitsandbytes({full: get_attribute(compiled, full) for full in item.buffers})

@@ -220,7 +220,7 @@ def both_ways(name: str, spec: str, folder: Path) -> tuple[str, PreTrainedModel,
 def test_the_same_as_reading_everything_first(name: str, spec: str, tmp_path: Path) -> None:
     _, _, (whole, parts) = both_ways(name, spec, tmp_path)
     same(whole, parts)
-    assert {name for name, tensor in tensors(parts.base).items() if tensor.is_meta} == set(parts.plan.stored)
+    assert {name for name, tensor in tensors(parts.base).items() if tensor.is_meta} == set(parts.plan.packed)
     merged, again = whole.merge(), parts.merge()
     assert type(merged) is type(again)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
@@ -262,7 +262,7 @@ def test_a_fresh_head_is_packed(tmp_path: Path) -> None:
     base = load_model(parse_reference(folder))[0]
     whole = peftc.compile(base, spec)
     same(whole, seeded(folder, spec))
-    assert "classifier.weight" in whole.plan.stored
+    assert "classifier.weight" in whole.plan.packed
 
 
 def unreadable(_self: OnDisk, _where: Any) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 from triton import language as tl
 
 from compiled import SHARED, Launch, launches, shared, spilled
-from paths import ROOT, SUPPORT
+from paths import OPERATIONS, ROOT
 from peftc.kernels.common.activations import ACTIVATIONS
 from peftc.kernels.gpu import (
     adapter,
@@ -37,8 +37,8 @@ F32 = torch.float32
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_interpreted_kernels_equal_their_definitions(dtype: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
-    command = [sys.executable, str(SUPPORT / "interpreted.py"), dtype]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{OPERATIONS}"}
+    command = [sys.executable, str(OPERATIONS / "interpreted.py"), dtype]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
 

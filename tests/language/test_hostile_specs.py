@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import peftc
 from drawn import NOWHERE, SIGNS, WORDS, only_diagnostics, read, selector, statements
 from paths import GOLDEN
+from peftc import language as syntax
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.diagnostics.source import Source
-from peftc.language import syntax
-from peftc.language.syntax import Glob, Node, Selector, Spec, Statement, Value, parse_file, unparse
+from peftc.language import Glob, Node, Selector, Spec, Statement, Value, parse_file, unparse
 
 
 def mistakes(text: str) -> tuple[Diagnostic, ...]:

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawn import NOWHERE, SIGNS, WORDS, globs, only_diagnostics, read, statements
+from peftc import language as syntax
 from peftc.diagnostics.source import Source
-from peftc.language import syntax
-from peftc.language.syntax import (
+from peftc.language import (
     Glob,
     Spec,
     unparse,

@@ -10,9 +10,9 @@ import pytest
 import golden
 from drawn import NOWHERE, call, name, number, read, role, selector
 from paths import GOLDEN
+from peftc import language as syntax
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.language import syntax
-from peftc.language.syntax import (
+from peftc.language import (
     Apply,
     Bool,
     Checkpoint,

@@ -158,7 +158,7 @@ def test_8_on_stored_weights_it_starts_as_these(name: str, spec: str, variant: s
     if not built(variant).identity or built(variant).prepares:
         pytest.skip("the method does not claim it, or what it takes out is not rounded")
     case = compiled(name, spec)
-    assert case.module.plan.stored
+    assert case.module.plan.packed
     starts_as_the_base(case)
 
 

@@ -108,7 +108,7 @@ def kept(model: CompiledModule, path: str) -> str:
     assert known is not None
     graph, text = known
     needs = tuple(node.name.endswith(("_a", "_b")) or place == 0 for place, node in enumerate(graph.inputs))
-    passes = program(Kind(text, needs, (), torch.device("cpu"), None, checkpoint=False), _Holder(graph)).passes
+    passes = program(Kind(text, needs, (), torch.device("cpu"), None, recompute_all=False), _Holder(graph)).passes
     shown = [node for node in passes.kept if isinstance(node.meta["val"], Tensor)]
     lines = [
         f"{tuple(node.meta['val'].shape)}  {'input' if node.op == 'placeholder' else node.target}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftc
-from peftc.language.syntax import Apply
+from peftc.language import Apply
 from peftc.planning.select import Selection
 from peftc.protocol.site import Linear, Site
 from peftc.spec.check import as_spec

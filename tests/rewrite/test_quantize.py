@@ -45,7 +45,7 @@ def rounded(model: peftc.CompiledModule) -> PreTrainedModel:
     base = copy.deepcopy(model.base)
     assert isinstance(base, PreTrainedModel)
     with torch.no_grad():
-        for name in model.plan.stored:
+        for name in model.plan.packed:
             get_attribute(base, name).copy_(frozen_weight(model, model.plan, name))
     return base
 
@@ -70,20 +70,20 @@ def test_the_plan_counts_the_bytes_that_are_there(name: str, storage: str) -> No
     tensors = {id(t): t for t in (*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n))}
     assert planned.memory().weights == sum(tensor.nbytes for tensor in tensors.values())
     assert model.plan.memory().weights == planned.memory().weights  # the graph is used up by then
-    packed = sum(get_attribute(model, full).nbytes for item in planned.stored.values() for full in item.buffers)
-    (row,) = [row for row in planned.rows if row.stored is not None]
-    assert row.stored == packed
-    assert row.dense == sum(get_attribute(base, weight).nbytes for weight in planned.stored)
-    assert {weight for weight, _ in model.named_parameters()}.isdisjoint(planned.stored)
-    assert planned.to_json()["stored"][0]["storage"] == repr(next(iter(planned.stored.values())).storage)
+    packed = sum(get_attribute(model, full).nbytes for item in planned.packed.values() for full in item.buffers)
+    (row,) = [row for row in planned.rows if row.packed is not None]
+    assert row.packed == packed
+    assert row.dense == sum(get_attribute(base, weight).nbytes for weight in planned.packed)
+    assert {weight for weight, _ in model.named_parameters()}.isdisjoint(planned.packed)
+    assert planned.to_json()["stored"][0]["storage"] == repr(next(iter(planned.packed.values())).storage)
 
 
 def test_a_fused_weight_is_stored_once_and_as_a_whole() -> None:
     model = compiled(base_of("gpt2"), f"quantize attn.q with nf4\nquantize mlp.up with int8\n{LORA}")
-    assert [*model.plan.stored] == [
+    assert [*model.plan.packed] == [
         f"transformer.h.{layer}.{leaf}.weight" for leaf in ("attn.c_attn", "mlp.c_fc") for layer in (0, 1)
     ]
-    item = model.plan.stored["transformer.h.0.attn.c_attn.weight"]
+    item = model.plan.packed["transformer.h.0.attn.c_attn.weight"]
     assert item.shape == (96, 32)  # rows are output features, as bitsandbytes packs it, and not as the model has it
     code = {str(node.target) for graph in model.history.values() for node in graph.nodes}
     assert {"peftc.dequantize_4bit.default", "peftc.dequantize_int8.default"} <= code
@@ -187,7 +187,7 @@ def test_a_cast_leaves_the_packed_numbers_alone() -> None:
     """To the precision that all else has already: rounding the scales would change every weight."""
     base = copy.deepcopy(base_of("llama")).bfloat16()
     model = peftc.compile(base, "quantize attn.* with nf4(double=true)\ntrain norm")
-    item = next(iter(model.plan.stored.values()))
+    item = next(iter(model.plan.packed.values()))
     before = {full: get_attribute(model, full).clone() for full in item.buffers}
     assert torch.float32 in {tensor.dtype for tensor in before.values()}
     model.to(torch.bfloat16)
@@ -213,7 +213,7 @@ def test_pissa_is_taken_out_before_the_rest_is_rounded() -> None:
         weight = get_attribute(base, binding.site.weight).detach()
         state = {key: get_attribute(model, full).detach() for key, full in binding.names.items()}
         rest = weight - binding.method.delta(binding.site, **state)
-        item = model.plan.stored[binding.site.weight]
+        item = model.plan.packed[binding.site.weight]
         expected = item.unpack(item.pack(rest))
         assert torch.equal(frozen_weight(model, model.plan, binding.site.weight), expected)
         whole = item.unpack(item.pack(weight))
@@ -227,7 +227,7 @@ def test_loftq_fits_what_its_storage_loses(storage: str) -> None:
     model = compiled(base, f"quantize attn.q with {storage}\napply lora(r=8, init=loftq) to attn.q")
     for binding in model.plan.bindings:
         assert isinstance(binding.site, Projection)
-        item, method = model.plan.stored[binding.site.weight], cast(Any, binding.method)
+        item, method = model.plan.packed[binding.site.weight], cast(Any, binding.method)
         weight = get_attribute(base, item.weight).detach()
         state = {key: get_attribute(model, full).detach() for key, full in binding.names.items()}
         rest = weight - method.scale * state["B0"] @ state["A0"]
@@ -243,7 +243,7 @@ def test_loftq_rounds_to_what_is_stored() -> None:
     spec = "apply lora(r=4, init=loftq) to attn.q, mlp.down"
     with torch.random.fork_rng():
         plain, packed = (compiled(base, text).eval() for text in (spec, f"quantize attn.q, mlp.down with nf4\n{spec}"))
-    for name in packed.plan.stored:
+    for name in packed.plan.packed:
         assert torch.equal(frozen_weight(packed, packed.plan, name), get_attribute(plain, name))
     batch = inputs(base)
     assert torch.equal(plain(**batch).logits, packed(**batch).logits)
@@ -262,9 +262,9 @@ def test_merging_dequantises_or_rounds_again(name: str, storage: str) -> None:
     merged, (again, lost) = model.merge().eval(), model.merge(requantize=True)
     with torch.no_grad():
         torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
-    assert lost.keys() == model.plan.stored.keys()
+    assert lost.keys() == model.plan.packed.keys()
     for weight, rounding in lost.items():
-        item = model.plan.stored[weight]
+        item = model.plan.packed[weight]
         plain, packed = get_attribute(merged, weight).detach(), get_attribute(again, weight).detach()
         assert torch.equal(packed, item.unpack(item.pack(plain)))
         assert rounding.largest == float((plain - packed).abs().max())
@@ -312,7 +312,7 @@ def test_an_adapter_of_hf_peft_goes_onto_a_quantised_base(tmp_path: Path) -> Non
     randomise(model)
     model.save_pretrained(tmp_path)
     read = peftc.load_peft(base, tmp_path)
-    assert not read.plan.stored
+    assert not read.plan.packed
     values = [parameter.detach() for parameter in model.trainable_parameters().values()]
     assert all(torch.equal(a, b) for a, b in zip(values, read.trainable_parameters().values(), strict=True))
 

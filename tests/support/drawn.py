@@ -4,10 +4,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from peftc import language as syntax
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Source, Span
-from peftc.language import syntax
-from peftc.language.syntax import (
+from peftc.language import (
     Apply,
     Arg,
     Bool,
@@ -72,7 +72,7 @@ def call(method: str, *args: Any, **named: Any) -> Call:
 
 
 WORDS = [
-    *(word.lower() for word in syntax._WORDS),
+    *(word.lower() for word in syntax.WORDS),
     "lora",
     "attn.q",
     "layers",
@@ -98,7 +98,7 @@ def only_diagnostics(text: str) -> None:
 
 
 identifiers = st.from_regex("[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(
-    lambda word: word.upper() not in syntax._WORDS or word != word.lower()
+    lambda word: word.upper() not in syntax.WORDS or word != word.lower()
 )
 names = st.builds(name, identifiers)
 integers = st.integers(-(2**62), 2**62)
@@ -113,7 +113,7 @@ bools = st.builds(Bool, st.booleans(), span=st.just(NOWHERE["span"]))
 
 
 def calls(values: st.SearchStrategy[syntax.Value]) -> st.SearchStrategy[Call]:
-    keys = st.one_of(identifiers, st.sampled_from([word.lower() for word in syntax._WORDS[:-2]]))
+    keys = st.one_of(identifiers, st.sampled_from([word.lower() for word in syntax.WORDS[:-2]]))
     positional = st.lists(values, max_size=2)
     keyword = st.dictionaries(keys, values, max_size=3)
     return st.builds(lambda method, args, named: call(method, *args, **named), identifiers, positional, keyword)
@@ -141,7 +141,7 @@ def larger(inner: st.SearchStrategy[Selector]) -> st.SearchStrategy[Selector]:
     span = st.just(NOWHERE["span"])
     several = st.lists(inner, min_size=2, max_size=3).map(tuple)
     steps = bounds.filter(lambda step: step != 0)
-    operators = st.sampled_from(syntax._FILTER_OPERATORS)
+    operators = st.sampled_from(syntax.FILTER_OPERATORS)
     return st.one_of(
         st.builds(Union, several, span=span),
         st.builds(Intersect, several, span=span),
@@ -163,7 +163,7 @@ simple = st.one_of(
     st.builds(Checkpoint, selectors, span=SPAN),
     st.builds(Let, names, st.one_of(selectors, methods), span=SPAN),
     st.builds(Group, st.lists(names, min_size=1, max_size=3).map(tuple), methods, span=SPAN),
-    st.builds(Require, methods, st.sampled_from(syntax._BUDGET_OPERATORS), numbers, span=SPAN),
+    st.builds(Require, methods, st.sampled_from(syntax.BUDGET_OPERATORS), numbers, span=SPAN),
     st.builds(Use, strings, span=SPAN),
 )
 tasks = st.builds(Task, names, st.lists(simple, max_size=3).map(tuple), span=SPAN)

@@ -6,3 +6,4 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 GOLDEN = ROOT / "tests" / "golden"
 SUPPORT = ROOT / "tests" / "support"
+OPERATIONS = SUPPORT / "operations"

@@ -112,7 +112,7 @@ def with_dense_weights(case: Compiled) -> nn.Module:
     for binding in plan.bindings:
         weight, _, rows, state = parts(case, model, binding)
         weight[..., rows, :] = binding.method.prepare(binding.site, weight[..., rows, :], state)
-    for name, item in plan.stored.items():
+    for name, item in plan.packed.items():
         stored = get_attribute(model, name)
         stored.copy_(item.unpack(item.pack(stored)))
     for binding in plan.bindings:

@@ -117,7 +117,7 @@ class Compiled:
     @cached_property
     def frozen(self) -> nn.Module:
         """What the method stands on: the base model, with what the spec quantises rounded."""
-        stored = self.module.plan.stored
+        stored = self.module.plan.packed
         model = copy.deepcopy(self.subject.base) if stored else self.subject.base
         with torch.no_grad():
             for name, item in stored.items():
