@@ -18,7 +18,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
 from peftc.planning.plan import Plan
-from peftc.protocol.site import Sites
+from peftc.protocol.sites import Sites
 from peftc.roles.find import find_sites
 from peftc.spec.check import SpecLike, intend
 from peftc.spec.resolve import Intentions

@@ -11,11 +11,11 @@ from typing import Any
 
 from lark import Token, Tree
 
+import peftc.language.errors as mistakes
+import peftc.language.globs as patterns
+import peftc.language.spelling as spelling
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Source, Span
-from peftc.language import errors as mistakes
-from peftc.language import globs as patterns
-from peftc.language import spelling
 from peftc.language.explain import bad_number, unknown_operator
 from peftc.language.reader import DEEPEST
 from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS

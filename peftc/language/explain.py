@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from lark import Token
 
+import peftc.language.errors as mistakes
+import peftc.language.spelling as spelling
+import peftc.language.tokens as tokens
 from peftc.diagnostics.diagnostic import Diagnostic, choices, suggest
 from peftc.diagnostics.source import Source, Span
-from peftc.language import errors as mistakes
-from peftc.language import spelling, tokens
 from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, NEWLINE, VERBS, WORDS
 from peftc.language.tree import UNITS
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lark import Tree
 
+import peftc.language.errors as mistakes
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.diagnostics.source import Source, Span
-from peftc.language import errors as mistakes
 from peftc.language.build import Builder
 from peftc.language.reader import MOST_MISTAKES, Reader
 from peftc.language.tree import Spec, Statement, String, Task, Use

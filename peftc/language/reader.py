@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lark import Token, Tree, UnexpectedToken
 
+import peftc.language.errors as mistakes
+import peftc.language.tokens as tokens
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Source
-from peftc.language import errors as mistakes
-from peftc.language import tokens
 from peftc.language.explain import Situation, unclosed
 from peftc.language.tokens import BRACKETS, CLOSING, END, NEWLINE
 

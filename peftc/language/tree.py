@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import peftc.language.globs as patterns
 from peftc.diagnostics.source import Source, Span
-from peftc.language import globs as patterns
 
 
 @dataclass(frozen=True)

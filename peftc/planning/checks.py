@@ -22,7 +22,8 @@ from peftc.planning.plan import Binding, Plan
 from peftc.planning.positions_left import too_long
 from peftc.planning.select import COMPARE
 from peftc.protocol.method import Stage
-from peftc.protocol.site import Projection, Site, Sites
+from peftc.protocol.site import Projection, Site
+from peftc.protocol.sites import Sites
 from peftc.spec.resolve import Budget, Intentions
 
 

@@ -20,7 +20,8 @@ from peftc.language import Spec
 from peftc.planning.memory import Kept, Memory, step_memory
 from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.method import Method, State
-from peftc.protocol.site import Sequence, Site, Sites
+from peftc.protocol.site import Sequence, Site
+from peftc.protocol.sites import Sites
 from peftc.spec.resolve import Intentions
 
 

@@ -22,7 +22,8 @@ from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
 from peftc.protocol.method import Method, Stage, kinds, methods
-from peftc.protocol.site import Attention, Experts, Projection, Sequence, Site, Sites
+from peftc.protocol.site import Attention, Experts, Projection, Sequence, Site
+from peftc.protocol.sites import Sites
 from peftc.roles.chains import linked
 from peftc.spec.resolve import Application, Intentions, Training
 

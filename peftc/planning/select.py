@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.planning import errors as say
-from peftc.protocol.site import Parameters, Projection, Site, Sites
+from peftc.protocol.site import Parameters, Projection, Site
+from peftc.protocol.sites import Sites
 from peftc.spec.groups import Group, InGroup
 
 COMPARE = {

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from peftc.graph.ir import value as fake
 from peftc.graph.patterns import (
@@ -24,7 +24,6 @@ from peftc.graph.patterns import (
     value,
 )
 from peftc.protocol.rule import Editor, Fusion
-from peftc.protocol.seeds import dropout_seed
 
 aten = torch.ops.aten
 
@@ -195,3 +194,13 @@ class BesideFrozen(Fusion):
 
 def _miss(match: Match, reason: str, *culprits: fx.Node) -> Miss:
     return Miss(match.root, reason, culprits)
+
+
+def dropout_seed(training: bool, device: torch.device) -> Tensor | None:
+    """A seed for the masks of seeded dropout, int64 []; None in `eval()`.
+
+    From the default generator, so that `torch.manual_seed` decides it.
+
+    A function of its own, for a graph to call with `self.training` as it is at run time.
+    """
+    return torch.randint(2**63 - 1, (), device=device) if training else None

@@ -191,10 +191,15 @@ def registered(kind: type[Configured]) -> dict[str, type[Configured]]:
 
 @cache
 def _imported(folder: str) -> dict[str, type[Configured]]:
-    package = importlib.import_module(f"peftc.passes.{folder}")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all(folder)
     found = dict(sorted(_registries[folder].items()))
     for cls in found.values():
         cls.check()
     return found
+
+
+def import_all(folder: str) -> None:
+    """Imports each file of a folder under `passes`: what it defines registers itself."""
+    package = importlib.import_module(f"peftc.passes.{folder}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")

@@ -7,8 +7,6 @@ without fusions (`fuse=False`) is each rule's oracle.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,6 +18,7 @@ from torch import fx
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
 from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, computed, get_attribute, module_path
 from peftc.graph.patterns import Match, Miss, Pattern, read_elsewhere
+from peftc.protocol.params import import_all
 
 __all__ = ["Editor", "Fusion", "Match", "Miss", "fusion", "fusions"]
 
@@ -132,7 +131,5 @@ def fusion(cls: F) -> F:
 @cache
 def fusions() -> tuple[Fusion, ...]:
     """Every rule, in the order they run: importing each file under `passes/fusions` registers what it defines."""
-    package = importlib.import_module("peftc.passes.fusions")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all("fusions")
     return tuple(cls() for cls in sorted(_registry.values(), key=lambda cls: (cls.rank, cls.name)))

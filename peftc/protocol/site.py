@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -39,7 +39,12 @@ class Site:
     """A place in the model. `name` is unique; `path` is the module under which methods keep their state.
 
     A kind of place says in words what it is: `noun` one of it, `nouns` what attaches there attaches to, `written` what
-    a spec says for it.
+    a spec says for it. `own_roles` are the words by which selectors name it, `fields` those of `facts` for `where`.
+
+    A new kind is a frozen dataclass in a file under `passes/sites`, registered by `peftc.protocol.sites.site`: it gives
+    the words, `find`, and what a method there `reads` and `changes`. A method's rewrite is handed the first value that
+    the site reads and the first that it changes, and what it returns is read in place of that one. One that is a
+    `Sublayer` takes the methods of sublayers as it is.
     """
 
     name: str
@@ -50,12 +55,22 @@ class Site:
     block: str | None = None
     parameters: tuple[str, ...] = ()
 
-    kind = "site"
+    kind: ClassVar[str] = "site"
+    own_roles: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
     noun, nouns, written = "a site", "sites", "where its method does"
 
     def facts(self) -> dict[str, Any]:
         """The numbers `where` may ask for, and `--json` prints."""
         return {}
+
+    @classmethod
+    def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+        """Every place of this kind in a captured graph; those of `peftc.protocol.site` are found by `peftc.roles`.
+
+        Nodes have their fake value in `meta["val"]`; `peftc.graph.ir` has what reads them.
+        """
+        return iter(())
 
     @classmethod
     def samples(cls) -> tuple[Site, ...]:
@@ -367,39 +382,3 @@ class Parameters(Site):
 
     kind = "parameters"
     noun, nouns, written = "an existing parameter", "existing parameters", "existing parameters"
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Everything a model offers to selectors, in the order of the forward pass; and beside it its sequences."""
-
-    model: str
-    items: tuple[Site, ...]
-    parameters: dict[str, int] = field(default_factory=dict)
-    blocks: tuple[str, ...] = ()
-    sequences: tuple[Sequence, ...] = ()
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def roles(self) -> list[str]:
-        """Every role some site has, sorted."""
-        return sorted({role for site in self.items for role in site.roles})
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """One object a site: name, kind, roles, layer, stack, parameters, and the site's own numbers."""
-        return [
-            {
-                "name": site.name,
-                "kind": site.kind,
-                "roles": sorted(site.roles),
-                "layer": site.layer,
-                "stack": site.stack,
-                "parameters": list(site.parameters),
-                **site.facts(),
-            }
-            for site in self.items
-        ]

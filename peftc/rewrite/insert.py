@@ -25,28 +25,31 @@ def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
                 _into_input(splicer, binding, use, stamp)
         case Projection(uses=uses):
             for use in uses:
-                _onto(splicer, binding, use.y, use.x, use, stamp)
-        case Sublayer(entry=Use() as entry, h=fx.Node() as h):
-            _onto(splicer, binding, h, entry.x, entry, stamp)
+                _onto(splicer, binding, use.y, use.x, use.op, use.offsets, stamp)
         case Block():
             state = _operands(splicer, binding, binding.method.asks(binding.names))
             onto_block(splicer, binding, state, stamp)
+        case site:
+            entry = site.entry.op if isinstance(site, Sublayer) and site.entry else site.changes()[0]
+            _onto(splicer, binding, site.changes()[0], site.reads()[0], entry, None, stamp)
 
 
-def _onto(splicer: Splicer, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
-    """Replaces the output `y` by the method's."""
+def _onto(
+    splicer: Splicer, binding: Binding, y: fx.Node, x: fx.Node, op: fx.Node, offsets: fx.Node | None, stamp: Provenance
+) -> None:
+    """Replaces the output `y` by the method's; `op` is the base's operation on x."""
     now = splicer.current.get(y, y)
     names = binding.method.asks(binding.names)
     extra = _operands(splicer, binding, names)
-    if use.offsets is not None:
-        extra[OFFSETS] = use.offsets
-    function = _output_function(binding, use, names, tuple(extra))
+    if offsets is not None:
+        extra[OFFSETS] = offsets
+    function = _output_function(binding, op, names, tuple(extra))
     args = [x, now, *extra.values()]
-    template = splicer.templates.get(function, _facts(binding, use, extra), [value(node) for node in args])
+    template = splicer.templates.get(function, _facts(binding, op, extra), [value(node) for node in args])
     result, made = splicer.splice(template, args, now, stamp)
     redirect(now, result, keep=made)
     splicer.current[y] = result
-    splicer.readers[use.op] += made
+    splicer.readers[op] += made
 
 
 def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance) -> None:
@@ -60,7 +63,7 @@ def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance)
         return binding.method.rewrite_input(binding.site, x, **dict(zip(extra, given, strict=True)))
 
     args = [x, *extra.values()]
-    template = splicer.templates.get(function, _facts(binding, use, extra), [value(node) for node in args])
+    template = splicer.templates.get(function, _facts(binding, use.op, extra), [value(node) for node in args])
     computed = [node for node in args if node.op != "get_attr"]
     result, _ = splicer.splice(template, args, max(computed), stamp, inside=use.op)
     for reader in (use.op, *splicer.readers[use.op]):
@@ -81,7 +84,7 @@ def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...]) -> dic
 
 
 def _output_function(
-    binding: Binding, use: Use, names: tuple[str, ...], present: tuple[str, ...]
+    binding: Binding, op: fx.Node, names: tuple[str, ...], present: tuple[str, ...]
 ) -> Callable[..., Tensor]:
     """The method's rewrite on plain tensors: fused weights are narrowed to the site's rows and put back."""
     method, site = binding.method, binding.site
@@ -95,7 +98,7 @@ def _output_function(
             if "bias" in values:
                 values["bias"] = take(values["bias"], site, -1, index)
             part = take(y, site, -1, index)
-            values[HERE] = Here(product=product_like(use.op, values.get(OFFSETS)))
+            values[HERE] = Here(product=product_like(op, values.get(OFFSETS)))
             result = method.rewrite(site, x, part, **{name: values.get(name) for name in names})
             return put(y, result, site, index)
         whole: Tensor = method.rewrite(site, x, y, **{name: values.get(name) for name in names})
@@ -104,7 +107,7 @@ def _output_function(
     return function
 
 
-def _facts(binding: Binding, use: Use, extra: dict[str, fx.Node]) -> object:
+def _facts(binding: Binding, op: fx.Node, extra: dict[str, fx.Node]) -> object:
     """What the trace depends on."""
     entering = binding.method.rewrites_input(binding.site)
-    return of_method(binding.method, binding.site, extra), entering, use.op.target
+    return of_method(binding.method, binding.site, extra), entering, op.target

@@ -22,7 +22,8 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows
-from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sites, Sublayer
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
+from peftc.protocol.sites import Sites, site_kinds
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
@@ -75,6 +76,7 @@ class _Finder:
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
+        items += [site for kind in site_kinds() for site in kind.find(self.module)]
         placed = tuple(_place(site, blocks) for site in items)
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()

@@ -22,7 +22,8 @@ from peftc.protocol.combinator import Combinator
 from peftc.protocol.method import Method, kinds, methods
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Configured, registered
-from peftc.protocol.site import Site, Sites
+from peftc.protocol.site import Site
+from peftc.protocol.sites import Sites
 from peftc.protocol.storage import Storage, storages
 
 # Stages of a command that are not compiling, and the one that is torch.export and nothing else.

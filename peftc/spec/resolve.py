@@ -13,6 +13,7 @@ from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, in_file_order
 from peftc.diagnostics.source import Span
 from peftc.language import errors as mistakes
 from peftc.protocol.method import Method, Stage, methods
+from peftc.protocol.sites import site_kinds
 from peftc.protocol.storage import Storage
 from peftc.spec import errors as say
 from peftc.spec.calls import Calls
@@ -147,7 +148,7 @@ class _Resolver:
 
     def _let(self, statement: ast.Let) -> None:
         name = statement.name.text
-        if not self._taken(statement.name, {"a role": ROLES, "a method": methods()}):
+        if not self._taken(statement.name, {"a role": roles(), "a method": methods()}):
             value = statement.value
             if isinstance(value, ast.Role) and value.text in methods():
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
@@ -174,7 +175,7 @@ class _Resolver:
         elif not _is_of_layers(call):
             self.problems.append(say.GroupsLayers(name=grouping, span=call.span))
         for index, name in enumerate(statement.names):
-            self._taken(name, {"a role": ROLES, "a method": methods(), "a part of a model": (*STACKS, LAYERS)})
+            self._taken(name, {"a role": roles(), "a method": methods(), "a part of a model": (*STACKS, LAYERS)})
             self.groups.setdefault(name.text, Group(name, grouping, index, len(statement.names)))
 
     def _apply(self, statement: ast.Apply) -> None:
@@ -226,15 +227,16 @@ class _Resolver:
             self.problems.append(wrong)
         elif not _is_role(role.parts):
             known = (
-                *ROLES,
+                *roles(),
                 *(name for name, let in self.lets.items() if isinstance(let.value, ast.Selector)),
             )
             self.problems.append(say.UnknownRole(name=role.text, known=known, span=role.span))
         return role
 
     def _where(self, name: ast.Name, value: ast.Value) -> None:
-        if name.text not in FIELDS:
-            self.problems.append(say.UnknownField(name=name.text, known=FIELDS, span=name.span))
+        known = (*FIELDS, *(field for kind in site_kinds() for field in kind.fields if field not in FIELDS))
+        if name.text not in known:
+            self.problems.append(say.UnknownField(name=name.text, known=known, span=name.span))
         if not isinstance(value, ast.Number):
             self.problems.append(say.NotANumber(name=name.text, span=value.span))
 
@@ -281,10 +283,15 @@ def _is_of_layers(call: ast.Call) -> bool:
     return [(argument.name, argument.value) for argument in call.args] == [(None, ast.Name(LAYERS, span=call.span))]
 
 
+def roles() -> tuple[str, ...]:
+    """Every word that names a role: the language's own, and those of further kinds of site."""
+    return (*ROLES, *(role for kind in site_kinds() for role in kind.own_roles))
+
+
 def _is_role(parts: tuple[str, ...]) -> bool:
     """A word of `ROLES`, with `self.` or `cross.` before anything of attention."""
     text = ".".join(parts)
     if parts[0] in KINDS_OF_ATTENTION and len(parts) > 1:
         text = ".".join(parts[1:])
         return text in ROLES and text.startswith("attn")
-    return text in ROLES
+    return text in roles()

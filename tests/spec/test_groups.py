@@ -17,7 +17,8 @@ from paths import EXAMPLES
 from peftc.files.artifact import flattened
 from peftc.planning.select import Selection
 from peftc.protocol.method import methods
-from peftc.protocol.site import Site, Sites
+from peftc.protocol.site import Site
+from peftc.protocol.sites import Sites
 from peftc.spec.check import as_spec
 from peftc.spec.groups import GROUPINGS
 from peftc.spec.resolve import resolve

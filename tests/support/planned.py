@@ -11,7 +11,7 @@ from peftc.capture.capture import Captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.planning.plan import Plan
 from peftc.planning.planner import make_plan
-from peftc.protocol.site import Sites
+from peftc.protocol.sites import Sites
 from peftc.roles.find import find_sites
 from peftc.spec.check import intend
 from zoo import ZOO

@@ -1,0 +1,67 @@
+"""All the sites of a model; and the registry of kinds of site that are found by a file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from peftc.protocol.params import import_all
+from peftc.protocol.site import Sequence, Site
+
+S = TypeVar("S", bound=type[Site])
+_kinds: dict[str, type[Site]] = {}
+
+
+def site(cls: S) -> S:
+    """Registers a kind of site under its `kind`."""
+    if cls.kind in _kinds:
+        raise ValueError(f"two kinds of site are called {cls.kind}")
+    if cls.find.__func__ is Site.find.__func__:  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__name__} has no find(module): nothing would ever be such a site")
+    _kinds[cls.kind] = cls
+    return cls
+
+
+@cache
+def site_kinds() -> tuple[type[Site], ...]:
+    """Every kind with a file under `passes/sites`, by name: importing each file registers what it defines."""
+    import_all("sites")
+    return tuple(cls for _, cls in sorted(_kinds.items()))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything a model offers to selectors, in the order of the forward pass; and beside it its sequences."""
+
+    model: str
+    items: tuple[Site, ...]
+    parameters: dict[str, int] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    sequences: tuple[Sequence, ...] = ()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def roles(self) -> list[str]:
+        """Every role some site has, sorted."""
+        return sorted({role for site in self.items for role in site.roles})
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a site: name, kind, roles, layer, stack, parameters, and the site's own numbers."""
+        return [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "roles": sorted(site.roles),
+                "layer": site.layer,
+                "stack": site.stack,
+                "parameters": list(site.parameters),
+                **site.facts(),
+            }
+            for site in self.items
+        ]
