@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels import lora_linear
+import peftc.kernels.lora_linear as lora_linear
 from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.common.shapes import rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels import expert_linear
+import peftc.kernels.expert_linear as expert_linear
 from peftc.kernels.common.operation import follow_autocast, operation
 from peftc.kernels.common.products import product
 from peftc.kernels.common.shapes import like

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels import seeded_dropout as dropout
+import peftc.kernels.seeded_dropout as dropout
 from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.common.products import add_product_, product
 from peftc.kernels.common.scratch import scratch

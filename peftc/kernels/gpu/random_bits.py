@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from peftc.kernels import seeded_dropout
+import peftc.kernels.seeded_dropout as seeded_dropout
 
 GOLDEN = tl.constexpr(seeded_dropout.GOLDEN)
 FIRST = tl.constexpr(seeded_dropout.FIRST)
