@@ -23,18 +23,16 @@ a tensor.
 - `expert_lora(x, weight, ends, a, b, scale) -> (y, S)`: the same with a branch: a [E, r, n_in], b [E, n_out, r]
 """
 
-from peftc.kernels import (
-    adapter,
-    cross_entropy,
-    dora_linear,
-    expert_linear,
-    expert_lora,
-    gated_activation,
-    lora_linear,
-    rms_norm,
-    scaled_linear,
-    seeded_dropout,
-)
+import peftc.kernels.adapter as adapter
+import peftc.kernels.cross_entropy as cross_entropy
+import peftc.kernels.dora_linear as dora_linear
+import peftc.kernels.expert_linear as expert_linear
+import peftc.kernels.expert_lora as expert_lora
+import peftc.kernels.gated_activation as gated_activation
+import peftc.kernels.lora_linear as lora_linear
+import peftc.kernels.rms_norm as rms_norm
+import peftc.kernels.scaled_linear as scaled_linear
+import peftc.kernels.seeded_dropout as seeded_dropout
 
 __all__ = [
     "adapter", "cross_entropy", "dora_linear", "expert_linear", "expert_lora", "gated_activation", "lora_linear",
