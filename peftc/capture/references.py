@@ -18,9 +18,8 @@ import transformers
 from torch import nn
 
 from peftc.capture.bitsandbytes import by_bitsandbytes
-from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.errors import BadReference, NoWeights
-from peftc.capture.streaming import Leave, load_leaving, streams
+from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, streams
 from peftc.diagnostics.diagnostic import PeftcError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,33 +91,31 @@ def load_model(
     if reference.runs_code:
         model, example = _from_factory(reference)
         return (model.to(DTYPES[dtype]) if dtype else model), example
-    with _readable(reference):
+    with readable(reference):
         return _from_transformers(reference, meta, random_weights, dtype), None
 
 
-def load_but(
-    reference: Reference, leave: Leave, *, dtype: str | None = None
-) -> tuple[nn.Module, Checkpoint | None] | None:
-    """Builds the model without the weights that `leave` names: they stay in the checkpoint, which it returns, too.
+def opened(reference: Reference, *, dtype: str | None = None) -> OpenCheckpoint | None:
+    """The reference's checkpoint before a weight of it is read.
 
-    None for what can only be read as a whole: a factory's model, a `.gguf` file, what another library has packed.
+    None for what can only be read as a whole: a factory's model, a `.gguf` or `.bin` file, what another library has
+    packed.
 
     Raises:
-        PeftcError: as `load_model`, and whatever `leave` raises.
+        PeftcError: as `load_model`.
     """
     if reference.kind != "folder":
         return None
-    with _readable(reference):
+    with readable(reference):
         source = str(reference.path or reference.text)
         config = transformers.AutoConfig.from_pretrained(source)
         cls = _class_for(config)
-        if not streams(cls, config):
-            return None
-        return load_leaving(cls, source, config, leave, dtype=DTYPES[dtype] if dtype else "auto")
+        return open_checkpoint(cls, source, config, dtype=_precision(dtype)) if streams(cls, config) else None
 
 
 @contextmanager
-def _readable(reference: Reference) -> Iterator[None]:
+def readable(reference: Reference) -> Iterator[None]:
+    """What reading a reference may raise, as a PeftcError `bad-reference`."""
     try:
         yield
     except PeftcError:
@@ -167,11 +164,16 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         return model
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
-    precision = DTYPES[dtype] if dtype else "auto"
     if by_bitsandbytes(config) and streams(cls, config):
-        return load_leaving(cls, source, config, lambda _skeleton: (), dtype=precision)[0]
-    loaded: nn.Module = cls.from_pretrained(source, dtype=precision, **extra)
+        checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype))
+        assert checkpoint is not None  # or it was refused
+        return checkpoint.load()
+    loaded: nn.Module = cls.from_pretrained(source, dtype=_precision(dtype), **extra)
     return loaded
+
+
+def _precision(dtype: str | None) -> torch.dtype | str:
+    return DTYPES[dtype] if dtype else "auto"
 
 
 def _class_for(config: Any) -> Any:

@@ -1,16 +1,17 @@
-"""Loading a model without the weights that a plan packs: they stay in the checkpoint until their turn comes.
+"""A checkpoint opened before it is read, so that the weights that a plan packs stay in it until their turn comes.
 
-    meta model -> skeleton -> capture, plan -> read the rest -> the same plan over what was read, and where to read on
+    open -> skeleton -> capture, plan -> load what is not packed -> the same plan over what was read
 
-`from_pretrained` itself does all but reading the checkpoint, which its class is asked for.
+`from_pretrained` does all as far as reading the checkpoint; there it is stopped, and goes on by its own steps later.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -23,8 +24,6 @@ from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.ondisk import on_disk
 from peftc.graph.ir import set_tensor
 
-Leave = Callable[[PreTrainedModel], Iterable[str]]  # of a skeleton, the parameters that are not to be read
-
 
 def streams(cls: type[PreTrainedModel], config: Any) -> bool:
     """Whether the weights of such a model can be read one by one.
@@ -35,34 +34,85 @@ def streams(cls: type[PreTrainedModel], config: Any) -> bool:
     return usual and (getattr(config, "quantization_config", None) is None or by_bitsandbytes(config))
 
 
-def load_leaving(
-    cls: type[PreTrainedModel], source: str, config: Any, leave: Leave, **options: Any
-) -> tuple[nn.Module, Checkpoint | None]:
-    """`cls.from_pretrained(source, **options)`, except that the parameters that `leave` names stay on the meta device.
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A model on the meta device, and the checkpoint that it is about to be read from.
 
-    `leave` is asked before a weight is read, and not at all where the checkpoint has no safetensors files. What
-    bitsandbytes packed is read as the weights that it stands for, into ordinary layers.
+    `source` is the folder or hub id, `files` its safetensors files, `settings` what transformers loads them by.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    source: str
+    files: list[str]
+    settings: Any
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model that this is about to become, with its ties, of parameters that have a device but no numbers."""
+        return skeleton(self.model, self.checkpoint)
+
+    def load(self, without: Iterable[str] = ()) -> PreTrainedModel:
+        """The model, except that the parameters `without` stay in the checkpoint, and on the meta device here.
+
+        Tied parameters, and those that the checkpoint does not have, are loaded all the same.
+
+        Raises:
+            ValueError: where a tensor has another shape than the model.
+        """
+        model, checkpoint, cls = self.model, self.checkpoint, cast(Any, type(self.model))
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        left = {name for name in without if name in checkpoint} - tied
+        to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
+        placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
+        info, _ = cls._load_pretrained_model(model, to_read, self.files, self.settings)
+        for key, found, expected in sorted(info.mismatched_keys):
+            raise ValueError(f"{key} is {list(found)} in the checkpoint, where the model has {list(expected)}")
+        for name, placeholder in placeholders.items():
+            set_tensor(model, name, placeholder)
+            info.missing_keys.discard(name)
+        cls._finalize_model_loading(model, self.settings, info)
+        model.eval()
+        if model.can_generate() and (adjust := getattr(model, "adjust_generation_fn", None)) is not None:
+            adjust(None, None, None, self.source, **self.settings.download_kwargs, trust_remote_code=False)
+        return model
+
+
+def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **options: Any) -> OpenCheckpoint | None:
+    """Does what `cls.from_pretrained(source, **options)` does before it reads a weight.
+
+    What bitsandbytes packed is there as the weights that it stands for, for ordinary layers. None where the checkpoint
+    has no safetensors files.
 
     Raises:
         ValueError: where packed weights are in other files than safetensors.
     """
-    reader = _Reader(cls, leave, by_bitsandbytes(config))
-    if reader.is_packed:
+    is_packed = by_bitsandbytes(config)
+    if is_packed:
         config = copy.deepcopy(config)
         del config.quantization_config
     from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
-    model: nn.Module = from_pretrained(reader, source, config=config, **options)
-    return model, reader.checkpoint
+    try:
+        from_pretrained(_Stopping(cls), source, config=config, **options)
+    except _Opened as opened:
+        model, state, files, settings = opened.args
+    if state is not None or not files or not all(file.endswith(".safetensors") for file in files):
+        if is_packed:
+            raise ValueError("packed weights are read from safetensors files alone")
+        return None
+    tensors = gathered(on_disk(files)) if is_packed else on_disk(files)
+    checkpoint = Checkpoint(model, tensors, settings.weight_mapping, settings.dtype_plan)
+    return OpenCheckpoint(model, checkpoint, source, files, settings)
 
 
-class _Reader:
-    """Stands for a model class in `from_pretrained`, and reads the checkpoint its own way."""
+class _Opened(Exception):
+    """What `from_pretrained` has made when it is about to read: model, state dict, files, settings."""
 
-    def __init__(self, cls: type[PreTrainedModel], leave: Leave, is_packed: bool) -> None:
+
+class _Stopping:
+    """A model class for `from_pretrained` that stops it there."""
+
+    def __init__(self, cls: type[PreTrainedModel]) -> None:
         self.cls = cls
-        self.leave = leave
-        self.is_packed = is_packed
-        self.checkpoint: Checkpoint | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cls, name)
@@ -70,28 +120,8 @@ class _Reader:
     def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         return self.cls(*args, **kwargs)
 
-    def _load_pretrained_model(
-        self, model: PreTrainedModel, state_dict: dict[str, Any] | None, files: list[str] | None, config: Any
-    ) -> Any:
-        """transformers' step of that name, which is given less to read."""
-        load = cast(Any, self.cls)._load_pretrained_model
-        if state_dict is not None or not files or not all(file.endswith(".safetensors") for file in files):
-            if self.is_packed:
-                raise ValueError("packed weights are read from safetensors files alone")
-            return load(model, state_dict, files, config)
-        tensors = gathered(on_disk(files)) if self.is_packed else on_disk(files)
-        self.checkpoint = checkpoint = Checkpoint(model, tensors, config.weight_mapping, config.dtype_plan)
-        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-        left = {name for name in self.leave(skeleton(model, checkpoint)) if name in checkpoint} - tied
-        to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
-        placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
-        info, offloaded = load(model, to_read, files, config)
-        for key, found, expected in sorted(info.mismatched_keys):
-            raise ValueError(f"{key} is {list(found)} in the checkpoint, where the model has {list(expected)}")
-        for name, placeholder in placeholders.items():
-            set_tensor(model, name, placeholder)
-            info.missing_keys.discard(name)
-        return info, offloaded
+    def _load_pretrained_model(self, *made: Any) -> NoReturn:
+        raise _Opened(*made)
 
 
 def _placeholder(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

@@ -6,8 +6,7 @@ left in the checkpoint for the passes to read, pack and let go of, one weight at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from peftc.capture.capture import over
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.inputs import Example, example_inputs
-from peftc.capture.references import Reference, load_but, load_model, parse_reference
+from peftc.capture.references import Reference, load_model, opened, parse_reference, readable
+from peftc.capture.streaming import OpenCheckpoint
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -59,37 +59,26 @@ def load_and_plan(
     if not isinstance(module, nn.Module):
         reference = parse_reference(str(module))
         if intentions.packings:
-            plan = None if whole else _without_what_is_packed(reference, intentions, make_example, timings, dtype)
-            if plan is not None:
-                return plan
+            checkpoint = None if whole else opened(reference, dtype=dtype)
+            if checkpoint is not None:
+                return _leaving_what_is_packed(reference, checkpoint, intentions, make_example, timings)
             debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
         with timings.stage("load"):
             module, given = load_model(reference, dtype=dtype)
     return pipeline.plan_model(module, intentions, make_example(module, given), timings)
 
 
-def _without_what_is_packed(
-    reference: Reference, intentions: Intentions, make_example: MakeExample, timings: Timings, dtype: str | None
-) -> Plan | None:
-    """The plan over a model whose packed weights were not read; None where only a whole checkpoint can be."""
-    plans: list[Plan] = []
-
-    def leave(skeleton: nn.Module) -> Iterable[str]:
-        plans.append(pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings))
-        reading.enter_context(timings.stage("load"))
-        return plans[0].packed
-
-    with ExitStack() as reading:
-        found = load_but(reference, leave, dtype=dtype)
-    if found is None:
-        return None
-    model, checkpoint = found
-    if checkpoint is None:
-        debug.tell(1, [f"{reference.text} has no safetensors files: it was read as a whole"])
-        return pipeline.plan_model(model, intentions, make_example(model, None), timings)
-    (plan,) = plans
-    _tell(checkpoint, len(plan.packed), timings)
-    return replace(plan, captured=over(plan.captured, model, checkpoint))
+def _leaving_what_is_packed(
+    reference: Reference, opened: OpenCheckpoint, intentions: Intentions, make_example: MakeExample, timings: Timings
+) -> Plan:
+    """The plan over a model whose packed weights were not read: they are the checkpoint's, for the passes to read."""
+    with readable(reference):
+        skeleton = opened.skeleton()
+    plan = pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings)
+    with timings.stage("load"), readable(reference):
+        model = opened.load(without=plan.packed)
+    _tell(opened.checkpoint, len(plan.packed), timings)
+    return replace(plan, captured=over(plan.captured, model, opened.checkpoint))
 
 
 def _tell(checkpoint: Checkpoint, count: int, timings: Timings) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from checkpoints import write_llama
 from paths import ROOT, SUPPORT
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.ondisk import OnDisk
-from peftc.capture.references import load_but, load_model, parse_reference
+from peftc.capture.references import load_model, opened, parse_reference
 from zoo import ENCODER, GROUPED, TOKENS, ZOO
 
 # How a checkpoint differs from the model: prefixes, fused and stacked weights, transposed ones, ties, a fresh head.
@@ -68,32 +67,26 @@ def check_parts(folder: Path, dtype: str | None = None, least: int = 1) -> tuple
     torch.manual_seed(0)
     whole, _ = load_model(reference, dtype=dtype)
     after_whole = torch.rand(3)
-    skeletons: list[nn.Module] = []
-
-    def leave(skeleton: nn.Module) -> Iterable[str]:
-        skeletons.append(skeleton)
-        return matrices(skeleton)
-
     torch.manual_seed(0)
-    found = load_but(reference, leave, dtype=dtype)
-    assert torch.equal(after_whole, torch.rand(3))
-    assert found is not None
-    model, checkpoint = found
+    checkpoint = opened(reference, dtype=dtype)
     assert checkpoint is not None
-    mine, (shapes,) = tensors(model), map(tensors, skeletons)
+    skeleton = checkpoint.skeleton()
+    model = checkpoint.load(without=matrices(skeleton))
+    assert torch.equal(after_whole, torch.rand(3))
+    mine, shapes = tensors(model), tensors(skeleton)
     left = [name for name, tensor in mine.items() if tensor.is_meta]
     assert len(left) >= least
     for name, tensor in tensors(whole).items():
-        read = checkpoint.read(name) if mine[name].is_meta else mine[name]
+        read = checkpoint.checkpoint.read(name) if mine[name].is_meta else mine[name]
         assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(read, tensor), name
-        skeleton = shapes[name]
-        assert (skeleton.dtype, skeleton.shape, skeleton.device) == (tensor.dtype, tensor.shape, tensor.device), name
-    assert ties(whole) == ties(model) == ties(skeletons[0])
+        fake = shapes[name]
+        assert (fake.dtype, fake.shape, fake.device) == (tensor.dtype, tensor.shape, tensor.device), name
+    assert ties(whole) == ties(model) == ties(skeleton)
     assert type(whole) is type(model)
     assert whole.training == model.training
     assert getattr(whole, "generation_config", None) == getattr(model, "generation_config", None)
-    return model, checkpoint
+    return model, checkpoint.checkpoint
 
 
 # --- the checkpoint's parts ------------------------------------------------------------------------------------------
@@ -152,10 +145,9 @@ def test_both_sides_of_a_tie_are_there(equal: bool, tmp_path: Path) -> None:
 def test_a_checkpoint_that_changes_meanwhile(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     saved(ZOO["llama"](), tmp_path)
-    found = load_but(parse_reference(str(tmp_path)), matrices)
+    found = opened(parse_reference(str(tmp_path)))
     assert found is not None
-    assert found[1] is not None
-    checkpoint = found[1]
+    checkpoint = found.checkpoint
     before = checkpoint.read(name)
     tensor = checkpoint.tensors[name]
     assert isinstance(tensor, OnDisk)
