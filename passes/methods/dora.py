@@ -14,6 +14,9 @@ from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
+# The length of a row of zeros, which is divided by; its square is a normal number of float32.
+SMALLEST = 2.0**-63
+
 
 @method
 class DoRA(WeightMethod):
@@ -60,13 +63,14 @@ class DoRA(WeightMethod):
     def _norm(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """|W + s B A| of each row, [n_out], from |W|^2 + 2 s W . B A + s^2 |B A|^2: nothing of W's size is made.
 
-        Rounding is that of the three terms: it shows where s B A all but cancels a row of W.
+        Rounding is that of the three terms: it shows where s B A all but cancels a row of W. A row of zeros, as
+        published or rounded so by a storage, has the length `SMALLEST`: m is 0 there, and so is what comes out.
         """
         own = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype)
         cross = (B * linear(weight, A.to(weight.dtype))).sum(1)
         added = (B * (B @ (A @ A.t()))).sum(1)
         squared: Tensor = own * own + 2 * self.scale * cross + self.scale**2 * added
-        return squared.clamp_min(0).sqrt()
+        return squared.clamp_min(SMALLEST**2).sqrt()
 
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "use_rslora": False, "bias": "none",
@@ -92,5 +96,5 @@ class DoRA(WeightMethod):
         self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         directed = weight.to(state["A"].dtype) + self.scale * state["B"] @ state["A"]
-        length = state["m"] / directed.norm(dim=1)
+        length = state["m"] / directed.norm(dim=1).clamp_min(SMALLEST)
         return (length[:, None] * directed).to(weight.dtype), bias

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftc.capture.errors import NoRoom
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import copied
+from peftc.graph.ir import copied, drop_unread
 
 # What a caller may pass although the graph has no input for it: the compiled model already behaves so.
 HARMLESS = {
@@ -96,6 +96,11 @@ class Convention:
         return tuple(place for place, key in enumerate(self.keys) if key.endswith("logits"))
 
     @property
+    def has_loss(self) -> bool:
+        """Whether the first thing returned is a loss."""
+        return has_loss(self.result)
+
+    @property
     def keys(self) -> list[str]:
         """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
         return fields_of(self.result)
@@ -105,19 +110,19 @@ def _is_harmless(name: str, value: Any) -> bool:
     return name in HARMLESS and value == HARMLESS[name] and not isinstance(value, Tensor)
 
 
-def without_loss(graph: fx.Graph, keys: list[str]) -> fx.Graph | None:
+def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
     """The graph for a call without labels: the same nodes less those that only the loss needs.
 
     None where the logits themselves depend on the labels, as where decoder inputs are made of them.
     """
-    if not keys or keys[0] != "loss":
+    if not has_loss(result):
         return None
     pruned, _ = copied(graph)
     output = pruned.output_node()
     leaves = output.args[0]
     assert isinstance(leaves, tuple)
     output.args = (leaves[1:],)
-    pruned.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unread(pruned)
     for node in pruned.find_nodes(op="placeholder"):
         if node.target in LOSS_INPUTS:
             if node.users:

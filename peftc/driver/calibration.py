@@ -153,7 +153,7 @@ def _second_moments(
                 sums[n.name] = sums.get(n.name, 0) + kept.T @ kept
             return x
 
-    unlabelled = without_loss(module.graph, Convention(plan.captured.inputs, plan.captured.result).keys)
+    unlabelled = without_loss(module.graph, plan.captured.result)
     watch = Watch(module, graph=unlabelled)
     with torch.no_grad():
         for given in _given(plan, batches, labels=unlabelled is None):

@@ -198,6 +198,20 @@ def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
+def drop_unread(graph: fx.Graph) -> None:
+    """Erases every call that no output depends on, random ones, too; a write counts for all views of what it writes."""
+    live: set[fx.Node] = set()
+    read: set[int] = set()  # memory that something behind reads
+    for node in reversed(graph.nodes):
+        writes = is_mutable(node) and any(is_tensor(source) and memory(source) in read for source in node.args[:1])
+        if node.op == "output" or writes or any(user in live for user in node.users):
+            live.add(node)
+            read |= {memory(source) for source in node.all_input_nodes if is_tensor(source)}
+    for node in reversed(graph.nodes):
+        if node not in live and node.op != "placeholder":
+            graph.erase_node(node)
+
+
 def users_except(node: fx.Node, excluded: Iterable[fx.Node]) -> list[fx.Node]:
     """The users of `node` that are not among `excluded`, in no particular order."""
     skip = set(excluded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from peftc.capture.convention import Convention
-from peftc.graph.ir import copied
+from peftc.graph.ir import copied, drop_unread
 from peftc.optimise.fuse import Fired, fuse
 from peftc.protocol.rule import fusions
 
@@ -19,7 +19,7 @@ def training_entry(
     are compared by their logits.
     """
     rules = [rule for rule in fusions() if rule.in_training]
-    if convention.keys[:1] != ["loss"] or convention.consistency or not convention.logits:
+    if not convention.has_loss or convention.consistency or not convention.logits:
         return None, tuple(Fired(rule.name, 0, 0, None) for rule in rules)
     alone, _ = copied(graph)
     output = alone.output_node()
@@ -27,5 +27,5 @@ def training_entry(
     assert isinstance(leaves, tuple)
     output.args = (tuple(None if place in convention.logits else leaf for place, leaf in enumerate(leaves)),)
     fired = fuse(module, alone, rules=rules)
-    alone.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unread(alone)
     return (alone if any(one.count for one in fired) else None), fired

@@ -103,6 +103,16 @@ class Plan:
         return self.intentions.spec
 
     @property
+    def stored(self) -> dict[str, PackedWeight]:
+        """`packed`, by the name that `to_json` has for it."""
+        return self.packed
+
+    @property
+    def checkpoints(self) -> dict[str, Span]:
+        """`recomputed`, by the name that `to_json` has for it."""
+        return self.recomputed
+
+    @property
     def trainable(self) -> int:
         """Parameters that learn: the methods' own and the existing ones a `train` statement names."""
         return self._added(trainable=True) + sum(self.sites.parameters[name] for name in self.trained)

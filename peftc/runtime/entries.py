@@ -91,7 +91,7 @@ class Entries:
 
     def _unlabelled(self, module: Holder) -> Entry:
         if self._without_labels is None:
-            graph = without_loss(module.graph, module.convention.keys)
+            graph = without_loss(module.graph, module.convention.result)
             if graph is None:
                 raise PeftcError(NeedsLabels(model=module.plan.sites.model))
             self._without_labels = Entry(_code(module, graph), with_loss=False)

@@ -17,7 +17,7 @@ from torch import fx
 
 from peftc.capture.convention import Convention
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import STACK, module_path
+from peftc.graph.ir import STACK, block_of, module_path
 from peftc.graph.printing import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
 from peftc.planning.plan import Plan
 from peftc.show.drawing import (
@@ -51,7 +51,7 @@ def draw(graph: fx.Graph, block: str | None, plan: Plan, *, detail: bool = False
 class _Artist:
     def __init__(self, graph: fx.Graph, block: str | None, plan: Plan, detail: bool, trained: bool) -> None:
         self.graph, self.block, self.plan, self.detail = graph, block, plan, detail
-        self.owner = {node: _block_of(node, frozenset(plan.sites.blocks)) for node in graph.nodes}
+        self.owner = {node: block_of(node, frozenset(plan.sites.blocks)) for node in graph.nodes}
         self.members: dict[str, list[fx.Node]] = defaultdict(list)
         for node, owner in self.owner.items():
             self.members[owner or ""].append(node)
@@ -285,11 +285,6 @@ class _Artist:
 
     def _shape(self, node: fx.Node) -> str:
         return shape_text(node.meta.get("val"), self.dims)
-
-
-def _block_of(node: fx.Node, blocks: frozenset[str]) -> str | None:
-    paths = (path for path, _ in (node.meta.get(STACK) or {}).values())
-    return next((path for path in paths if path in blocks), None)
 
 
 def _reader_name(node: fx.Node) -> str:
