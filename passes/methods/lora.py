@@ -16,11 +16,6 @@ from peftc.protocol.site import Experts, Linear, Projection
 from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
 
-# In HF PEFT's words: starts that leave the base model's weights alone, and options that make another method of it.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-OTHERS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
-          "use_bdlora", "use_qalora", "velora_config")  # fmt: skip
-
 
 def _each_row_uniform(tensor: Tensor) -> Tensor:
     """As `nn.Linear` starts: uniform within 1/sqrt(n_in), whatever number of matrices is stacked."""
@@ -177,8 +172,6 @@ class LoRA(WeightMethod):
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if config.get("peft_type") != "LORA" or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
-            return None
-        if config.get("init_lora_weights", True) not in PLAIN_STARTS or any(config.get(name) for name in OTHERS):
             return None
         values = {
             "r": tensors["lora_A.weight"].shape[-2],

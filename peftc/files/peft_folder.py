@@ -6,27 +6,28 @@ A folder of HF PEFT holds one method on whole modules. What does not fit that is
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.diagnostics.source import Source
 from peftc.files import peft_experts as expertfolders
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.folder import write_folder
+from peftc.files.peft_names import key_for, saying, settings_of
 from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, prefix_folder, read_prefix
 from peftc.files.peft_prompt import has_prompt, prompt_folder, read_prompt
-from peftc.graph.ir import get_attribute
-from peftc.language import Spec, parse
+from peftc.files.peft_spec import applied, spec_of
+from peftc.graph.ir import get_attribute, module_path
+from peftc.language import Spec, Statement
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Experts, Linear, Projection
@@ -36,8 +37,13 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROOT = "base_model."  # of what all modules share
+# LoRA's starts that leave the base model's weights alone, and options that make another method of it.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+OTHERS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
+          "use_bdlora", "use_qalora", "velora_config")  # fmt: skip
 MARKS = (".lora_", ".ia3_", ".hada_", ".lokr_", ".vera_")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+FEEDFORWARD = "feedforward_modules"
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
@@ -83,10 +89,12 @@ def _modules(bindings: tuple[Binding, ...], compiled: Runtime) -> tuple[dict[str
                 raise PeftcError(CannotExport(reason=f"{theirs} is the same for all modules there", span=binding.span))
     config |= {
         "base_model_name_or_path": getattr(compiled.config, "_name_or_path", None) or None,
-        "target_modules": sorted({binding.site.name for binding in bindings} - set(stacks)),
+        "target_modules": saying(compiled.base, {binding.site.name for binding in bindings} - set(stacks)),
         "inference_mode": True,
         "task_type": None,
     }
+    if inner := config.get(FEEDFORWARD):
+        config[FEEDFORWARD] = saying(compiled.base, inner, by_letters=True)
     if stacks:
         config["target_parameters"] = stacks
     if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
@@ -112,18 +120,38 @@ def read(model: nn.Module, folder: Path) -> Adapter:
         PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
     """
     config, tensors = _read(folder)
-    if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
-        text, state = read_prompt(model, folder, config, tensors)
-    elif config.get("peft_type") == KIND and TENSOR in tensors:
-        text, state = read_prefix(folder, config, tensors)
-    else:
-        text, state = _read_modules(model, folder, config, tensors)
-    return Adapter(parse(Source(f"{folder.name}/{CONFIG}", text)), state)
+    if option := _another_meaning(config):
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"its {option} is none that peftc has"))
+    try:
+        if config.get("peft_type") in PROMPTS and "prompt_embeddings" in tensors:
+            statements, state = read_prompt(model, folder, config, tensors)
+        elif config.get("peft_type") == KIND and TENSOR in tensors:
+            statements, state = read_prefix(folder, config, tensors)
+        else:
+            statements, state = _read_modules(model, folder, config, tensors)
+        return Adapter(spec_of(f"{folder.name}/{CONFIG}", statements), state)
+    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+        reason = f"its settings are damaged ({type(error).__name__}: {error})"
+        raise PeftcError(BadArtifact(folder=str(folder), reason=reason)) from None
+    except TimeoutError:
+        patterns = ", ".join(sorted({*PATTERNS.values()} & config.keys()))
+        reason = f"matching its {patterns} takes too long"
+        raise PeftcError(BadArtifact(folder=str(folder), reason=reason)) from None
+
+
+def _another_meaning(config: dict[str, Any]) -> str | None:
+    """An option of LoRA's folders by which tensors mean something else than alpha/r B A beside the base's weight."""
+    if config.get("peft_type") != "LORA":
+        return None
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool | str) or start not in PLAIN_STARTS:
+        return f"init_lora_weights={start}"
+    return next((f"{name}={config[name]}" for name in OTHERS if config.get(name)), None)
 
 
 def _read_modules(
     model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+) -> tuple[list[Statement], Callable[[Plan], dict[str, Tensor]]]:
     """The statements, and what makes the state, of a method that adapts modules one by one."""
     common = {
         key.removeprefix(ROOT): tensors.pop(key) for key in list(tensors) if key.removeprefix(ROOT) in _shared_names()
@@ -133,14 +161,7 @@ def _read_modules(
         mark = _separator(key)
         module, _, name = key.removeprefix(PREFIX).rpartition(mark)
         grouped[module][mark[1:] + name] = tensor
-    try:
-        lines, states = _recognised(model, folder, config, grouped)
-    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-        reason = f"its settings are damaged ({type(error).__name__}: {error})"
-        raise PeftcError(BadArtifact(folder=str(folder), reason=reason)) from None
-    text = "\n".join(
-        f"apply {method} to {', '.join(json.dumps(name) for name in names)}" for method, names in lines.items()
-    )
+    statements, states = _recognised(model, folder, config, grouped)
 
     def state(plan: Plan) -> dict[str, Tensor]:
         for binding in plan.bindings:
@@ -149,28 +170,27 @@ def _read_modules(
         own = {f"{b.path}.{name}": tensor for b in plan.bindings for name, tensor in states[b.site.name].items()}
         return own | _shared(plan, common)
 
-    return text, state
+    return statements, state
 
 
 def _recognised(
     model: nn.Module, folder: Path, config: dict[str, Any], grouped: dict[str, dict[str, Tensor]]
-) -> tuple[dict[str, list[str]], dict[str, dict[str, Tensor]]]:
-    """The modules of each method call, and the state at each module."""
+) -> tuple[list[Statement], dict[str, dict[str, Tensor]]]:
+    """A statement for each method call, and the state at each module."""
     grouped = expertfolders.restored(model, config, grouped)
-    lines: dict[str, list[str]] = defaultdict(list)
+    places: dict[tuple[str, tuple[tuple[str, Any], ...]], list[str]] = defaultdict(list)
     states: dict[str, dict[str, Tensor]] = {}
     for module, own in grouped.items():
         for cls in methods().values():
-            found = cls.from_peft(_for_module(config, module), module, own)
+            found = cls.from_peft(settings_of(module, config, PATTERNS), module, own)
             if found is not None:
-                arguments = ", ".join(f"{name}={_word(value)}" for name, value in found[0].items() if value is not None)
-                lines[f"{cls.name}({arguments})"].append(module)
+                places[cls.name, tuple(found[0].items())].append(module)
                 states[module] = found[1]
                 break
         else:
             reason = f"it holds {config.get('peft_type')} at {module}, in a form peftc does not have"
             raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
-    return lines, states
+    return [applied(name, dict(given), modules) for (name, given), modules in places.items()], states
 
 
 def _shared_names() -> set[str]:
@@ -186,17 +206,6 @@ def _shared(plan: Plan, given: dict[str, Tensor]) -> dict[str, Tensor]:
             known = given[theirs] if theirs in given else spec.init(torch.empty(spec.shape, dtype=spec.dtype))
             found.setdefault(binding.names[name], known)
     return found
-
-
-def _for_module(config: dict[str, Any], module: str) -> dict[str, Any]:
-    """The settings of one module: HF PEFT's patterns are regular expressions for the end of its name."""
-    own = dict(config)
-    for name, pattern in PATTERNS.items():
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                own[name] = value
-                break
-    return own
 
 
 def _problems(compiled: Runtime) -> list[CannotExport]:
@@ -217,8 +226,11 @@ def _reason(binding: Binding, first: type[Any]) -> str | None:
         return reason
     if type(binding.method) is not first:
         return f"one folder holds one method, and {first.name} comes first"
-    if isinstance(binding.site, Projection) and binding.site.rows is not None:
-        return f"it adapts whole modules, and {binding.site.name} is a part of one"
+    site = binding.site
+    if isinstance(site, Projection) and site.rows is not None:
+        return f"it adapts whole modules, and {site.name} is a part of one"
+    if isinstance(site, Linear) and any(module_path(use.op) != site.path for use in site.uses):
+        return f"it adapts modules where they are called, and another part of the model reads the weight of {site.name}"
     return None
 
 
@@ -232,16 +244,12 @@ def _join(config: dict[str, Any], settings: dict[str, Any], module: str) -> None
         elif config.setdefault(name, value) != value:
             if name not in PATTERNS:
                 raise PeftcError(CannotExport(reason=f"{name} is the same for all modules there"))
-            config.setdefault(PATTERNS[name], {})[module] = value
+            config.setdefault(PATTERNS[name], {})[key_for(module)] = value
 
 
 def _separator(key: str) -> str:
     """What stands between a module's name and a tensor's: every tensor's name starts with its method's."""
     return next((mark for mark in MARKS if mark in key), ".")
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.peft_prompt import task_of
+from peftc.files.peft_spec import applied
 from peftc.graph.ir import get_attribute
+from peftc.language import Statement
 from peftc.planning.plan import Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Attention
@@ -68,7 +70,7 @@ def _reason(compiled: Runtime) -> str | None:
 
 def read_prefix(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+) -> tuple[list[Statement], Callable[[Plan], dict[str, Tensor]]]:
     """The statement, and what makes the state, of a folder with a prefix.
 
     Raises:
@@ -89,7 +91,6 @@ def read_prefix(
     name, (settings, _) = next(
         (cls.name, found) for cls in methods().values() if (found := cls.from_peft(config, "", pairs[0]))
     )
-    arguments = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
 
     def state(plan: Plan) -> dict[str, Tensor]:
         if len(plan.bindings) != layers:
@@ -100,4 +101,4 @@ def read_prefix(
             for part, tensor in pair.items()
         }
 
-    return f"apply {name}({arguments}) to attn", state
+    return [applied(name, settings, role="attn")], state

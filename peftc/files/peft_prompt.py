@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact
+from peftc.files.peft_spec import applied, trained
 from peftc.graph.ir import get_attribute
+from peftc.language import Statement
 from peftc.planning.plan import Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Sequence
@@ -63,7 +65,7 @@ def _heads(base: nn.Module) -> dict[str, Tensor]:
 
 def read_prompt(
     model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[str, Callable[[Plan], dict[str, Tensor]]]:
+) -> tuple[list[Statement], Callable[[Plan], dict[str, Tensor]]]:
     """The statements, and what makes the state, of a folder with a prompt; the base's tensors that differ learn on.
 
     Raises:
@@ -78,11 +80,9 @@ def read_prompt(
     if odd := [key for key, tensor in learned.items() if key not in base or base[key].shape != tensor.shape]:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"its {odd[0]} is no parameter of the model"))
     learned = {key: tensor for key, tensor in learned.items() if not torch.equal(base[key].cpu(), tensor)}
-    arguments = ", ".join(f"{parameter}={value}" for parameter, value in settings.items())
-    lines = [f"apply {name}({arguments})", *(f'train "{parameter}"' for parameter in learned)]
 
     def everything(plan: Plan) -> dict[str, Tensor]:
         (binding,) = plan.bindings
         return learned | {binding.names[tensor]: value for tensor, value in state.items()}
 
-    return "\n".join(lines), everything
+    return [applied(name, settings), *map(trained, learned)], everything
