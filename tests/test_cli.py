@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftc
+from paths import ROOT
 from peftc.capture.references import load_model, parse_reference
-from peftc.cli import main
+from peftc.cli import COMMANDS, main
+from peftc.language.parse import parse_file
+from peftc.spec.resolve import resolve
 
 SPEC = "apply lora(r=4, alpha=8) to attn.q, attn.v\ntrain norm\n"
 Run = Callable[..., tuple[int, str, str]]
@@ -263,8 +269,89 @@ def test_a_crash_shows_its_traceback_only_when_asked(
         run("plan", spec, model)
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    """A stranger's first command answers at once."""
-    code = "import sys, peftc.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a spec was parsed and resolved, by whatever name a module knows the function that does it."""
+    found: Counter[str] = Counter()
+
+    def count(function: Callable[..., Any]) -> None:
+        def counted(*given: Any, **options: Any) -> Any:
+            found[function.__name__] += 1
+            return function(*given, **options)
+
+        places = [
+            (module, name)
+            for path, module in sys.modules.items()
+            if path.split(".")[0] == "peftc"
+            for name, value in vars(module).items()
+            if value is function
+        ]
+        for module, name in places:
+            monkeypatch.setattr(module, name, counted)
+
+    count(parse_file)
+    count(resolve)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "{spec}"),
+        ("plan", "{spec}", "{model}"),
+        ("compile", "{spec}", "{model}", "-o", "{output}"),
+        pytest.param(("compile", "{packed}", "{model}"), marks=pytest.mark.slow),
+        ("show", "{spec}", "{model}"),
+        pytest.param(("bench", "{spec}", "{model}", "--repeats", "1", "--seq", "8"), marks=pytest.mark.slow),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_command_reads_its_spec_once(
+    run: Run, calls: Counter[str], model: Path, spec: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    packed = tmp_path / "packed.peft"
+    packed.write_text(f"quantize linear except head with nf4\n{SPEC}")
+    places = {"spec": spec, "packed": packed, "model": model, "output": tmp_path / "artifact"}
+    status, _, err = run(*(argument.format(**places) for argument in arguments))
+    assert (status, err) == (0, "")
+    assert calls == {"parse_file": 1, "resolve": 1}
+
+
+def test_usage_does_not_wait_for_torch() -> None:
+    """A stranger's first commands answer at once."""
+    code = """
+import contextlib, sys
+from peftc.cli import COMMANDS, main
+for arguments in [], *([command.name] for command in COMMANDS):
+    with contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+print({"rich", "torch", "transformers"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("False")
+    assert done.stdout.count("usage: peftc") == 1 + len(COMMANDS)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "peftc" / "cli").glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_imported_on_demand_is_what_type_checkers_see(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    told = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {
+        ast.unparse(node.targets[0]): node.value.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "Lazy"
+        and isinstance(node.value.args[0], ast.Constant)
+    }
+    assert lazy.items() <= told.items()
+    imports = (ast.Import, ast.ImportFrom)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [node for function in functions for node in ast.walk(function) if isinstance(node, imports)]

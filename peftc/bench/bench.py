@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from peftc.bench.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver.compiled import CompiledModule
-from peftc.language import Spec
+from peftc.spec.check import SpecLike, intend
 
 NOISE = 0.01  # standard deviation of what is added to all state: a branch that starts at zero would prove nothing
 WARM_UP = 1  # steps after the one that is looked into, before the clock runs
@@ -91,7 +90,7 @@ class Bench:
 
 def bench(
     model: nn.Module,
-    spec: Spec | str | Path,
+    spec: SpecLike,
     *,
     example: Any = None,
     calibration: Iterable[Any] | None = None,
@@ -120,12 +119,13 @@ def bench(
         PeftcError: with every mistake in the spec; `cannot-measure` where the model fails on the batch.
     """
     timings = timings or Timings()
+    intentions = intend(spec)
     data = None if calibration is None else list(calibration)
     with threads(thread_count):
         arguments = batch_for(model, example, batch, seq, SEED)
         _check_batch(model, arguments, f"{batch} × {seq}")
-        fused = compile(model, spec, example=example, calibration=data, timings=timings)
-        plain = compile(model, spec, example=example, calibration=data, fuse=False, timings=timings)
+        fused = compile(model, intentions, example=example, calibration=data, timings=timings)
+        plain = compile(model, intentions, example=example, calibration=data, fuse=False, timings=timings)
         if not fused.trainable_parameters():
             raise PeftcError(CannotMeasure(model=type(model).__name__, reason="nothing in it learns"))
         _start_alike(fused, plain)

@@ -1,0 +1,80 @@
+"""`peftc bench`: what a training step costs, beside what it could cost at best and what it costs elsewhere."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from peftc.bench.errors import NoDevice
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import (
+    CALIBRATION,
+    DTYPE,
+    JSON,
+    MODEL,
+    RANDOM_WEIGHTS,
+    SPEC,
+    calibration_batches,
+    checked_spec,
+    load_model,
+    positive,
+)
+from peftc.cli.output import print_json, progress
+from peftc.diagnostics.diagnostic import PeftcError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftc.bench import bench, table
+    from peftc.show import tables
+else:
+    bench = Lazy("peftc.bench.bench")
+    table = Lazy("peftc.bench.table")
+    tables = Lazy("peftc.show.tables")
+
+
+def run(given: Namespace) -> int:
+    """Measures a training step against the frozen base model and HF PEFT."""
+    with progress(given) as timings:
+        spec = checked_spec(given, timings)
+        with timings.stage("load"):
+            batches = calibration_batches(given)
+            model, example = load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
+            _move(model, given.device)
+        found = bench.bench(
+            model, spec, example=example, calibration=batches, batch=given.batch, seq=given.seq,
+            repeats=given.repeats, thread_count=given.threads, with_torch_compile=given.torch_compile, timings=timings,
+        )  # fmt: skip
+    if given.json:
+        print_json(found.to_json())
+    else:
+        tables.print_all(table.bench_table(found))
+    return 0 if found.agrees else 1
+
+
+def _move(model: nn.Module, device: str) -> None:
+    """`model` on the device of that name."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise PeftcError(NoDevice(name=device, reason=str(error).splitlines()[0])) from error
+
+
+BENCH = Command(
+    "bench",
+    run,
+    (
+        SPEC,
+        MODEL,
+        JSON,
+        Argument("--batch", type=positive, default=2, help="examples in a step"),
+        Argument("--seq", type=positive, default=128, help="tokens in an example"),
+        Argument("--repeats", type=positive, default=5, help="rounds, of which the fastest counts"),
+        Argument("--threads", type=positive, default=1, help="threads to compute with on the CPU"),
+        Argument("--device", default="cpu", help="cpu, cuda, cuda:1, …"),
+        Argument("--torch-compile", action="store_true", help="each also under torch.compile(fullgraph=True)"),
+        CALIBRATION,
+        RANDOM_WEIGHTS,
+        DTYPE,
+    ),
+)

@@ -1,0 +1,64 @@
+"""`peftc compile`: a spec and a model to an artifact."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import (
+    CALIBRATION,
+    DTYPE,
+    JSON,
+    MODEL,
+    RANDOM_WEIGHTS,
+    SPEC,
+    calibration_batches,
+    checked_spec,
+    model_to_compile,
+)
+from peftc.cli.output import print_json, progress
+
+if TYPE_CHECKING:
+    from peftc.show import tables
+else:
+    tables = Lazy("peftc.show.tables")
+
+
+def run(given: Namespace) -> None:
+    """Compiles, verifies, reports; with -o writes the artifact."""
+    with progress(given) as timings:
+        spec = checked_spec(given, timings)
+        batches = calibration_batches(given)
+        model, example = model_to_compile(given, timings, given.dtype)
+        compiled = peftc.compile(model, spec, example=example, calibration=batches, dtype=given.dtype, timings=timings)
+        if given.output:
+            with timings.stage("save"):
+                compiled.save(given.output)
+    if given.json:
+        fusions = [fired.to_json() for fired in compiled.fired]
+        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output}
+        print_json(compiled.plan.to_json() | told)
+        return
+    tables.print_all(tables.plan_table(compiled.plan), tables.fusions_table(compiled.fired))
+    if given.timings:
+        tables.print_all(tables.timings_table(timings.seconds))
+    if given.output:
+        print(f"written to {given.output}")
+
+
+COMPILE = Command(
+    "compile",
+    run,
+    (
+        SPEC,
+        MODEL,
+        JSON,
+        Argument("-o", "--output", metavar="DIR", help="write the artifact here"),
+        CALIBRATION,
+        Argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes"),
+        RANDOM_WEIGHTS,
+        DTYPE,
+    ),
+)

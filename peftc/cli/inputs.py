@@ -1,0 +1,83 @@
+"""What several commands are given: their common arguments, and the specs, models and batches that these name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftc.cli.command import Argument, Lazy
+from peftc.diagnostics import debug
+from peftc.diagnostics.timings import Timings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers.utils import logging as transformers_logging
+
+    from peftc.capture import references
+    from peftc.driver import calibration
+    from peftc.spec import check
+    from peftc.spec.resolve import Intentions
+else:
+    transformers_logging = Lazy("transformers.utils.logging")
+    references = Lazy("peftc.capture.references")
+    calibration = Lazy("peftc.driver.calibration")
+    check = Lazy("peftc.spec.check")
+
+MODEL_HELP = "a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory"
+
+SPEC = Argument("spec", metavar="SPEC", help="a .peft file")
+MODEL = Argument("model", metavar="MODEL", help=MODEL_HELP)
+JSON = Argument("--json", action="store_true", help="print data instead of tables")
+RANDOM_WEIGHTS = Argument("--random-weights", action="store_true", help="initialise instead of reading weights")
+DTYPE = Argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base model")
+CALIBRATION = Argument(
+    "--calibration",
+    metavar="FILE",
+    help="a .safetensors file with one tensor [N, ...] for each input of the model, labels included, for "
+    "methods that start from data; it is run in batches of 8",
+)
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expects a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def checked_spec(given: Namespace, timings: Timings) -> Intentions:
+    """What the spec wants. Raises `PeftcError` with everything that is wrong and can be known without a model."""
+    with timings.stage("check"):
+        return check.intend(Path(given.spec))
+
+
+def calibration_batches(given: Namespace) -> list[dict[str, Any]] | None:
+    """The batches of `--calibration`; None without."""
+    return calibration.read_batches(Path(given.calibration)) if given.calibration else None
+
+
+def model_to_compile(given: Namespace, timings: Timings, dtype: str | None = None) -> tuple[nn.Module | str, Any]:
+    """The reference itself, which `peftc.compile` reads in its own way, or a model of random weights; its example."""
+    quieten()
+    if not given.random_weights:
+        return given.model, None
+    with timings.stage("load"):
+        return load_model(given.model, random_weights=True, dtype=dtype)
+
+
+def load_model(reference: str, *, random_weights: bool, dtype: str | None) -> tuple[nn.Module, Any]:
+    """The model and its example."""
+    quieten()
+    return references.load_model(references.parse_reference(reference), random_weights=random_weights, dtype=dtype)
+
+
+def quieten() -> None:
+    """The progress bar of weights being read shows only where somebody watches it, and libraries keep to errors."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if not debug.level():
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

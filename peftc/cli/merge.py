@@ -1,0 +1,58 @@
+"""`peftc merge`: what was learned, folded into the weights."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import JSON, MODEL_HELP, quieten
+from peftc.cli.output import print_json, progress
+
+if TYPE_CHECKING:
+    from peftc.files import merge, repack
+    from peftc.show import tables
+else:
+    merge = Lazy("peftc.files.merge")
+    repack = Lazy("peftc.files.repack")
+    tables = Lazy("peftc.show.tables")
+
+
+def run(given: Namespace) -> None:
+    """Folds an artifact into a plain model."""
+    quieten()
+    with progress(given) as timings:
+        with timings.stage("compile"):
+            compiled = peftc.load(given.artifact, given.model)
+        with timings.stage("merge"):
+            again = repack.repack(compiled) if given.requantize else repack.Repacked(compiled.merge(), {}, None)
+            merged, lost = again.model, again.lost
+        with timings.stage("save"):
+            packed = merge.save_merged(merged, given.output, again.packing)
+    if given.json:
+        report = {"model": type(merged).__name__, "folder": given.output, "seconds": timings.seconds, "packed": packed}
+        print_json(report | {"lost": {name: asdict(rounding) for name, rounding in lost.items()}})
+    else:
+        if lost:
+            tables.print_all(tables.lost_table(lost))
+        how = "packed for bitsandbytes, " if packed else "its weights rounded but not packed, " if lost else ""
+        print(f"a plain {type(merged).__name__}, {how}written to {given.output}")
+
+
+MERGE = Command(
+    "merge",
+    run,
+    (
+        JSON,
+        Argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote"),
+        Argument("-o", "--output", metavar="DIR", required=True, help="where the plain model goes"),
+        Argument(
+            "--requantize",
+            action="store_true",
+            help="quantise again what was, print what that loses, and write it as bitsandbytes packs it",
+        ),
+        Argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}"),
+    ),
+)

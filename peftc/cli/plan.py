@@ -1,0 +1,44 @@
+"""`peftc plan`: what compiling would do, and the memory that a training step would take."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import DTYPE, JSON, MODEL, SPEC, positive
+from peftc.cli.output import print_json, progress
+from peftc.planning.memory import STATE_BYTES
+
+if TYPE_CHECKING:
+    from peftc.show import tables
+else:
+    tables = Lazy("peftc.show.tables")
+
+
+def run(given: Namespace) -> None:
+    """What each statement matches, and what a step needs, from shapes alone."""
+    with progress(given) as timings:
+        plan = peftc.plan(given.model, Path(given.spec), dtype=given.dtype, timings=timings)
+    memory = plan.memory(given.batch, given.seq, given.optimizer)
+    if given.json:
+        print_json(plan.to_json() | {"memory": memory.to_json(), "seconds": timings.seconds})
+        return
+    tables.print_all(tables.plan_table(plan), tables.memory_table(memory, given.batch, given.seq, given.optimizer))
+
+
+PLAN = Command(
+    "plan",
+    run,
+    (
+        SPEC,
+        MODEL,
+        JSON,
+        Argument("--batch", type=positive, default=1, help="examples in a step, for the memory table"),
+        Argument("--seq", type=positive, default=512, help="tokens in an example, for the memory table"),
+        Argument("--optimizer", choices=tuple(STATE_BYTES), default="adamw", help="for the memory table"),
+        DTYPE,
+    ),
+)

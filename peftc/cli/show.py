@@ -1,0 +1,55 @@
+"""`peftc show`: the graph, as text, a page, or for another program to draw."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import JSON, MODEL, RANDOM_WEIGHTS, SPEC, model_to_compile
+from peftc.cli.output import progress, write_text
+
+if TYPE_CHECKING:
+    from peftc import show
+else:
+    show = Lazy("peftc.show")
+
+
+def run(given: Namespace) -> None:
+    """The graph before and after the passes."""
+    with progress(given) as timings:
+        model, example = model_to_compile(given, timings)
+        compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
+    wanted: dict[show.Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
+    block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
+    chosen: dict[show.Format, str] = {kind: path for kind, path in wanted.items() if path}
+    for kind, path in (chosen or {"text": "-"}).items():
+        text = show.render_show(
+            compiled, block=None if given.whole else block, after=given.after, format=kind, detail=given.detail
+        )
+        if path == "-":
+            print(text)
+        else:
+            write_text(path, text)
+            print(f"written to {path}")
+
+
+SHOW = Command(
+    "show",
+    run,
+    (
+        SPEC,
+        MODEL,
+        JSON,
+        Argument("--html", metavar="FILE", help="a self-contained page ('-' for standard output, as below)"),
+        Argument("--dot", metavar="FILE", help="Graphviz"),
+        Argument("--mermaid", metavar="FILE", help="Mermaid"),
+        Argument("--after", metavar="PASS", help="the graph after this pass instead of the last"),
+        Argument("--block", metavar="PATH", help="which block; the first by default"),
+        Argument("--whole", action="store_true", help="the whole model, a node a block"),
+        Argument("--detail", action="store_true", help="keep views and casts"),
+        RANDOM_WEIGHTS,
+    ),
+)

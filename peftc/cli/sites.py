@@ -1,0 +1,33 @@
+"""`peftc sites`: what a model offers to selectors."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.inputs import JSON, MODEL
+from peftc.cli.output import print_json, progress
+
+if TYPE_CHECKING:
+    from peftc.show import tables
+else:
+    tables = Lazy("peftc.show.tables")
+
+
+def run(given: Namespace) -> None:
+    """The tree of sites with their roles."""
+    with progress(given):
+        found = peftc.sites(given.model)
+    if given.json:
+        print_json({"model": found.model, "sites": found.to_json()})
+        return
+    tables.print_all(tables.sites_tree(found, every=given.all))
+
+
+SITES = Command(
+    "sites",
+    run,
+    (MODEL, JSON, Argument("--all", action="store_true", help="every layer, not the first of each stack alone")),
+)
