@@ -183,7 +183,8 @@ def run(work: Work, passes: Sequence[Pass], timings: Timings) -> Iterator[tuple[
         if step.gives:
             work.given[step.gives] = given
         with timings.stage("verify"):
-            changed = verifier.check(work.module, step.name, graph=step.graph, tensors=step.tensors)
+            allowed = {"graph": step.graph, "tensors": step.tensors, "state": "state" in work.given}
+            changed = verifier.check(work.module, step.name, **allowed)
         with timings.stage("history"):
             after = copied(work.module.graph)[0] if changed else before
         _tell(step.name, timings.seconds[step.name], before, after)

@@ -35,7 +35,9 @@ class Verifier:
             parameter for binding in plan.bindings if binding.method.prepares for parameter in binding.site.parameters
         }
 
-    def check(self, module: fx.GraphModule, pass_name: str, *, graph: bool = True, tensors: bool = True) -> bool:
+    def check(
+        self, module: fx.GraphModule, pass_name: str, *, graph: bool = True, tensors: bool = True, state: bool = True
+    ) -> bool:
         """Looks at the module behind a pass. Returns whether the graph has changed.
 
         Args:
@@ -43,6 +45,7 @@ class Verifier:
             pass_name: for the diagnostic.
             graph: whether the pass may change the graph.
             tensors: whether it may change which tensors there are.
+            state: whether the plan's tensors are there by now; before, nothing may learn.
 
         Raises:
             PeftcError: `verifier-failed` unless every invariant holds.
@@ -57,7 +60,7 @@ class Verifier:
         if not tensors and (odd := sorted({name for name, _ in held.items() ^ self.tensors.items()})):
             self._fail(pass_name, f"{odd[0]} is another tensor, which this pass may not change", None)
         self._new_nodes(module, pass_name)
-        self._learning(module, pass_name)
+        self._learning(module, pass_name, state)
         return self.graph != before
 
     def _new_nodes(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -88,16 +91,14 @@ class Verifier:
             reason = f"{node.name} is {self.known[key]} where {_signature(claimed)} was promised"
             self._fail(pass_name, reason, stamp)
 
-    def _learning(self, module: fx.GraphModule, pass_name: str) -> None:
+    def _learning(self, module: fx.GraphModule, pass_name: str, state: bool) -> None:
         """Frozen tensors are the same objects, so tied ones are still tied; what learns is what was planned."""
         for name, tensor in self.frozen.items():
             if name not in self.replaceable and get_attribute(module, name) is not tensor:
                 self._fail(pass_name, f"the frozen {name} was replaced", None)
-        planned = set(self.plan.trained)
-        planned |= {name for name, state in self.plan.tensors.items() if state.trainable}
+        planned = {*self.plan.trained, *(name for name, one in self.plan.tensors.items() if one.trainable)}
         learns = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
-        if learns != planned:
-            odd = sorted(learns ^ planned)
+        if odd := sorted(learns ^ (planned if state else set())):
             self._fail(pass_name, f"{odd[0]} and {len(odd) - 1} more learn unplanned, or do not", None)
 
     def _fail(self, pass_name: str, reason: str, stamp: Provenance | None) -> None:

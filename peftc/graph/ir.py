@@ -21,6 +21,7 @@ from peftc.diagnostics.source import Span
 
 PROVENANCE = "peftc"
 STACK = "nn_module_stack"
+NOWHERE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export says of a node that no module made
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module whose forward made `node`, '' where none is known."""
     stack = node.meta.get(STACK)
-    return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+    path = str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+    return "" if path == NOWHERE else path
 
 
 def block_of(node: fx.Node, blocks: Container[str]) -> str | None:

@@ -151,9 +151,11 @@ def _change(node: fx.Node, dims: Dims, sign: str) -> str:
     """One line of a diff, headed by the method and the site that a node serves."""
     if (found := stamp(node)) is None:
         return _line(node, dims, sign)
-    own = f"{found.site.partition('[')[0]}."  # the site is on the line already
-    body = f"{node.name} = {short_name(node)}({_arguments(node)})".replace(own, "")
-    return f"{sign} {method_of(found)} {found.site}: {body} {shape_text(node.meta.get('val'), dims)}".rstrip()
+    body = f"{node.name} = {short_name(node)}({_arguments(node)})"
+    if found.site:  # it is on the line already; that of the whole model has no name
+        body = body.replace(f"{found.site.partition('[')[0]}.", "")
+    head = f"{method_of(found)} {found.site}".rstrip()
+    return f"{sign} {head}: {body} {shape_text(node.meta.get('val'), dims)}".rstrip()
 
 
 def method_of(found: Provenance) -> str:
@@ -174,10 +176,10 @@ def _line(node: fx.Node, dims: Dims, sign: str) -> str:
         case _:
             text = f"{node.name} = {short_name(node)}({_arguments(node)}) {shape}".rstrip()
     found = stamp(node)
-    why = "" if found is None else f"  # {found.pass_name}, {found.site}" + (
-        f", {place(found.span)}" if found.span else ""
-    )  # fmt: skip
-    return f"{sign} {text}{why}"
+    if found is None:
+        return f"{sign} {text}"
+    reasons = (found.pass_name, found.site, place(found.span) if found.span else "")
+    return f"{sign} {text}  # {', '.join(filter(None, reasons))}"
 
 
 def _arguments(node: fx.Node) -> str:
