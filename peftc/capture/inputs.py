@@ -7,7 +7,7 @@ what the labels look like is read off the logits, never off the class's name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,14 +64,27 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
     if isinstance(model, PreTrainedModel):
         if example is not None and not isinstance(example, Mapping):
             raise PeftcError(NeedsExample(model=type(model).__name__))
-        given = _inputs_of(model) if example is None else {name: _two_rows(item) for name, item in example.items()}
+        given = _inputs_of(model) if example is None else _by_name(example)
         return _with_conventions(model, given)
     if example is None:
         raise PeftcError(NeedsExample(model=type(model).__name__))
     if isinstance(example, dict):
-        return Example(kwargs={name: _two_rows(tensor) for name, tensor in example.items()})
+        return Example(kwargs=_by_name(example))
     args = example if isinstance(example, tuple | list) else (example,)
-    return Example(args=tuple(_two_rows(tensor) for tensor in args))
+    return Example(args=tuple(_apart(args)))
+
+
+def _by_name(example: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(example, _apart(example.values()), strict=True))
+
+
+def _apart(given: Iterable[Any]) -> Iterator[Any]:
+    """Two rows of each, and no tensor twice: of two inputs that are one object torch.export makes one in the graph."""
+    seen: set[int] = set()
+    for item in given:
+        twice = isinstance(item, torch.Tensor) and id(item) in seen
+        seen.add(id(item))
+        yield _two_rows(item.clone() if twice else item)
 
 
 def _two_rows(tensor: Any) -> Any:

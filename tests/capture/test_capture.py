@@ -13,6 +13,7 @@ import peftc
 from marks import first_is_quick
 from peftc.capture.capture import capture
 from peftc.capture.inputs import example_inputs
+from tiny import Tagger
 from zoo import ZOO, inputs
 
 pytestmark = pytest.mark.captures
@@ -42,6 +43,17 @@ def test_the_compiled_model_computes_what_the_base_does(name: str) -> None:
         assert type(found) is type(expected)
         torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=near)
         torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_one_tensor_for_two_inputs_leaves_them_two(by_name: bool) -> None:
+    model, ids = Tagger(), torch.ones(2, 5, dtype=torch.long)
+    example = {"input_ids": ids, "labels": ids} if by_name else (ids, ids)
+    compiled = peftc.compile(model, FROZEN, example=example)
+    tokens, labels = torch.randint(11, (3, 4)), torch.randint(5, (3, 4))
+    found, expected = compiled(tokens, labels), model(tokens, labels)
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=0, atol=1e-6)
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:
