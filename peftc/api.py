@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftc.capture.capture import capture
-from peftc.capture.inputs import example_inputs
+from peftc.capture.inputs import Example, example_inputs
 from peftc.capture.references import load_model, parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -17,6 +17,7 @@ from peftc.driver import pipeline
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
+from peftc.driver.passes import PASSES, Pass
 from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
 from peftc.roles.find import find_sites
@@ -61,16 +62,46 @@ def compile(
     timings = timings or Timings()
     intentions = intend(spec)
     _has_data(intentions, calibration)  # what a spec can be blamed for alone comes before the model is read
-    plan = load_and_plan(
-        model,
-        intentions,
-        lambda module, given: example_inputs(module, given if example is None else example),
-        timings,
-        dtype=dtype,
-        whole=calibration is not None,
-    )
+    plan = _loaded(model, intentions, example, timings, dtype=dtype, whole=calibration is not None)
     data = None if calibration is None else pipeline.calibrate(plan, list(calibration), timings)
     return pipeline.build(plan, timings, data=data, fuse=fuse)
+
+
+def graphs(
+    model: nn.Module | str | Path,
+    spec: SpecLike,
+    passes: Sequence[Pass] = PASSES,
+    *,
+    example: Any = None,
+    timings: Timings | None = None,
+) -> pipeline.Graphs:
+    """The graph after each of `passes`, of what `compile` would make. Nothing behind them is done.
+
+    Args:
+        model: as for `compile`.
+        spec: as for `compile`.
+        passes: such as `peftc.driver.passes.up_to` gives; all by default.
+        example: as for `compile`.
+        timings: collects seconds by stage.
+
+    Raises:
+        PeftcError: with every mistake in the spec, each with its line.
+    """
+    timings = timings or Timings()
+    intentions = intend(spec)
+    _has_data(intentions, None)
+    return pipeline.graphs(_loaded(model, intentions, example, timings), passes, timings)
+
+
+def _loaded(
+    model: nn.Module | str | Path, intentions: Intentions, example: Any, timings: Timings, **options: Any
+) -> Plan:
+    """The plan, on a model with its weights."""
+
+    def make_example(module: nn.Module, given: Any) -> Example:
+        return example_inputs(module, given if example is None else example)
+
+    return load_and_plan(model, intentions, make_example, timings, **options)
 
 
 def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:

@@ -6,28 +6,30 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import peftc
 from peftc.cli.command import Argument, Command, Lazy
 from peftc.cli.inputs import JSON, MODEL, RANDOM_WEIGHTS, SPEC, model_to_compile
 from peftc.cli.output import progress, write_text
 
 if TYPE_CHECKING:
-    from peftc import show
+    from peftc import api, show
+    from peftc.driver import passes
 else:
-    show = Lazy("peftc.show")
+    api, show, passes = Lazy("peftc.api"), Lazy("peftc.show"), Lazy("peftc.driver.passes")
 
 
 def run(given: Namespace) -> None:
     """The graph before and after the passes."""
+    asked = passes.up_to(given.after)
+    steps = passes.PASSES if given.html else asked  # a page has every pass
     with progress(given) as timings:
         model, example = model_to_compile(given, timings)
-        compiled = peftc.compile(model, Path(given.spec), example=example, timings=timings)
+        graphs = api.graphs(model, Path(given.spec), steps, example=example, timings=timings)
     wanted: dict[show.Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
-    block = given.block if given.block else next(iter(compiled.plan.sites.blocks), None)
+    block = given.block if given.block else next(iter(graphs.plan.sites.blocks), None)
     chosen: dict[show.Format, str] = {kind: path for kind, path in wanted.items() if path}
     for kind, path in (chosen or {"text": "-"}).items():
         text = show.render_show(
-            compiled, block=None if given.whole else block, after=given.after, format=kind, detail=given.detail
+            graphs, block=None if given.whole else block, after=given.after, format=kind, detail=given.detail
         )
         if path == "-":
             print(text)

@@ -35,7 +35,9 @@ from peftc.rewrite.positions import Positions, make_room
 from peftc.rewrite.prompts import insert_prompts
 from peftc.rewrite.splicer import Splicer
 from peftc.rewrite.state import materialise
+from peftc.show.errors import UnknownPass
 
+CAPTURE = "capture"  # what the graph is called that the first pass is given
 USED = "peftc used"  # on a module whose graph passes have changed
 
 
@@ -174,7 +176,7 @@ def run(work: Work, passes: Sequence[Pass], timings: Timings) -> Iterator[tuple[
     """
     verifier = Verifier(work.module, work.plan)
     before = copied(work.module.graph)[0]
-    yield "capture", before
+    yield CAPTURE, before
     for step in passes:
         if missing := [name for name in step.needs if name not in work.given]:
             raise ValueError(f"pass {step.name!r} needs {', '.join(missing)}, which no pass before it gives")
@@ -192,9 +194,16 @@ def run(work: Work, passes: Sequence[Pass], timings: Timings) -> Iterator[tuple[
         before = after
 
 
-def up_to(name: str, passes: Sequence[Pass] = PASSES) -> tuple[Pass, ...]:
-    """The passes as far as the one called `name`."""
-    return tuple(passes[: [step.name for step in passes].index(name) + 1])
+def up_to(name: str | None, passes: Sequence[Pass] = PASSES) -> tuple[Pass, ...]:
+    """The passes as far as the one called `name`: none for the capture, all for None.
+
+    Raises:
+        PeftcError: `unknown-pass` where there is none of that name.
+    """
+    known = (CAPTURE, *(step.name for step in passes))
+    if name is not None and name not in known:
+        raise PeftcError(UnknownPass(name=name, known=known))
+    return tuple(passes if name is None else passes[: known.index(name)])
 
 
 def alone(name: str, passes: Sequence[Pass] = PASSES) -> tuple[Pass, ...]:

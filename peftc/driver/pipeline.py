@@ -5,8 +5,8 @@ capture -> sites -> plan -> [ PASSES ] -> fold -> CompiledModule
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from peftc.diagnostics import debug
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.passes import PASSES, Work, run
+from peftc.driver.passes import PASSES, Pass, Work, run
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
@@ -28,6 +28,14 @@ from peftc.spec.resolve import Intentions
 
 # Where nothing is to be fused the last pass leaves everything as it is.
 UNFUSED = (*PASSES[:-1], replace(PASSES[-1], run=lambda _work: ()))
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What passes made of the graph of a plan: the flat graph after each, in their order, the captured one first."""
+
+    plan: Plan
+    history: dict[str, fx.Graph]
 
 
 def plan_model(model: nn.Module, intentions: Intentions, example: Example, timings: Timings) -> Plan:
@@ -52,6 +60,15 @@ def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding,
         return data | dict(zip(wanting, calibration.probed(compiled, batches), strict=True))
 
 
+def graphs(plan: Plan, passes: Sequence[Pass], timings: Timings) -> Graphs:
+    """Runs some passes over the plan's own graph, which it uses up, and nothing behind them.
+
+    Raises:
+        PeftcError: as `build`.
+    """
+    return Graphs(plan, dict(run(_begun(plan), passes, timings)))
+
+
 def build(
     plan: Plan,
     timings: Timings,
@@ -67,8 +84,7 @@ def build(
     Raises:
         PeftcError: `used-plan` for a plan that was built before; `verifier-failed` where a pass is wrong.
     """
-    work = Work.on(plan, state=state, data=data)
-    debug.tell(2, (f"{binding.method!r} -> {binding.site.name}  ({binding.span})" for binding in plan.bindings))
+    work = _begun(plan, state=state, data=data)
     history = list(run(work, PASSES if fuse else UNFUSED, timings))
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, BlockModule if fuse else fx.GraphModule)
@@ -76,3 +92,10 @@ def build(
             mark(work.module, plan.recomputed)
     with timings.stage("emit"):
         return CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)
+
+
+def _begun(plan: Plan, **known: Any) -> Work:
+    """The work on a plan, and in words what it is to do where."""
+    work = Work.on(plan, **known)
+    debug.tell(2, (f"{binding.method!r} -> {binding.site.name}  ({binding.span})" for binding in plan.bindings))
+    return work

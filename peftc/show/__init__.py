@@ -5,29 +5,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
+
+from torch import fx
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.printing import as_text, diff
+from peftc.planning.plan import Plan
 from peftc.show.artist import draw
 from peftc.show.drawing import Drawing, DrawnEdge, DrawnNode
 from peftc.show.errors import UnknownBlock, UnknownPass
 from peftc.show.page import to_html
 
-if TYPE_CHECKING:
-    from peftc.runtime.module import Runtime
-
 __all__ = [
-    "Drawing", "DrawnEdge", "DrawnNode", "Format", "as_text", "diff", "draw", "render_show", "to_dot", "to_html",
-    "to_mermaid", "to_text",
+    "Drawing", "DrawnEdge", "DrawnNode", "Format", "Shown", "as_text", "diff", "draw", "render_show", "to_dot",
+    "to_html", "to_mermaid", "to_text",
 ]  # fmt: skip
 
 Format = Literal["text", "dot", "mermaid", "html"]
 
 
+class Shown(Protocol):
+    """What can be drawn: a plan, and the flat graph after each pass that ran over it."""
+
+    @property
+    def plan(self) -> Plan:
+        """What was to be done."""
+
+    @property
+    def history(self) -> Mapping[str, fx.Graph]:
+        """The graphs by the names of the passes, in their order; the captured one is the first."""
+
+
 def render_show(
-    compiled: Runtime,
+    shown: Shown,
     *,
     block: str | None = None,
     after: str | None = None,
@@ -41,7 +54,7 @@ def render_show(
     Raises:
         PeftcError: `unknown-block` or `unknown-pass`.
     """
-    plan, passes = compiled.plan, list(compiled.history)
+    plan, passes = shown.plan, list(shown.history)
     chosen = passes[-1] if after is None else after
     if chosen not in passes:
         raise PeftcError(UnknownPass(name=chosen, known=tuple(passes)))
@@ -50,7 +63,7 @@ def render_show(
         raise PeftcError(UnknownBlock(name=block, model=plan.sites.model, near=tuple(near)))
 
     def drawing(name: str) -> Drawing:
-        return draw(compiled.history[name], block, plan, detail=detail, trained=name != passes[0])
+        return draw(shown.history[name], block, plan, detail=detail, trained=name != passes[0])
 
     match format:
         case "html":
