@@ -83,6 +83,12 @@ def block_of(node: fx.Node, blocks: Container[str]) -> str | None:
     return next((path for path in paths if path in blocks), None)
 
 
+def call_of(node: fx.Node, block: str) -> str | None:
+    """Which call of the module at `block` computes `node`, where one runs more than once: the same word for each."""
+    stack = (node.meta.get(STACK) or {}).items()
+    return next((str(call) for call, (path, _) in stack if str(path).partition("@")[0] == block), None)
+
+
 def get_attribute(root: nn.Module, path: str) -> Any:
     """`root.a.b.c` for the dotted path `a.b.c`."""
     for part in path.split("."):

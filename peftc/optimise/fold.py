@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftc.graph.ir import STACK, keep_unread
+from peftc.graph.ir import STACK, block_of, keep_unread
 
 
 @dataclass
@@ -28,8 +28,8 @@ def fold_blocks(
 ) -> fx.Graph:
     """Replaces every block of `module` by a GraphModule, of that `kind`, in its place and returns the outer graph.
 
-    A block whose nodes cannot stand together, because another part of the model runs between them and needs them,
-    stays as it is.
+    A block whose nodes cannot stand together stays as it is: another block runs between them and needs them, as where
+    blocks are called in the order 0, 1, 0.
     """
     pieces = _pieces(module.graph, blocks)
     outer = fx.Graph()
@@ -53,11 +53,15 @@ def fold_blocks(
 def _pieces(graph: fx.Graph, blocks: tuple[str, ...]) -> list[fx.Node | _Run]:
     """All nodes but `get_attr`, with the nodes of each block drawn together."""
     order = [node for node in graph.nodes if node.op != "get_attr"]
+    owner = {node: block_of(node, frozenset(blocks)) for node in order}
     runs: dict[str, list[fx.Node]] = {}
     for block in blocks:
-        members = {node for node in order if _in_block(node, block)}
-        if members:
-            order, runs[block] = _gather(order, members)
+        members = {node for node in order if owner[node] == block}
+        if not members:
+            continue
+        gathered, nodes = _gather(order, members)
+        if all(owner[node] in (block, None) for node in nodes):
+            order, runs[block] = gathered, nodes
     place = {node: index for index, node in enumerate(order)}
     starts: dict[fx.Node, _Run] = {}
     for block, nodes in runs.items():
@@ -93,10 +97,6 @@ def _gather(order: list[fx.Node], members: set[fx.Node]) -> tuple[list[fx.Node],
     block = [node for node in segment if node in members]
     behind = [node for node in segment if node in after]
     return [*order[: places[0]], *before, *block, *behind, *order[places[-1] + 1 :]], block
-
-
-def _in_block(node: fx.Node, block: str) -> bool:
-    return any(path == block for path, _ in (node.meta.get(STACK) or {}).values())
 
 
 def _owner(node: fx.Node, inside: dict[fx.Node, str]) -> str | None:
@@ -156,6 +156,6 @@ def _call_block(
 def _class_name(run: _Run) -> str:
     """The class of the block in the base model, so that tracebacks and `print(model)` read as one knows them."""
     for path, cls in run.nodes[0].meta[STACK].values():
-        if path == run.block:
+        if str(path).partition("@")[0] == run.block:
             return str(cls).rpartition(".")[2]
     return "Block"

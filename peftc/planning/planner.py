@@ -22,7 +22,7 @@ from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
 from peftc.protocol.method import Method, Stage, kinds, methods
-from peftc.protocol.site import Attention, Experts, Projection, Sequence, Site
+from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence, Site, Sublayer
 from peftc.protocol.sites import Sites
 from peftc.roles.chains import linked
 from peftc.spec.resolve import Application, Intentions, Training
@@ -210,6 +210,8 @@ def _obstacle(site: Site, method: Method) -> str | None:
     """Why no method at all fits there."""
     if isinstance(site, Projection) and site.mixed:
         return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
+    if isinstance(site, Sublayer | Block) and site.repeated:
+        return "it runs more than once, and only linear layers take a change at each of their runs"
     if isinstance(site, Attention):
         return site.obstacle if method.stage is Stage.ATTENTION else None
     return site.obstacle if isinstance(site, Sequence) else None

@@ -187,12 +187,16 @@ class Experts(Projection):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sublayer(Site):
-    """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add."""
+    """A sublayer (attention or feed-forward): `x` enters it, `h` leaves it just before the residual add.
+
+    `repeated`: it runs more than once, and these are the values of one run.
+    """
 
     width: int = 0
     entry_width: int = 0
     entry: Use | None = None
     h: fx.Node | None = None
+    repeated: bool = False
 
     kind = "module"
     noun, nouns, written = "a sublayer", "attn and mlp", "attn, mlp"
@@ -229,7 +233,7 @@ class Block(Site):
 
     Both are [..., width], and None where no residual stream runs through the block. `top`: no block of its container
     follows. `readers`: the containers of the blocks that depend on `h` further up, other than its own; `reading`: the
-    attention by which it reads the blocks in container `source`.
+    attention by which it reads the blocks in container `source`. `repeated`: it runs more than once.
 
     What one statement names in one container is a chain: `before` and `after` are the block's neighbours in it,
     `memory` is the last block of the chain that its cross attention reads. `feeds`: another chain's blocks read this.
@@ -239,6 +243,7 @@ class Block(Site):
     x: fx.Node | None = None
     h: fx.Node | None = None
     top: bool = False
+    repeated: bool = False
     readers: tuple[str, ...] = ()
     reading: Reading | None = None
     source: str | None = None

@@ -241,7 +241,9 @@ class _Finder:
         block = self._block_of(last.weight)
         if block is not None and path == block.path:
             path = f"{block.path}.{kind}"
-        if any(module.name == path for module in self.modules):
+        known = next((place for place, module in enumerate(self.modules) if module.name == path), None)
+        if known is not None:
+            self.modules[known] = replace(self.modules[known], repeated=self._again(self.modules[known], entry))
             return
         names = dict.fromkeys(member.weight for member in members)
         biases = dict.fromkeys(member.bias for member in members if member.bias)
@@ -253,6 +255,12 @@ class _Finder:
                 entry=before_routing(self.flow, entry.use, h) if entry.experts else entry.use,
             )
         )  # fmt: skip
+
+    def _again(self, known: Sublayer, entry: Product) -> bool:
+        """Whether a sublayer that was found before is found in another of its runs."""
+        assert known.entry is not None
+        same = known.parameters[0] == entry.weight
+        return known.repeated or (same and known.entry.y is not entry.use.y)
 
     def _head(self) -> None:
         """The linear layers outside every block that nothing linear stands behind."""

@@ -13,7 +13,7 @@ from itertools import groupby
 import networkx as nx
 from torch import fx
 
-from peftc.graph.ir import block_of, is_tensor, value
+from peftc.graph.ir import block_of, call_of, is_tensor, value
 from peftc.protocol.site import AttentionPattern, Block, Reading
 from peftc.roles import stacks as found
 from peftc.roles.flow import SCORES, nearest
@@ -54,6 +54,7 @@ def block_sites(
             parameters=tuple(name for name in used if name.startswith(f"{block.path}.")),
             width=0 if h is None or x is None else int(value(h).shape[-1]),
             x=x, h=None if x is None else h, top=block is tops[block.stack],
+            repeated=len({call_of(node, block.path) for node in members[block.path]}) > 1,
             readers=readers.get(block.stack, ()), reading=reading, source=source,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from peftc.capture.convention import Convention
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import STACK, block_of, module_path
+from peftc.graph.ir import STACK, block_of, call_of, module_path
 from peftc.graph.printing import Dims, UniqueSuffixes, dim_names, plain, shape_text, short_name, stamp
 from peftc.planning.plan import Plan
 from peftc.show.drawing import (
@@ -99,7 +99,11 @@ class _Artist:
         if self.block is None:
             known = set(shown)
             for path in self.plan.sites.blocks:
-                if nodes := [node for node in self.members[path] if node in known]:
+                calls: dict[str | None, list[fx.Node]] = defaultdict(list)
+                for node in self.members[path]:
+                    if node in known:
+                        calls[call_of(node, path)].append(node)
+                for nodes in calls.values():
                     self._merge(Cell(f"op:{nodes[0].name}", nodes, path))
         if not self.detail:
             for nodes in self._spelt_out().values():
