@@ -58,7 +58,8 @@ def repack(compiled: Runtime) -> Repacked:
             buffers = item.pack(merged) if name in changed else as_it_is
             rounded = item.unpack(buffers)
             lost[name] = _lost(merged, rounded)
-            layers[name.removesuffix(".weight")] = item.to_bitsandbytes(buffers)
+            if (state := item.to_bitsandbytes(buffers)) is not None:
+                layers[name.removesuffix(".weight")] = state
             write(compiled, model, name, rounded)
     settings = _settings(compiled, model)
     return Repacked(model, lost, None if settings is None else PackedFile(layers, settings))
@@ -70,12 +71,17 @@ def _lost(merged: Tensor, rounded: Tensor) -> Rounding:
 
 
 def _settings(compiled: Runtime, model: nn.Module) -> dict[str, object] | None:
-    """`quantization_config` of a checkpoint with these layers packed and no others; None if there cannot be one."""
+    """`quantization_config` of a checkpoint with these layers packed and no others; None if there cannot be one.
+
+    As where bitsandbytes does not have the storage of one of them, or packs all of a model's layers in one way.
+    """
     packed = compiled.plan.packed
     if not packed or not isinstance(model, PreTrainedModel):
         return None
     first, *others = [item.storage.bitsandbytes_settings(item.dtype) for item in packed.values()]
-    if any(other != first for other in others) or not all(_is_layer(model, item) for item in packed.values()):
+    if first is None or any(other != first for other in others):
+        return None
+    if not all(_is_layer(model, item) for item in packed.values()):
         return None
     skipped = [
         name for name, module in model.named_modules()

@@ -72,8 +72,8 @@ class PackedWeight:
         packed = self.storage.from_bitsandbytes(state)
         return packed and {self.names[name]: tensor for name, tensor in packed.items()}
 
-    def to_bitsandbytes(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """bitsandbytes' state dict of a layer with this weight, of its buffers by full name."""
+    def to_bitsandbytes(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """bitsandbytes' state dict of a layer with this weight, of its buffers by full name; None where it has none."""
         packed = {name: buffers[full] for name, full in self.names.items()}
         return self.storage.to_bitsandbytes(self.shape, self.dtype, packed)
 

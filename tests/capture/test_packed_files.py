@@ -115,7 +115,9 @@ def test_the_same_storage_takes_it_as_it_is(name: str, storage: str, tmp_path: P
     assert compiled.plan.packed
     for weight, item in compiled.plan.packed.items():
         buffers = {full: get_attribute(compiled, full) for full in item.buffers}
-        for key, tensor in item.to_bitsandbytes(buffers).items():
+        state = item.to_bitsandbytes(buffers)
+        assert state is not None
+        for key, tensor in state.items():
             assert torch.equal(tensor, on_disk[f"{weight.removesuffix('.weight')}.{key}"])
 
 
@@ -231,6 +233,7 @@ def test_what_no_method_changes_keeps_its_bits(storage: str) -> None:
         if "mlp" in weight:
             assert found.lost[weight] == Rounding(0.0, 0.0)
             buffers = item.to_bitsandbytes({full: get_attribute(compiled, full) for full in item.buffers})
+            assert buffers is not None
             written = found.packing.layers[weight.removesuffix(".weight")]
             assert all(torch.equal(tensor, written[key]) for key, tensor in buffers.items())
 

@@ -219,6 +219,7 @@ def test_the_state_dict_is_bitsandbytes(text: str, dtype: torch.dtype) -> None:
     theirs = layer_of(text, weight).state_dict()
     buffers = storage.pack(weight)
     own = storage.to_bitsandbytes((48, 96), dtype, buffers)
+    assert own is not None
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[key], tensor) for key, tensor in theirs.items())
     read = storage.from_bitsandbytes(theirs)
@@ -231,5 +232,6 @@ def test_the_state_dict_is_bitsandbytes(text: str, dtype: torch.dtype) -> None:
 def test_a_state_dict_of_another_storage_is_not_read(text: str) -> None:
     weight = normal((48, 96))
     state = made(text).to_bitsandbytes((48, 96), weight.dtype, made(text).pack(weight))
+    assert state is not None
     for other in EVERY:
         assert (made(other).from_bitsandbytes(state) is None) == (other != text)
