@@ -47,9 +47,14 @@ class Fired:
 def fuse(
     module: fx.GraphModule, graph: fx.Graph, blocks: Sequence[str] = (), rules: Sequence[Fusion] | None = None
 ) -> tuple[Fired, ...]:
-    """Applies each rule wherever it fits, in place. Fake values of new nodes are computed from their inputs'."""
+    """Applies each rule wherever it fits, in place. Fake values of new nodes are computed from their inputs'.
+
+    Without `rules`, all but those for the graph of a training step alone.
+    """
     editor = Editor(module, graph, blocks)
-    return tuple(_apply(rule, editor) for rule in rules or [rule for rule in fusions() if not rule.in_training])
+    if rules is None:
+        rules = [rule for rule in fusions() if not rule.in_training]
+    return tuple(_apply(rule, editor) for rule in rules)
 
 
 def _apply(rule: Fusion, editor: Editor) -> Fired:
