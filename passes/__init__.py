@@ -1,1 +1,1 @@
-"""The rewrites of the compiler: `methods` say what is trained."""
+"""What the compiler has many of, a file each: methods, parameterisations, storages, kinds of site, fusions."""

@@ -1,4 +1,4 @@
-"""Every mistake a user can make, one small class each, in sections by the stage that finds it.
+"""What a diagnostic is: a mistake that a user can make, one small class each, in the `errors.py` of who finds it.
 
 A class holds the facts of one mistake as fields and derives its words from them. `code` is stable, for
 tools and for the golden files; the words may improve. Declaring a subclass of `Diagnostic` makes it a frozen,

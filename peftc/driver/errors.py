@@ -1,4 +1,4 @@
-"""What goes wrong between the stages: bugs of a pass, and batches that methods cannot start from."""
+"""What goes wrong between the stages: bugs of a pass, plans used twice, batches that methods cannot start from."""
 
 from __future__ import annotations
 

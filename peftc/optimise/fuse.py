@@ -1,8 +1,6 @@
-"""What a fusion is: one class that says which operations belong together and what computes them at once.
+"""Fusing: each rule looks for its pattern all over a graph, and rewrites what it finds.
 
-A file under `passes/fusions` is one rule: `pattern` says what it looks for, `check` why a place that fits is left
-alone, `rewrite` what stands there instead. Which values are read where decides, never a module's name. The graph
-without fusions (`fuse=False`) is each rule's oracle.
+`peftc.protocol.rule` says what a rule is. What is told of each is how often it fired, or how near it came.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 # Operations that keep their input, their output, or (by position) operands for the backward. A product keeps an
-# operand only where the other one needs a gradient, which `_products` says.
+# operand only where the other one needs a gradient, which `_kept_by` says.
 KEEPS_INPUT = {
     aten.gelu.default, aten.silu.default, aten.layer_norm.default, aten.rms_norm.default, aten.pow.Tensor_Scalar,
     aten.group_norm.default, aten.batch_norm.default, aten.erf.default, aten.cos.default, aten.sin.default,

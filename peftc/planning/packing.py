@@ -57,7 +57,7 @@ def packed_weights(
 
 
 def _obstacle(site: Site) -> str | None:
-    """Why nothing at all stores what the site holds."""
+    """Why no storage packs what the site holds."""
     if not isinstance(site, Projection):
         return "a storage is for the weights of linear layers and stacked experts"
     if site.tied:

@@ -1,7 +1,7 @@
 """Declared parameters: class attributes that become the language's arguments, the help, and what diagnostics say.
 
-Methods and the parameterisations of their matrices are both `Configured`: a name, parameters, and a registry that
-is one folder under `passes`.
+Methods, the parameterisations of their matrices and storages are all `Configured`: a name, parameters, and a registry
+that is one folder under `passes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kinds of place in a model that a method can attach to. `peftc.roles` finds them."""
+"""The kinds of place in a model that a method can attach to. `peftc.roles` finds them, `passes/sites` more."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Storage(Configured):
     paper: ClassVar[str]
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be stored so, or None."""
+        """Why a weight of this shape cannot be packed so, or None."""
         return None
 
     def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Buffer]:

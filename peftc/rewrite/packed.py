@@ -13,7 +13,7 @@ from peftc.rewrite.splicer import Splicer
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
-    """The tensor as it is computed with, in the base model's layout: unpacked, where it is stored packed."""
+    """The tensor as it is computed with, in the base model's layout: unpacked, where it lies packed."""
     item = plan.packed.get(name)
     if item is None:
         found: Tensor = get_attribute(module, name).detach()
@@ -57,7 +57,7 @@ def _put(module: nn.Module, item: PackedWeight, buffers: dict[str, Tensor]) -> N
 
 
 def unpack_in_graph(splicer: Splicer, plan: Plan, pass_name: str) -> dict[str, fx.Node]:
-    """Replaces each stored weight in the graph by what unpacks it, where it is first read.
+    """Replaces each packed weight in the graph by what unpacks it, where it is first read.
 
     Returns that node by the weight's name.
     """
