@@ -50,6 +50,7 @@ def repack(compiled: Runtime) -> Repacked:
     model = merge(compiled)
     lost: dict[str, Rounding] = {}
     layers: dict[str, dict[str, Tensor]] = {}
+    settings = _settings(compiled, model)
     changed = {binding.site.weight for binding in compiled.plan.bindings if isinstance(binding.site, Projection)}
     with torch.no_grad():
         for name, item in compiled.plan.packed.items():
@@ -58,9 +59,9 @@ def repack(compiled: Runtime) -> Repacked:
             buffers = item.pack(merged) if name in changed else as_it_is
             rounded = item.unpack(buffers)
             lost[name] = _lost(merged, rounded)
-            layers[name.removesuffix(".weight")] = item.to_bitsandbytes(buffers)
+            if settings is not None:
+                layers[name.removesuffix(".weight")] = item.to_bitsandbytes(buffers)
             write(compiled, model, name, rounded)
-    settings = _settings(compiled, model)
     return Repacked(model, lost, None if settings is None else PackedFile(layers, settings))
 
 
@@ -75,7 +76,8 @@ def _settings(compiled: Runtime, model: nn.Module) -> dict[str, object] | None:
     if not packed or not isinstance(model, PreTrainedModel):
         return None
     first, *others = [item.storage.bitsandbytes_settings(item.dtype) for item in packed.values()]
-    if any(other != first for other in others) or not all(_is_layer(model, item) for item in packed.values()):
+    layers = all(_is_layer(model, item) for item in packed.values())
+    if first is None or any(other != first for other in others) or not layers:
         return None
     skipped = [
         name for name, module in model.named_modules()
