@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from peftc.protocol.combinator import INNER, Combinator
 from peftc.protocol.method import REQUIRED, Method, Stage, State, method, param
-from peftc.protocol.site import Attention, Projection
+from peftc.protocol.site import Attention, Projection, Sublayer
 
 
 @method
@@ -49,6 +49,8 @@ class Gated(Combinator):
     def refuses(self, site: Any) -> str | None:
         if self.method.rewrites_input(site):
             return f"{self.method.name} changes the input here, and a gate needs an output"
+        if not isinstance(site, Projection | Sublayer):
+            return f"a gate reads what enters a linear layer or a sublayer, and this is {site.noun}"
         return super().refuses(site)
 
     def state(self, site: Any) -> dict[str, State]:

@@ -89,8 +89,10 @@ def _fold(compiled: Runtime, model: nn.Module, weight: str, bindings: list[Bindi
         assert isinstance(site, Projection)
         state = {name: get_attribute(compiled, full).detach() for name, full in binding.names.items()}
         part = None if bias is None else take(bias, site, -1)
-        new_weight, new_bias = binding.method.fold(site, dense_weight(stored, site), part, state)
-        replace_rows(stored, site, new_weight)
+        before = dense_weight(stored, site)
+        new_weight, new_bias = binding.method.fold(site, before, part, state)
+        if new_weight is not before:  # a part of a fused weight cannot be written over itself
+            replace_rows(stored, site, new_weight)
         if bias is not None and new_bias is not None and new_bias is not part:
             bias[slice(None) if site.rows is None else list(site.rows)] = new_bias
     _store(model, first, stored)

@@ -50,6 +50,7 @@ def repack(compiled: Runtime) -> Repacked:
     model = merge(compiled)
     lost: dict[str, Rounding] = {}
     layers: dict[str, dict[str, Tensor]] = {}
+    settings = _settings(compiled, model)
     changed = {binding.site.weight for binding in compiled.plan.bindings if isinstance(binding.site, Projection)}
     with torch.no_grad():
         for name, item in compiled.plan.packed.items():
@@ -61,7 +62,6 @@ def repack(compiled: Runtime) -> Repacked:
             if (state := item.to_bitsandbytes(buffers)) is not None:
                 layers[name.removesuffix(".weight")] = state
             write(compiled, model, name, rounded)
-    settings = _settings(compiled, model)
     return Repacked(model, lost, None if settings is None else PackedFile(layers, settings))
 
 

@@ -67,7 +67,10 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
             debug.tell(5, (f"fusion {rule.name} not in {_in_words(miss)}" for miss in [found]))
     for found_together in reversed(groups.values()):
         matches = [editor.current(match) for match in found_together]
-        for match, new in zip(matches, rule.rewrite(matches, editor), strict=True):
+        written = rule.rewrite(matches, editor)
+        if len(written) != len(matches):
+            raise TypeError(f"{type(rule).__name__}.rewrite gives {len(written)} nodes for {len(matches)} places")
+        for match, new in zip(matches, written, strict=True):
             editor.replace(match, new)
     nearest = None if groups or not misses else _in_words(max(misses, key=lambda miss: (miss.refused, miss.depth)))
     return Fired(rule.name, len(groups), sum(map(len, groups.values())), nearest)

@@ -63,8 +63,16 @@ class PackedWeight:
         return prod(self.held) * self.dtype.itemsize
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Full name -> buffer, of the weight as the base model holds it."""
+        """Full name -> buffer, of the weight as the base model holds it.
+
+        Raises:
+            TypeError: where the storage packs other buffers than it says.
+        """
         packed = self.storage.pack(self._turned(weight.detach()))
+        made = {name: Buffer.of(buffer) for name, buffer in packed.items()}
+        said = self.storage.buffers(self.shape, self.dtype)
+        if made != said:
+            raise TypeError(f"{type(self.storage).__name__}.pack makes {made}, and its buffers are said to be {said}")
         return {self.names[name]: tensor for name, tensor in packed.items()}
 
     def packed_as(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -5,7 +5,7 @@ A plan knows everything about the compiled model but its numbers. The planner ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ import torch
 
 from peftc.capture.capture import Captured
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import get_attribute
+from peftc.graph.ir import get_attribute, value
 from peftc.language import Spec
 from peftc.planning.memory import Kept, Memory, step_memory
 from peftc.planning.packed_weight import PackedWeight
@@ -159,7 +159,7 @@ class Plan:
         dense = (name for name in self.sites.parameters if name not in sizes)
         sizes |= {name: get_attribute(module, name).element_size() for name in dense}
         frozen = sum(count * sizes[name] for name, count in self.sites.parameters.items() if name not in self.packed)
-        beside = {name: sizes[binding.site.parameters[0]] for binding in self.bindings for name in binding.tensors}
+        beside = {name: _beside(binding.site, sizes) for binding in self.bindings for name in binding.tensors}
         added = [
             (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
             for name, state in self.tensors.items()
@@ -204,3 +204,8 @@ class Plan:
                 for item in self.packed.values()
             ],
         }
+
+
+def _beside(site: Site, sizes: Mapping[str, int]) -> int:
+    """Bytes of a number of what state stands beside: the site's weight, or the value that changes where it has none."""
+    return sizes[site.parameters[0]] if site.parameters else value(site.changes()[0]).element_size()

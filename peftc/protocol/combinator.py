@@ -30,6 +30,10 @@ class Combinator(Method):
         self.site, self.stage, self.identity = inner.site, inner.stage, inner.identity
         self.unmergeable, self.windowed = inner.unmergeable, inner.windowed
 
+    @classmethod
+    def check(cls) -> None:
+        """What it stands for is the method inside, which is checked by itself."""
+
     @property
     def label(self) -> str:
         return f"{self.name}_{self.method.label}"

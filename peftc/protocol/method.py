@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from peftc.protocol.operands import check_operands, wanted
-from peftc.protocol.params import REQUIRED, Configured, Param, param, register, registered
+from peftc.protocol.operands import check_operands, check_state, wanted
+from peftc.protocol.params import REQUIRED, Configured, Param, demand, param, register, registered
 from peftc.protocol.site import Linear, Site
 from peftc.protocol.storage import Storage
 
@@ -54,7 +54,7 @@ class Data(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One tensor that a method keeps at a site. `init` fills it in place, as `torch.nn.init` does.
+    """One tensor that a method keeps at a site, under `PATH.METHOD.NAME`. `init` fills it in place, as `torch.nn.init`.
 
     `dtype` is that of the weights it stands beside (fp32 beside half precision), unless it is given.
     """
@@ -271,18 +271,17 @@ class _Acting:
 class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
     """Base of every method; to write one, take the base class of its stage from `peftc.protocol.stages`.
 
-    A subclass gives `name`, `formula`, `paper`, its parameters (`param`), and
+    A subclass, under `@method`, gives `name`, `formula`, `paper`, a docstring, its parameters (`param`), and
 
     state(site)   the tensors it keeps at a site: shapes and starts, no data
     rewrite(…)    what it computes, in plain PyTorch, with the operands that the stage's base class lists
+    delta or fold what that is as a weight; or `unmergeable`, why no plain weight does the same
 
-    and, where it is so: `refuses` (why it cannot attach), `shared` (tensors of all sites together), `identity = False`
-    (it changes the model from the start), `unmergeable` (why no plain weight does the same), `indivisible` (why a
-    combinator cannot take its state apart), and what `_Starting`, `_Training` and `_InHFPeft` list.
+    and, where it is so: `site` (the kinds of place it takes, other than its stage's), `refuses` (why it cannot attach),
+    `shared` (tensors of all sites together), `identity = False` (it changes the model from the start), `indivisible`
+    (why a combinator cannot take its state apart), and what `_Starting`, `_Training` and `_InHFPeft` list.
     """
 
-    formula: ClassVar[str]
-    paper: ClassVar[str]
     site: type[Site] | UnionType = Linear  # or several kinds: Linear | Experts
     stage: Stage = Stage.WEIGHT
     # The rewrites that may be defined: by name, what they are given first, and what may be asked for beside state.
@@ -311,8 +310,21 @@ class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
 
     @classmethod
     def check(cls) -> None:
-        """Raises TypeError where a rewrite is not given what it takes, or asks for an operand that there is not."""
+        """Raises TypeError where the class lacks what every method has, or a rewrite is not given what it takes."""
+        demand(cls, Method, rewrites="take the base class of its stage from peftc.protocol.stages")
+        demand(cls, Method, state="it says which tensors the method keeps at a site")
+        if wrong := [kind for kind in kinds(cls) if not (isinstance(kind, type) and issubclass(kind, Site))]:
+            raise TypeError(f"{cls.__name__}.site is {wrong[0]!r}, and no kind of site")
+        first, *_ = cls.rewrites
+        if all(getattr(cls, name) is getattr(Method, name) for name in cls.rewrites):
+            raise TypeError(f"{cls.__name__} has no {first}: it says what the method computes")
+        if cls.unmergeable is None and cls.fold is Method.fold and cls.delta is Method.delta:
+            raise TypeError(
+                f"{cls.__name__} has neither delta nor fold, one of which merging needs: "
+                f"define one, or say in `unmergeable` why no plain weight does the same"
+            )
         check_operands(cls, kinds(cls))
+        check_state(cls, kinds(cls))
 
     def asks(self, state: Iterable[str]) -> tuple[str, ...]:
         """What `rewrite` wants by name, of `state` and of the stage's operands."""

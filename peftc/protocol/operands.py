@@ -6,10 +6,10 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
-from peftc.protocol.params import Configured, Param
+from peftc.protocol.params import Configured, Param, taken_in_modules
 from peftc.protocol.site import Site
 
 
@@ -48,6 +48,22 @@ def check_operands(cls: Any, kinds: Iterable[type[Site]]) -> None:
                     f"{cls.__name__}.{name} asks for {odd[0]!r}, which is no state of it and no operand{hint} "
                     f"(state: {', '.join(sorted(state))}; operands: {', '.join(operands) or 'none'})"
                 )
+
+
+def check_state(cls: Any, kinds: Iterable[type[Site]]) -> None:
+    """Holds the names of state, as samples have it with the defaults, against operands and what a module has already.
+
+    Raises:
+        TypeError: with the name, and what has it.
+    """
+    given = {name for leading, operands in cls.rewrites.values() for name in (*leading, *operands)}
+    for made in islice(_instances(cls), 1):
+        for site in (site for kind in kinds for site in kind.samples() if made.refuses(site) is None):
+            for name in (*made.state(site), *made.shared([site])):
+                reason = "a rewrite is given something else by that name" if name in given else None
+                reason = reason or next(filter(None, map(taken_in_modules, name.split("."))), None)
+                if reason:
+                    raise TypeError(f"{cls.__name__} keeps {name!r} as state: {reason}")
 
 
 def _state_names(cls: Any, kinds: list[type[Site]], until: set[str]) -> set[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,8 +19,6 @@ class Parameterisation(Configured):
     noun = "parameterisation"
     such_as = "phm(n=4)"
     folder = "parameterisations"
-    formula: ClassVar[str]
-    paper: ClassVar[str]
 
     def refuses(self, n_out: int, n_in: int) -> str | None:
         """Why a matrix of this shape cannot be made so, or None."""

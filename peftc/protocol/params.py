@@ -7,6 +7,7 @@ that is one folder under `passes`.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import pkgutil
 from dataclasses import dataclass
@@ -121,9 +122,15 @@ def param(
 
 
 class Configured:
-    """Something a spec can call by name with parameters. Each kind of it has a registry: a folder under `passes`."""
+    """Something a spec can call by name with parameters. Each kind of it has a registry: a folder under `passes`.
+
+    A class gives its `name`, a `formula` in one line, the `paper` where there is one, and a docstring, whose words
+    `peftc methods` prints. Its tensors lie under `name` in the model: it is none that a module has already.
+    """
 
     name: ClassVar[str]
+    formula: ClassVar[str]
+    paper: ClassVar[str] = ""
     parameters: ClassVar[dict[str, Param]] = {}
     noun: ClassVar[str]
     such_as: ClassVar[str]
@@ -166,10 +173,28 @@ _registries: dict[str, dict[str, type[Configured]]] = {}
 
 
 def register(cls: C) -> C:
-    """Registers a class under its `name` and turns its fields into parameters."""
+    """Registers a class under its `name` and turns its fields into parameters, those of its bases included.
+
+    Raises:
+        TypeError: where the class lacks what it is told by, or a parameter cannot be one.
+        ValueError: where its name is taken, or can be none.
+    """
+    demand(cls, Configured, name="the word that a spec calls it by", formula="what it computes, in one line")
+    if __debug__ and not cls.__doc__:
+        raise TypeError(f"{cls.__name__} has no docstring: its words are what `peftc methods {cls.name}` prints")
+    if not cls.name.isidentifier():
+        raise ValueError(f"{cls.__name__} is called {cls.name!r}, which is no word that a spec can call")
+    beside = f"a layer has its {cls.name} there" if cls.name in ("weight", "bias") else None
+    if reason := beside or taken_in_modules(cls.name):
+        raise ValueError(f"{cls.__name__} is called {cls.name}: {reason}")
     hints = get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for base in cls.__mro__:  # its own come first
+        fields = fields | {name: field for name, field in vars(base).items() if name not in fields}
     cls.parameters = {
-        name: _parameter(name, hints[name], field) for name, field in cls.__dict__.items() if isinstance(field, _Field)
+        name: _parameter(cls, name, hints.get(name), field)
+        for name, field in fields.items()
+        if isinstance(field, _Field)
     }
     registry = _registries.setdefault(cls.folder, {})
     if cls.name in registry:
@@ -178,10 +203,35 @@ def register(cls: C) -> C:
     return cls
 
 
-def _parameter(name: str, hint: Any, field: _Field) -> Param:
+def demand(cls: type, base: type, **parts: str) -> None:
+    """Raises TypeError where `cls` has no more than its base class of one of `parts`, each with what it is."""
+    nothing = object()
+    for name, what in parts.items():
+        if inspect.getattr_static(cls, name, nothing) is inspect.getattr_static(base, name, nothing):
+            raise TypeError(f"{cls.__name__} has no {name}: {what}")
+
+
+def taken_in_modules(name: str) -> str | None:
+    """Why no tensor, and no module with tensors, can lie under `name` in a model, or None."""
+    return f"every torch module has {name!r} already" if hasattr(torch.nn.Module(), name) else None
+
+
+def _parameter(cls: type[Configured], name: str, hint: Any, field: _Field) -> Param:
+    """Raises TypeError where the annotation, the name or the default is none that a parameter can have."""
+    where = f"{cls.__name__}.{name}"
+    own = name in vars(Configured) or name in Configured.__annotations__
+    if own or any(callable(vars(base).get(name)) for base in cls.__mro__[1:]):
+        raise TypeError(f"{where} is a parameter, and {name!r} means something else of a {cls.noun}: rename it")
     optional = isinstance(hint, UnionType)
-    kind = next(part for part in get_args(hint) if part is not type(None)) if optional else hint
-    return Param(name, cast(type, kind), field.default, optional=optional, **field.options)
+    kinds = [part for part in get_args(hint) if part is not type(None)] if optional else [hint]
+    kind = kinds[0]
+    known = kind in (int, float, bool, str) or (isinstance(kind, type) and issubclass(kind, Configured))
+    if len(kinds) > 1 or not known:
+        raise TypeError(f"{where} needs an annotation: int, float, bool or str, with `| None` where it may be left out")
+    made = Param(name, cast(type, kind), field.default, optional=optional, **field.options)
+    if not (made.required or made.nested) and (problem := made.problem(made.default)):
+        raise TypeError(f"the default of {where} {problem}")
+    return made
 
 
 def registered(kind: type[Configured]) -> dict[str, type[Configured]]:

@@ -18,7 +18,7 @@ from torch import fx
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
 from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, computed, get_attribute, module_path
 from peftc.graph.patterns import Match, Miss, Pattern, read_elsewhere
-from peftc.protocol.params import import_all
+from peftc.protocol.params import demand, import_all
 
 __all__ = ["Editor", "Fusion", "Match", "Miss", "fusion", "fusions"]
 
@@ -27,7 +27,15 @@ PASS = "fusions"
 
 
 class Fusion:
-    """Base of every rule. `rank` orders them: those of a lower rank run first, over the whole graph."""
+    """Base of every rule. A subclass, under `@fusion`, gives a `name`, a `pattern` and `rewrite`.
+
+    `pattern` is an expression of `peftc.graph.patterns`, whose names are how `rewrite` gets at what was found: nodes of
+    the graph, with their fake value in `meta["val"]`, and constants. It fits tensors of any shape and precision: what
+    `rewrite` takes for granted of them a `where` or `check` has to ask.
+
+    `rank` orders the rules, then their names: those of a lower rank run first, over the whole graph. What others look
+    for stands low, at 0 a GELU that was spelt out; what looks for the results of others stands high, at 3 or 4.
+    """
 
     name: ClassVar[str]
     rank: ClassVar[int] = 2
@@ -35,7 +43,10 @@ class Fusion:
     in_training: ClassVar[bool] = False  # for the graph of a training step alone, see `peftc.optimise.loss_only`
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
-        """Why this place is not rewritten although the pattern fits, or None."""
+        """Why this place is not rewritten although the pattern fits, or None.
+
+        Who defines it ends on `read_elsewhere(match)`: an inner value that others read is computed for them anyway.
+        """
         return read_elsewhere(match)
 
     def group(self, match: Match, editor: Editor) -> Hashable:
@@ -43,7 +54,12 @@ class Fusion:
         return match.root
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> Sequence[fx.Node]:
-        """Emits what computes the roots of `matches`, which stand in the graph's order; one node for each."""
+        """Emits what computes the roots of `matches`, which stand in the graph's order; one node for each.
+
+        There is one match unless `group` says otherwise. `editor.emit(match, match.root, operation, …)` writes a node
+        in front of the root, where all that the match named is known. The nodes returned have the roots' shape and
+        dtype, and a backward pass; what is done with them, and with the nodes that they replace, is the caller's.
+        """
         raise NotImplementedError
 
 
@@ -83,7 +99,7 @@ class Editor:
         return Provenance(PASS, module_path(match.root))
 
     def emit(self, match: Match, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node in front of `before`, in place of what `match` found."""
+        """A new node in front of `before`, in place of what `match` found. Behind `target` stand its arguments."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {PROVENANCE: self.stamp(match), STACK: match.root.meta.get(STACK)}
@@ -121,7 +137,18 @@ _registry: dict[str, type[Fusion]] = {}
 
 
 def fusion(cls: F) -> F:
-    """Registers a rule under its `name`."""
+    """Registers a rule under its `name`.
+
+    Raises:
+        TypeError: where the class lacks what every rule has.
+        ValueError: where its name is taken.
+    """
+    demand(
+        cls, Fusion, name="the report of a compilation calls it by that", pattern="it says what the rule looks for",
+        rewrite="it says what stands there instead",
+    )  # fmt: skip
+    if not isinstance(cls.pattern, Pattern) or not cls.pattern.size:
+        raise TypeError(f"the pattern of {cls.__name__} is no operation, such as peftc.graph.patterns.op(…)")
     if cls.name in _registry:
         raise ValueError(f"two fusions are called {cls.name}")
     _registry[cls.name] = cls

@@ -38,13 +38,18 @@ class Use:
 class Site:
     """A place in the model. `name` is unique; `path` is the module under which methods keep their state.
 
-    A kind of place says in words what it is: `noun` one of it, `nouns` what attaches there attaches to, `written` what
-    a spec says for it. `own_roles` are the words by which selectors name it, `fields` those of `facts` for `where`.
+    `name` begins with `path`, and there is no need that a module stands there. From `parameters`, those that the place
+    has, or from the name where it has none, follow `layer`, `stack` and `block`: nobody else gives these.
 
-    A new kind is a frozen dataclass in a file under `passes/sites`, registered by `peftc.protocol.sites.site`: it gives
-    the words, `find`, and what a method there `reads` and `changes`. A method's rewrite is handed the first value that
-    the site reads and the first that it changes, and what it returns is read in place of that one. One that is a
-    `Sublayer` takes the methods of sublayers as it is.
+    A kind of place says in words what it is: `noun` one of it, `nouns` what attaches there attaches to, `written` what
+    a spec says for it. `own_roles` are the words by which selectors name it, of which each site has some for its
+    `roles`; `fields` are the names in `facts` that `where` may ask for.
+
+    A new kind is a frozen dataclass in a file under `passes/sites`, with what a place has as fields, registered by
+    `peftc.protocol.sites.site`: it gives the words, `find`, `samples`, and what a method there `reads` and `changes`. A
+    method's rewrite is handed the first value that the site reads and the first that it changes, as other methods have
+    left them, and what it returns is read in place of that one. A `SublayerMethod` whose `site` is the kind is one for
+    it; a kind that is a `Sublayer` takes the methods of sublayers as it is.
     """
 
     name: str
@@ -61,14 +66,18 @@ class Site:
     noun, nouns, written = "a site", "sites", "where its method does"
 
     def facts(self) -> dict[str, Any]:
-        """The numbers `where` may ask for, and `--json` prints."""
+        """The numbers `where` may ask for, and `--json` prints.
+
+        All that a rewrite looks at, too: it is traced once for places whose facts and values are alike.
+        """
         return {}
 
     @classmethod
     def find(cls, module: fx.GraphModule) -> Iterator[Site]:
         """Every place of this kind in a captured graph; those of `peftc.protocol.site` are found by `peftc.roles`.
 
-        Nodes have their fake value in `meta["val"]`; `peftc.graph.ir` has what reads them.
+        Nodes have their fake value in `meta["val"]`; `peftc.graph.ir` has what reads them. Operations are ATen's, as
+        `torch.export` leaves them before anything is decomposed.
         """
         return iter(())
 
@@ -76,7 +85,7 @@ class Site:
     def samples(cls) -> tuple[Site, ...]:
         """Small ones of this kind in no model, with all that a method's state may depend on, for its names to be known.
 
-        None where a method has to see a model first.
+        Empty where a method has to see a model first: what its rewrite asks for is not checked then.
         """
         return ()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
-from peftc.protocol.params import import_all
+from peftc.protocol.params import demand, import_all
 from peftc.protocol.site import Sequence, Site
 
 S = TypeVar("S", bound=type[Site])
@@ -15,11 +15,23 @@ _kinds: dict[str, type[Site]] = {}
 
 
 def site(cls: S) -> S:
-    """Registers a kind of site under its `kind`."""
+    """Registers a kind of site under its `kind`.
+
+    Raises:
+        TypeError: where the class lacks what every kind has.
+        ValueError: where its name is taken.
+    """
+    demand(
+        cls, Site, kind="its name among the kinds", own_roles="the words by which a spec names it",
+        noun="it says in words what one of it is", nouns="it says in words what several are",
+        written="it says what a spec writes for it", find="it finds the places in a graph",
+        reads="it says which values of the graph a method there is given",
+        changes="it says which values of the graph become others where a method acts",
+    )  # fmt: skip
+    if "__dataclass_params__" not in vars(cls):
+        raise TypeError(f"{cls.__name__} lacks @dataclass(frozen=True, eq=False, repr=False) under @site")
     if cls.kind in _kinds:
         raise ValueError(f"two kinds of site are called {cls.kind}")
-    if cls.find.__func__ is Site.find.__func__:  # type: ignore[attr-defined]
-        raise TypeError(f"{cls.__name__} has no find(module): nothing would ever be such a site")
     _kinds[cls.kind] = cls
     return cls
 

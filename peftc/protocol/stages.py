@@ -3,16 +3,18 @@
 A rewrite is plain PyTorch. Behind what it is given it names what else it wants, and gets that by name: any state of
 the method (parameters called as `state` calls them, `**state` for all of it), and the operands that its base class
 lists. A name that is neither is refused when the method registers. Tensors are traced fakes: no value can be looked
-at, sizes may be symbols.
+at, sizes may be symbols. One trace serves all places whose `facts` and tensors are alike, so that a rewrite looks at
+nothing else of a site. State learns in fp32 beside half precision: what comes out is cast to y's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import UnionType
 from typing import ClassVar
 
 from peftc.protocol.method import Method, Stage
-from peftc.protocol.site import Attention, Block, Linear, Sequence, Sublayer
+from peftc.protocol.site import Attention, Block, Linear, Sequence, Site, Sublayer
 
 __all__ = ["AttentionMethod", "BlockMethod", "OutputMethod", "SequenceMethod", "SublayerMethod", "WeightMethod"]
 
@@ -33,7 +35,7 @@ class WeightMethod(Method):
 
     delta(site, **state) -> D       the definition: the change of the weight, [*batch, n_out, n_in]. Merging and the
                                     tests come from it. A method that is no sum defines `fold` instead:
-    fold(site, weight, bias, state) -> weight, bias of a plain layer that does the same
+    fold(site, weight, bias, state) -> weight, bias of a plain layer that does the same (bias: None where there is none)
     prepare(site, weight, state, here) -> the frozen weight as the compiled model keeps it, where the method takes a
                                     part out or adds one to it; the weight itself, where it does not
     claims_weight() -> why no other method may change the weight that this one stands on
@@ -56,21 +58,25 @@ class OutputMethod(WeightMethod):
     rewrite(site, x, y, …) -> y'    as of a `WeightMethod`, elsewhere
         operands of both: weight, bias, training, here
 
-    fold(site, weight, bias, state), where it merges; `adds_bias(site)` says that it needs a bias to put something in.
+    fold(site, weight, bias, state), where it merges; `adds_bias(site)` says that it needs a bias to put something in: a
+    model with a layer that has none is then not merged, and `fold` returns there what the bias would have to be.
     """
 
     stage = Stage.OUTPUT
 
 
 class SublayerMethod(Method):
-    """Acts on a whole attention or feed-forward, before its residual add: adapters.
+    """Acts on a whole attention or feed-forward, before its residual add: adapters. Also on any other kind of site.
 
-    rewrite(site, x, y, …) -> y'    x [..., entry_width] enters the sublayer, y [..., width] leaves it
+    rewrite(site, x, y, …) -> y'    x [..., entry_width] enters the sublayer, y [..., width] leaves it; at another kind
+                                    they are the first value that the site `reads` and the first that it `changes`
         operands: training
+
+    site = the kind, where it is another than sublayers.
     """
 
     stage = Stage.MODULE
-    site = Sublayer
+    site: type[Site] | UnionType = Sublayer
     rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x", "y"), ("training",))}
 
 

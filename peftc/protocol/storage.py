@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from peftc.protocol.params import Configured, param, register, registered
+from peftc.protocol.params import Configured, demand, param, register, registered
 
 __all__ = ["Buffer", "Storage", "param", "storage", "storages"]
 
@@ -43,21 +43,23 @@ class Storage(Configured):
     A weight that the model holds the other way around ([*batch, n_in, n_out]) is turned before `pack` and after
     `unpack`; of a fused weight the whole is packed. `batch` is that of stacked experts, else empty.
 
-    A storage that bitsandbytes does not have leaves the four methods that name it as they are: they return None.
+    A subclass, under `@storage`, gives `name`, `formula`, `paper`, a docstring, its parameters (`param`), `buffers`,
+    `pack` and `unpack`. What is here of bitsandbytes is for storages that it has, too: the others leave it as it is.
     """
 
     noun = "storage"
     such_as = "nf4(double=true)"
     folder = "storage"
-    formula: ClassVar[str]
-    paper: ClassVar[str]
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be packed so, or None."""
         return None
 
     def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Buffer]:
-        """What `pack` returns of a weight of this shape and dtype: every name, shape and dtype, exactly."""
+        """What `pack` returns of a weight of this shape and dtype: every name, shape and dtype, exactly.
+
+        The names are those by which `unpack` is given them, and none that a torch module has already.
+        """
         raise NotImplementedError
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
@@ -65,8 +67,20 @@ class Storage(Configured):
         raise NotImplementedError
 
     def unpack(self, shape: tuple[int, ...], dtype: torch.dtype, **buffers: Tensor) -> Tensor:
-        """The weight as it is computed with. It is traced into the graph: one operation, without a gradient."""
+        """The weight as it is computed with: `shape` and `dtype` are those of the weight that was packed.
+
+        It is traced into the graph as it is and runs in every forward pass; no gradient goes through it. An operation
+        of `peftc.kernels` does in one step what would take several.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises TypeError where the class lacks what every storage has."""
+        demand(
+            cls, Storage, buffers="it says what `pack` returns", pack="it makes the buffers out of a weight",
+            unpack="it makes the weight out of the buffers",
+        )  # fmt: skip
 
     def rounded(self, weight: Tensor) -> Tensor:
         """`weight` as it comes back from being packed."""

@@ -30,8 +30,9 @@ def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
             state = _operands(splicer, binding, binding.method.asks(binding.names))
             onto_block(splicer, binding, state, stamp)
         case site:
-            entry = site.entry.op if isinstance(site, Sublayer) and site.entry else site.changes()[0]
-            _onto(splicer, binding, site.changes()[0], site.reads()[0], entry, None, stamp)
+            (y, *_), (x, *_) = site.changes(), site.reads()
+            entry = site.entry.op if isinstance(site, Sublayer) and site.entry else y
+            _onto(splicer, binding, y, splicer.current.get(x, x), entry, None, stamp)
 
 
 def _onto(

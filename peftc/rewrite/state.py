@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import get_attribute, set_tensor
+from peftc.graph.ir import get_attribute, set_tensor, tensors, value
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Here, State
 from peftc.protocol.site import Projection
@@ -75,8 +75,7 @@ def _begin(
 ) -> None:
     """Fills the binding's tensors and puts them in place; `made`, by full name, are those of the bindings before."""
     method, site = binding.method, binding.site
-    takes = site.parameters[0] in plan.packed and _prepares(binding)
-    frozen = _base(module, plan, site.parameters[0]) if takes else frozen_weight(module, plan, site.parameters[0])
+    frozen = _beside(module, plan, binding)
     fresh = {full: spec for full, spec in binding.tensors.items() if full not in made}
     made |= {full: _start(spec, frozen) for full, spec in fresh.items()}
     own = {name: made[full] for name, full in binding.names.items()}
@@ -93,6 +92,17 @@ def _begin(
             method.calibrate(site, weight, data[binding], own)
     for full, spec in fresh.items():
         set_tensor(module, full, torch.nn.Parameter(made[full]) if spec.trainable else made[full])
+
+
+def _beside(module: fx.GraphModule, plan: Plan, binding: Binding) -> Tensor:
+    """The frozen weight that state stands beside; where there is none, nothing like the value that changes."""
+    site = binding.site
+    if not site.parameters:
+        devices = (tensor.device for tensor in tensors(module).values() if not tensor.is_meta)
+        like = value(site.changes()[0])
+        return torch.empty(0, dtype=like.dtype, device=next(devices, like.device))
+    takes = site.parameters[0] in plan.packed and _prepares(binding)
+    return (_base if takes else frozen_weight)(module, plan, site.parameters[0])
 
 
 def prepare(module: nn.Module, plan: Plan) -> None:

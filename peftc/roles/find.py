@@ -76,7 +76,7 @@ class _Finder:
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
-        items += [site for kind in site_kinds() for site in kind.find(self.module)]
+        items += _further(self.module, {site.name for site in items})
         placed = tuple(_place(site, blocks) for site in items)
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
@@ -318,6 +318,22 @@ def _name_stacks(blocks: list[BlockPath], decoders: set[str]) -> list[BlockPath]
     if len(stacks) != 2 or not decoders:
         return [block.named(None) for block in blocks]
     return [block.named("decoder" if block.stack in decoders else "encoder") for block in blocks]
+
+
+def _further(module: fx.GraphModule, taken: set[str]) -> Iterator[Site]:
+    """What the kinds of site find that have a file of their own.
+
+    Raises:
+        ValueError: where a site has the name of another, or no word of its kind.
+    """
+    for kind in site_kinds():
+        for site in kind.find(module):
+            if site.name in taken:
+                raise ValueError(f"{kind.__name__}.find calls a site {site.name!r}, as another is called")
+            if site.roles.isdisjoint(kind.own_roles):
+                raise ValueError(f"{kind.__name__}.find gives {site.name} no role of {', '.join(kind.own_roles)}")
+            taken.add(site.name)
+            yield site
 
 
 def _place(site: Site, blocks: list[BlockPath]) -> Site:

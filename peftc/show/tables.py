@@ -231,7 +231,7 @@ def _page(cls: type[Configured], facts: tuple[str, ...]) -> Group:
         name = f"{parameter.name} ({parameter.alias})" if parameter.alias else parameter.name
         shown = "required" if parameter.required else _default(parameter.default)
         table.add_row(name, shown, parameter.doc, parameter.expects)
-    lines = (f"{cls.name}: {inspect.getdoc(cls)}", *(f"  {fact}" for fact in facts))
+    lines = (f"{cls.name}: {inspect.getdoc(cls)}", *(f"  {fact}" for fact in facts if fact))
     return Group(*(Text(line) for line in lines), table)
 
 

@@ -61,7 +61,10 @@ def rewriting(*names: str, rest: str | None = None) -> Callable[..., Any]:
 
 def of(place: Place, function: Callable[..., Any]) -> type[Method]:
     """A method with one state, `scale`, and a rewrite."""
-    members = {"name": "mine", place.rewrite: function, "state": lambda self, site: {"scale": State((4,))}}
+    members = {
+        "name": "mine", "unmergeable": "it is none", place.rewrite: function,
+        "state": lambda self, site: {"scale": State((4,))},
+    }  # fmt: skip
     return type("Mine", (place.base,), members)
 
 
@@ -129,6 +132,7 @@ class Choosy(WeightMethod):
     name = "choosy"
     formula = "none"
     paper = "none"
+    unmergeable = "it is none"
     shifted: bool = param(False, "whether there is a shift")
 
     def state(self, site: Any) -> dict[str, State]:
@@ -139,6 +143,8 @@ class Choosy(WeightMethod):
 
 
 class Misspelt(Choosy):
+    """The same, with a slip."""
+
     name = "misspelt"
     shifted: bool = param(False, "whether there is a shift")
 

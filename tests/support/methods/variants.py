@@ -16,8 +16,8 @@ from peftc.protocol.site import Attention, Block, Experts, Linear, Sequence, Sit
 from peftc.spec.check import as_spec
 from peftc.spec.resolve import resolve
 
-# Where a method is tried, by the kind of site it wants. On GPT-2, attn.q is a slice of a fused, transposed weight;
-# on all of them mlp.down has more inputs than outputs.
+# Where a method is tried, by the kind of site it wants; a kind that is not here says itself what is written for it.
+# On GPT-2, attn.q is a slice of a fused, transposed weight; on all of them mlp.down has more inputs than outputs.
 PLACES: dict[type[Site], str] = {
     Linear: "attn.q, mlp.down", Sublayer: "attn, mlp", Block: "block", Experts: "mlp.gate, mlp.down",
     Sequence: "the whole input", Attention: "attn",
@@ -96,7 +96,7 @@ def fitting(name: str, given: str) -> str | None:
         for more in ("", *(f"{number}={size}" for number in numbers for size in (8, 4)))
     ]
     calls = [call for call in calls if not complaints(call)]
-    return next((call for call in calls if place(call) == PLACES[kinds(built(call))[0]]), None) or next(
+    return next((call for call in calls if place(call) == usual_place(built(call))), None) or next(
         (call for call in calls if place(call)), None
     )
 
@@ -118,13 +118,21 @@ def default(variant: str) -> bool:
     return variant == next(variants(type(built(variant))))
 
 
+def usual_place(method: Method) -> str:
+    """Where methods of its kind are tried."""
+    kind, *_ = kinds(method)
+    return PLACES.get(kind, kind.written)
+
+
 @cache
 def place(variant: str) -> str:
     """Where the variant can stand, of the places for its kind of site; empty if nowhere."""
     method = built(variant)
     likely = [site for site in LIKELY if isinstance(site, kinds(method)[0])]
     if not likely:
-        return PLACES[kinds(method)[0]]
+        kind, *_ = kinds(method)
+        samples = () if kind in PLACES else kind.samples()
+        return "" if samples and all(map(method.refuses, samples)) else usual_place(method)
     refused = {site.name for site in likely if method.refuses(site)}
     return ", ".join(name for name in dict.fromkeys(site.name for site in likely) if name not in refused)
 
