@@ -20,7 +20,7 @@ from peftc.driver.loading import load_and_plan
 from peftc.driver.passes import PASSES, Pass
 from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
-from peftc.roles.find import find_sites
+from peftc.roles.assign import find_sites
 from peftc.spec.check import SpecLike, intend
 from peftc.spec.resolve import Intentions
 

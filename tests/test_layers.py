@@ -88,7 +88,7 @@ def test_no_circle() -> None:
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
-def test_a_pass_knows_the_protocol_alone(path: Path) -> None:
+def test_a_file_under_passes_knows_what_it_is_written_against(path: Path) -> None:
     assert {layer(module) for _, module in imports(path) if module.startswith("peftc.")} <= PASSES
 
 

@@ -1,4 +1,7 @@
-"""A batch to measure on: random token ids from a seed, labels that are the ids, nothing masked."""
+"""A batch to measure on, from a seed: random token ids that are their own labels, nothing masked; or random images.
+
+What a model's factory gives as its example is taken as it is.
+"""
 
 from __future__ import annotations
 

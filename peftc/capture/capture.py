@@ -6,7 +6,6 @@ import inspect
 import io
 import linecache
 import logging
-import os
 import traceback
 import warnings
 from collections import defaultdict
@@ -29,6 +28,7 @@ from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
+from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.graph.ir import get_attribute, set_tensor, tensors
@@ -141,7 +141,7 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         stack.callback(_restore_modes, modes)
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
-        if not os.environ.get("PEFTC_DEBUG"):
+        if not debug.level():
             stack.enter_context(redirect_stderr(io.StringIO()))  # where torch prints the graph it gave up on
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -1,6 +1,11 @@
 """The one visible list of stages, from a model and a spec to a trainable module.
 
-capture -> sites -> plan -> [ PASSES ] -> fold -> CompiledModule
+    model -> capture -> sites -+
+                               +-> plan -> [ calibrate ] -> PASSES -> fold -> CompiledModule
+    spec -> intentions --------+
+
+The model that a reference names is loaded before (`loading.py`); a step of the compiled module starts in
+`peftc/runtime/module.py` and runs one of `entries.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.planner import make_plan
 from peftc.protocol.method import Data
-from peftc.roles.find import find_sites
+from peftc.roles.assign import find_sites
 from peftc.spec.resolve import Intentions
 
 # Where nothing is to be fused the last pass leaves everything as it is.

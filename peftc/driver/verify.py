@@ -48,11 +48,14 @@ class Verifier:
             state: whether the plan's tensors are there by now; before, nothing may learn.
 
         Raises:
-            PeftcError: `verifier-failed` unless every invariant holds.
+            PeftcError: `verifier-failed` unless every invariant holds, with the statement where the node has one.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
-            module.graph.lint()
+            try:
+                module.graph.lint()
+            except (RuntimeError, ValueError) as error:
+                self._fail(pass_name, f"the graph is not well formed: {error}", None)
         before, self.graph = self.graph, _graph(module)
         held, self.tensors = self.tensors, _tensors(module)
         if not graph and self.graph != before:

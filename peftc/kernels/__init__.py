@@ -1,8 +1,9 @@
 """What a fusion computes in one piece: custom operations, each in a file with its definition, CPU path and gradient.
 
-They are `torch.ops.peftc.*` once this package is imported, on the CPU by ATen and on CUDA by Triton, which is imported
-when the first of them meets a CUDA tensor. Auxiliary outputs (rstd, S, z) have no gradient. [] is a list, ? is None or
-a tensor.
+`dequantize` alone stands apart: it has no gradient, and its operations come with the storages that unpack by them.
+The others are `torch.ops.peftc.*` once this package is imported, on the CPU by ATen and on CUDA by Triton, which is
+imported when the first of them meets a CUDA tensor. Auxiliary outputs (rstd, S, z) have no gradient. [] is a list, ? is
+None or a tensor.
 
 - `rms_norm(x, weight?, eps, cast_first) -> (y, rstd)`
 - `gated_activation(gate, up, activation) -> y`; activations are silu, gelu, gelu_tanh, relu, tanh, identity

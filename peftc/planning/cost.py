@@ -17,7 +17,7 @@ from peftc.graph.ir import block_of, is_tensor, memory, value
 from peftc.planning.memory import Kept
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Site
-from peftc.roles.linears import GROUPED
+from peftc.roles.products import GROUPED
 
 aten = torch.ops.aten
 

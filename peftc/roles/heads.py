@@ -12,7 +12,7 @@ from torch import fx
 from peftc.graph.ir import value
 from peftc.graph.rows import Known, hint, path_between, rows_of_parts
 from peftc.protocol.site import AttentionPattern, Linear
-from peftc.roles.linears import Product
+from peftc.roles.products import Product
 
 Rows = tuple[int, ...] | None
 
@@ -20,7 +20,7 @@ Rows = tuple[int, ...] | None
 def attention_facts(
     module: fx.GraphModule, pattern: AttentionPattern, k: Product, v: Product, rows: Sequence[Rows], known: Known
 ) -> dict[str, Any] | None:
-    """What an `Attention` site says beyond a `Module`; None where the heads lie in no known way.
+    """What an `Attention` site says beyond a `Sublayer`; None where the heads lie in no known way.
 
     `k` and `v` are the layers that project keys and values, `rows` the parts of q's, k's and v's fused weights.
     Known are operands [batch, heads, tokens, width], and with one leading dimension for batch and heads, batch first.

@@ -11,7 +11,7 @@ from torch import fx
 
 from peftc.graph.ir import module_path, value
 from peftc.protocol.site import Block, Parameters, Site
-from peftc.roles.linears import CASTS, parameter_of
+from peftc.roles.products import CASTS, parameter_of
 
 aten = torch.ops.aten
 

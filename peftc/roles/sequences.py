@@ -18,7 +18,7 @@ from peftc.graph.ir import is_tensor, module_path, value
 from peftc.protocol.site import Sequence
 from peftc.roles.images import image_sequence
 from peftc.roles.limits import position_limit
-from peftc.roles.linears import parameter_of
+from peftc.roles.products import parameter_of
 from peftc.roles.stacks import BlockPath
 
 aten = torch.ops.aten

@@ -177,6 +177,18 @@ def thaws(work: Work) -> None:
     work.module.get_parameter("proj.bias").requires_grad_(True)
 
 
+def reads_ahead(work: Work) -> None:
+    first, *_, last = (node for node in work.module.graph.nodes if node.op == "call_function")
+    with work.module.graph.inserting_before(first):
+        work.module.graph.call_function(torch.ops.aten.neg.default, (last,))
+
+
+def test_a_pass_that_leaves_no_graph_is_named() -> None:
+    work = Work.on(plan_of(Layer, LORA))
+    with pytest.raises(peftc.PeftcError, match=r"in pass 'wrong': the graph is not well formed: .*before it"):
+        list(run(work, (*alone("weight methods"), Pass("wrong", reads_ahead)), Timings()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [

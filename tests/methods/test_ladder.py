@@ -16,7 +16,7 @@ from ladders import QUICK, SPEC, base_of, compiled, per_model
 from peftc.capture.capture import capture
 from peftc.capture.inputs import example_inputs
 from peftc.protocol.site import Block
-from peftc.roles.find import find_sites
+from peftc.roles.assign import find_sites
 from zoo import ZOO, inputs
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from peftc.capture.inputs import example_inputs
 from peftc.capture.references import load_model, parse_reference
 from peftc.planning.plan import Plan
 from peftc.planning.planner import make_plan
-from peftc.roles.find import find_sites
+from peftc.roles.assign import find_sites
 from peftc.spec.check import intend
 from planned import plan, together
 

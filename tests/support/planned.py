@@ -12,7 +12,7 @@ from peftc.capture.inputs import example_inputs
 from peftc.planning.plan import Plan
 from peftc.planning.planner import make_plan
 from peftc.protocol.sites import Sites
-from peftc.roles.find import find_sites
+from peftc.roles.assign import find_sites
 from peftc.spec.check import intend
 from zoo import ZOO
 

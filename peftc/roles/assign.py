@@ -27,8 +27,8 @@ from peftc.protocol.sites import Sites, site_kinds
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
-from peftc.roles.linears import Product, products
 from peftc.roles.parameters import existing_parameters, own_name
+from peftc.roles.products import Product, products
 from peftc.roles.residual import Crossing, block_sites
 from peftc.roles.sequences import find_sequences
 from peftc.roles.stacks import BlockPath, find_blocks
