@@ -122,6 +122,7 @@ def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
     leaves = output.args[0]
     assert isinstance(leaves, tuple)
     output.args = (leaves[1:],)
+    _size_by_others(pruned)
     drop_unread(pruned)
     for node in pruned.find_nodes(op="placeholder"):
         if node.target in LOSS_INPUTS:
@@ -129,6 +130,25 @@ def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
                 return None
             pruned.erase_node(node)
     return pruned
+
+
+def _size_by_others(graph: fx.Graph) -> None:
+    """A size that is read off the labels, such as how many examples there are, is read off an input that shares it."""
+    known: dict[Any, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        given = node.meta.get("val")
+        if node.target not in LOSS_INPUTS and isinstance(given, Tensor):
+            for place, size in enumerate(given.shape):
+                known.setdefault(_symbol(size), (node, place))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        source, size = node.args[0], _symbol(node.meta.get("val"))
+        if isinstance(source, fx.Node) and source.target in LOSS_INPUTS and size is not None:
+            node.args = known.get(size, node.args)
+
+
+def _symbol(size: Any) -> Any:
+    """What a size is called that is not the same in every call; None for one that is."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
 
 
 def fields_of(result: pytree.TreeSpec) -> list[str]:

@@ -63,6 +63,25 @@ def batch(model: PreTrainedModel) -> dict[str, Tensor]:
     return given
 
 
+def dinov2() -> PreTrainedModel:
+    """An image classifier whose graph reads the number of examples off the labels."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        "num_labels": 3,
+    }  # fmt: skip
+    return hf.Dinov2ForImageClassification(hf.Dinov2Config(**settings))
+
+
+def test_a_classifier_is_asked_without_labels() -> None:
+    compiled = peftc.compile(dinov2(), "apply lora to attn.q")
+    sizes = compiled.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert "labels" in {str(node.args[0]) for node in sizes}
+    pixels = torch.randn(3, 3, 28, 28)
+    compiled.eval()
+    torch.testing.assert_close(compiled(pixels).logits, dinov2().eval()(pixels).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", first_is_quick(list(FACTORIES)))
 def test_loss_and_gradients_are_the_base_models(name: str) -> None:
     """B starts at zero, so that its gradient is that of the base's own weight, seen through A."""
