@@ -154,9 +154,11 @@ def test_bench_measures_them_and_its_rows_agree(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_they_conform(checkout: Path) -> None:
-    told = run(
-        checkout, "-m", "pytest", "tests/methods/test_conformance.py", "-k", "shift or slope", "-m", "not slow", "-q",
-        "--rootdir", str(checkout), "-p", "no:cacheprovider", "-n", "0",
-    )  # fmt: skip
-    assert int(re.findall(r"(\d+) passed", told)[0]) >= 11, told
-    assert "failed" not in told
+    """With the conformance tests, and with the rules of the house, as they are."""
+    suites = ("tests/methods/test_conformance.py", "tests/test_house.py", "tests/test_layers.py")
+    chosen = ("-k", "shift or slope or bf16 or activation", "-m", "not slow")
+    told = run(checkout, "-m", "pytest", *suites, *chosen, "-vv", "--rootdir", str(checkout), "-p", "no:cacheprovider")
+    for name in FILES:
+        assert re.search(rf"test_layers\.py::\w+\[{Path(name).stem}\] PASSED", told)
+    for method in ("shift", "slope"):
+        assert f"test_5_it_comes_back_from_disk[plain-{method}] PASSED" in told

@@ -40,6 +40,13 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
 
 
+def relative(path: Path) -> Iterator[str]:
+    """What a file imports by where it lies itself, with the dots: no name by which `imports` could know it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield "." * node.level + (node.module or "")
+
+
 def layer(module: str) -> str:
     """The folder of peftc/ that a module is in, '' for any other."""
     return module.split(".")[1] if module.startswith("peftc.") else ""
@@ -89,7 +96,13 @@ def test_no_circle() -> None:
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
 def test_a_file_under_passes_knows_what_it_is_written_against(path: Path) -> None:
+    """And of the others under passes/, the kinds of site: a method may be one for them."""
     assert {layer(module) for _, module in imports(path) if module.startswith("peftc.")} <= PASSES
+    assert all(module.startswith("..sites.") for module in relative(path))
+
+
+def test_who_imports_what_is_said_in_full() -> None:
+    assert not [(path.name, module) for path in (*SOURCES, *TESTS) for module in relative(path)]
 
 
 def test_passes_are_reached_through_the_registries_only() -> None:

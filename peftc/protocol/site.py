@@ -49,7 +49,7 @@ class Site:
     `peftc.protocol.sites.site`: it gives the words, `find`, `samples`, and what a method there `reads` and `changes`. A
     method's rewrite is handed the first value that the site reads and the first that it changes, as other methods have
     left them, and what it returns is read in place of that one. A `SublayerMethod` whose `site` is the kind is one for
-    it; a kind that is a `Sublayer` takes the methods of sublayers as it is.
+    it (`from ..sites.FILE import KIND`); a kind that is a `Sublayer` takes the methods of sublayers as it is.
     """
 
     name: str

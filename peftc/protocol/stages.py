@@ -42,7 +42,7 @@ class WeightMethod(Method):
     """
 
     stage = Stage.WEIGHT
-    site = Linear
+    site: type[Site] | UnionType = Linear
     rewrites: ClassVar[Rewrites] = {
         "rewrite": (("site", "x", "y"), OPERANDS),
         "rewrite_input": (("site", "x"), OPERANDS),
@@ -95,7 +95,7 @@ class BlockMethod(Method):
     """
 
     stage = Stage.MODULE
-    site = Block
+    site: type[Site] | UnionType = Block
     rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x", "y"), ("training", "carry", "memory", "attend"))}
 
 
@@ -117,7 +117,7 @@ class AttentionMethod(Method):
     """
 
     stage = Stage.ATTENTION
-    site = Attention
+    site: type[Site] | UnionType = Attention
     rewrites: ClassVar[Rewrites] = {
         "extend": (("site",), PROJECTIONS),
         "rewrite": (("site", "x", "y"), ("training",)),
@@ -134,5 +134,5 @@ class SequenceMethod(Method):
     """
 
     stage = Stage.SEQUENCE
-    site = Sequence
+    site: type[Site] | UnionType = Sequence
     rewrites: ClassVar[Rewrites] = {"rewrite": (("site", "x"), ("mask",))}

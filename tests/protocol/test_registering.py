@@ -120,18 +120,21 @@ def test_parameters() -> None:
 
 def test_a_subclass_has_its_bases_parameters() -> None:
     class Scaled(Moves):
-        """One with a parameter."""
+        """One with two parameters."""
 
         scale: float = param(1.0, "how much")
+        times: int = param(1, "how often")
 
     @method
     class MoreScaled(Scaled):
-        """One with another."""
+        """One of them set, and another."""
 
-        name = "more_scaled_in_a_test"
-        size: int = param(1, "how much")
+        name = "more_scaled"
+        size: int = param(1, "how large")
+        times = 2
 
     assert MoreScaled(scale=2).values == {"scale": 2.0, "size": 1}
+    assert MoreScaled().times == 2
 
 
 def test_methods() -> None:
