@@ -307,7 +307,7 @@ def test_what_has_to_be_read_as_a_whole(
         file.unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
     same(seeded(folder, SPEC), expected)
-    assert "it was read as a whole" in capsys.readouterr().err
+    assert "is read as a whole" in capsys.readouterr().err
 
 
 @pytest.mark.slow
