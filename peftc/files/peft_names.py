@@ -16,10 +16,8 @@ from torch import nn
 SECONDS = 1.0  # that matching a folder's patterns may take in all
 
 
-def chosen(names: Iterable[str], targets: str | list[str], *, by_letters: bool = False) -> set[str]:
-    """Which of `names` are chosen by `target_modules`, or (`by_letters`) by IA3's `feedforward_modules`."""
-    if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
+def _chosen(names: Iterable[str], targets: list[str], by_letters: bool) -> set[str]:
+    """Which of `names` a list in `target_modules` chooses, or (`by_letters`) one in IA3's `feedforward_modules`."""
     if by_letters:
         return {name for name in names if name.endswith(tuple(targets))}
     return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
@@ -29,7 +27,7 @@ def saying(model: nn.Module, modules: Iterable[str], *, by_letters: bool = False
     """What chooses just these modules: their names, or a pattern, where the names are the ends of others', too."""
     wanted = sorted({*modules})
     names = [name for name, _ in model.named_modules()]
-    if chosen(names, wanted, by_letters=by_letters) == {*wanted}:
+    if _chosen(names, wanted, by_letters) == {*wanted}:
         return wanted
     return "|".join(map(re.escape, wanted))
 

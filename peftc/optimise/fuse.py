@@ -35,11 +35,16 @@ class Fired:
         miss = None if self.nearest is None else asdict(self.nearest)
         return {"rule": self.rule, "fired": self.count, "places": self.places, "nearest_miss": miss}
 
+    @property
+    def missed(self) -> str:
+        """Where a rule that never fired came nearest, and what stood in the way."""
+        return str(self.nearest or "nothing like it in the graph")
+
     def __str__(self) -> str:
         if self.count:
             places = "" if self.places == self.count else f" at {self.places} places"
             return f"{self.rule}: {self.count} times{places}"
-        return f"{self.rule}: never; " + (f"nearest {self.nearest}" if self.nearest else "nothing like it in the graph")
+        return f"{self.rule}: never; {'nearest ' if self.nearest else ''}{self.missed}"
 
 
 def fuse(

@@ -35,10 +35,6 @@ from peftc.roles.stacks import BlockPath, find_blocks
 
 aten = torch.ops.aten
 
-SPLITS = {
-    aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.select.int,
-    aten.index.Tensor, aten.narrow.default, aten.unbind.int, aten.split.sizes,
-}  # fmt: skip
 Rows = tuple[int, ...] | None
 
 

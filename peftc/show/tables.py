@@ -71,8 +71,7 @@ def fusions_table(fired: Iterable[Fired]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("nearest miss", overflow="fold")
     for one in fired:
-        miss = "" if one.count else str(one.nearest or "nothing like it in the graph")
-        table.add_row(one.rule, f"{one.count:,}", f"{one.places:,}", Text(miss))
+        table.add_row(one.rule, f"{one.count:,}", f"{one.places:,}", Text("" if one.count else one.missed))
     return table
 
 
