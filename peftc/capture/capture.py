@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
+from peftc.capture.assumptions import Asked, Assumptions, listening
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
@@ -41,13 +42,14 @@ LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch
 class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
-    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns. `checkpoint` has
-    the weights that were not read with the model.
+    `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns; `assumptions` are
+    about the sizes of inputs. `checkpoint` has the weights that were not read with the model.
     """
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
     result: pytree.TreeSpec
+    assumptions: Assumptions
     model: nn.Module
     example: Example
     checkpoint: Checkpoint | None = None
@@ -89,7 +91,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
     if packed:
         kind = type(model.get_submodule(packed[0])).__name__
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
-    with timings.stage("torch.export"), _prepared(model, example):
+    with timings.stage("torch.export"), _prepared(model, example), listening() as asked:
         try:
             program = torch.export.export(
                 model,
@@ -101,7 +103,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         except Exception as error:
             raise PeftcError(_diagnose(model, error)) from error
     with timings.stage("capture"):
-        return _as_plain_graph(program, model, example)
+        return _as_plain_graph(program, model, example, asked)
 
 
 def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) -> Captured:
@@ -117,7 +119,9 @@ def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) ->
     return replace(captured, model=model, checkpoint=checkpoint)
 
 
-def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, example: Example) -> Captured:
+def _as_plain_graph(
+    program: torch.export.ExportedProgram, model: nn.Module, example: Example, asked: Asked
+) -> Captured:
     """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
     exported = program.module(check_guards=False)
     result = program.call_spec.out_spec
@@ -125,12 +129,13 @@ def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, exa
     assert result is not None
     exported.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
+    assumptions = Assumptions.of(module.graph, type(model).__name__, asked)
     normalise(module)
     if (node := stays_random(module.graph)) is not None:
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
         raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
     inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
-    return Captured(module, inputs, result, model, example)
+    return Captured(module, inputs, result, assumptions, model, example)
 
 
 @contextmanager

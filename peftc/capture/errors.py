@@ -86,6 +86,25 @@ class StaysRandom(Diagnostic):
         )
 
 
+class OtherSizes(Diagnostic):
+    code = "other-sizes"
+    model: str
+    given: str
+    captured: str
+    where: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} was captured for {self.captured}, and is called with {self.given}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            *(f"at {line}" for line in self.where),
+            "compile it with an example= of these sizes, or cut or pad the input to sizes for which that holds",
+        )
+
+
 class NoRoom(Diagnostic):
     code = "no-room"
     given: int

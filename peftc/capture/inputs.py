@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -24,33 +25,60 @@ from peftc.diagnostics.diagnostic import PeftcError
 BATCH, LENGTH = 2, 8
 
 
+class Sizes(Enum):
+    """Which sizes of the inputs a graph is to be for: more than those of an example."""
+
+    USUAL = auto()  # any batch, any number of tokens
+    ANY = auto()  # all that the model leaves open
+    FIXED = auto()  # the example's alone
+
+
 @dataclass(frozen=True)
 class Example:
     """Inputs to trace with. `constants` are passed but not traced; `config` is set while tracing.
 
-    `config` is None for a plain `nn.Module`. Batch and sequence must not be 1, which would be baked in.
+    `config` is None for a plain `nn.Module`. Batch and sequence must not be 1, which would be baked in, unless all
+    `sizes` are to be fixed.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    sizes: Sizes = Sizes.USUAL
+
+    def like(self, given: Mapping[str, Any]) -> Iterator[Example]:
+        """Examples of the sizes of other inputs, the most general first.
+
+        There is none where the inputs are not tensors, each with a name or a place.
+        """
+        values = [value.detach() if isinstance(value, torch.Tensor) else value for value in given.values()]
+        if not all(isinstance(value, torch.Tensor) for value in (*self.args, *self.kwargs.values(), *values)):
+            return
+        args, rest = tuple(values[: len(self.args)]), dict(zip(given, values, strict=True))
+        kwargs = {name: rest[name] for name in self.kwargs if name in rest}
+        if len(args) + len(kwargs) == len(values):
+            many = tuple(_two_rows(value) for value in args)
+            general = replace(self, args=many, kwargs={name: _two_rows(value) for name, value in kwargs.items()})
+            yield replace(general, sizes=Sizes.ANY)
+            yield general
+            yield replace(self, args=args, kwargs=kwargs, sizes=Sizes.FIXED)
 
     def dynamic_shapes(self) -> Any:
-        """Batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
-        if not self.args:
-            return {name: _dynamic(tensor, self.config is None) for name, tensor in self.kwargs.items()}
-        return (*(_dynamic(tensor, True) for tensor in self.args), *(
-            _dynamic(tensor, True) for tensor in self.kwargs.values()
-        ))  # fmt: skip
+        """Usually batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
+        if self.sizes is Sizes.FIXED:
+            return None
+        guess = self.sizes is Sizes.ANY or self.config is None
+        dimensions = [self._dynamic(tensor, guess) for tensor in (*self.args, *self.kwargs.values())]
+        return tuple(dimensions) if self.args else dict(zip(self.kwargs, dimensions, strict=True))
 
-
-def _dynamic(tensor: Any, guess: bool) -> dict[int, Any] | None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
-        return None
-    kind = Dim.AUTO if guess else Dim.DYNAMIC
-    dims = range(min(2, tensor.dim())) if not tensor.is_floating_point() else range(1)
-    return dict.fromkeys(dims, kind)
+    def _dynamic(self, tensor: Any, guess: bool) -> dict[int, Any] | None:
+        """The dynamic dimensions of an input; those that are a guess are fixed where the model fixes them."""
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
+            return None
+        counted = 1 if tensor.is_floating_point() else min(2, tensor.dim())
+        dims = range(tensor.dim() if self.sizes is Sizes.ANY else counted)
+        return dict.fromkeys(dims, Dim.AUTO if guess else Dim.DYNAMIC)
 
 
 def example_inputs(model: nn.Module, example: Any = None) -> Example:

@@ -14,21 +14,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from peftc.capture.capture import capture
 from peftc.capture.inputs import Example
 from peftc.diagnostics import debug
+from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.passes import PASSES, Pass, Work, run
+from peftc.graph.ir import get_attribute, set_tensor
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.planner import make_plan
 from peftc.protocol.method import Data
 from peftc.roles.assign import find_sites
+from peftc.runtime.module import Runtime
 from peftc.spec.resolve import Intentions
 
 # Where nothing is to be fused the last pass leaves everything as it is.
@@ -96,7 +100,35 @@ def build(
         if fuse:
             mark(work.module, plan.recomputed)
     with timings.stage("emit"):
-        return CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)
+        compiled = CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)
+    compiled.__dict__["capture_again"] = captured_again
+    return compiled
+
+
+def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModule | None:
+    """The same model with a graph for the sizes of other inputs; its tensors are to be put in place by the caller.
+
+    Args:
+        compiled: built from the same plan.
+        given: inputs by name, for whose sizes its graph is not.
+
+    Returns:
+        None where the model cannot be captured with them.
+    """
+    with torch.inference_mode(False), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
+        for example in compiled.plan.captured.example.like(compiled.sizes.seen(given)):
+            try:
+                plan = plan_model(compiled.base, compiled.plan.intentions, example, Timings())
+                for full in (full for item in plan.packed.values() for full in item.buffers):
+                    set_tensor(plan.captured.module, full, get_attribute(compiled, full))
+                state = {name: get_attribute(compiled, name) for name in (*plan.tensors, *plan.trained)}
+                other = build(plan, Timings(), state, fuse=compiled.fused)
+            except PeftcError as error:
+                debug.tell(1, [f"not captured for other sizes: {error}"])
+                continue
+            if other.sizes.refusal(given) is None:
+                return other
+    return None
 
 
 def _begun(plan: Plan, **known: Any) -> Work:

@@ -54,6 +54,11 @@ def memory(node: fx.Node) -> int:
     return int(value(node).untyped_storage()._cdata)
 
 
+def expression(size: Any) -> Any:
+    """A size as a symbolic expression, which compares without adding a guard; a number as it is."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode, and so the shape environment, that `graph` was captured under."""
     for node in graph.nodes:

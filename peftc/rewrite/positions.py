@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import PROVENANCE, STACK, Provenance, computed, is_tensor, splice, trace, value
+from peftc.graph.ir import PROVENANCE, STACK, Provenance, computed, expression, is_tensor, splice, trace, value
 from peftc.planning.plan import Plan
 from peftc.protocol.site import Attention
-from peftc.roles.counting import Counting, core, expression, is_size, stream, token_test, tokens_of
+from peftc.roles.counting import Counting, core, is_size, stream, token_test, tokens_of
 
 aten = torch.ops.aten
 

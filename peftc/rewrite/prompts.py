@@ -19,6 +19,7 @@ from peftc.graph.ir import (
     Provenance,
     attribute_node,
     computed,
+    expression,
     is_tensor,
     redirect,
     splice,
@@ -29,7 +30,6 @@ from peftc.planning.errors import Refused
 from peftc.planning.plan import Binding
 from peftc.protocol.operands import wanted
 from peftc.protocol.site import Sequence
-from peftc.roles.counting import expression
 from peftc.roles.images import SIZED, downstream, upstream
 
 aten = torch.ops.aten

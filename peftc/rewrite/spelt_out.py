@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.graph.ir import Provenance, computed, is_tensor, value
+from peftc.graph.ir import Provenance, computed, expression, is_tensor, value
 from peftc.graph.rows import path_between
 from peftc.protocol.site import Attention, AttentionPattern
 from peftc.rewrite.positions import Positions, made
-from peftc.roles.counting import expression, tokens_of
+from peftc.roles.counting import tokens_of
 from peftc.roles.flow import SCORES
 
 aten = torch.ops.aten

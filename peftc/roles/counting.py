@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftc.graph.ir import get_attribute, is_tensor, value
+from peftc.graph.ir import expression, get_attribute, is_tensor, value
 from peftc.graph.rows import hint, on_cpu, path_between
 from peftc.protocol.site import Attention, Sublayer
 
@@ -27,11 +27,6 @@ def tokens_of(site: Attention) -> Any:
     assert site.pattern is not None
     count = value(site.pattern.k).shape[-2 if site.pattern.scores is None else -1]
     return expression(count)
-
-
-def expression(size: Any) -> Any:
-    """A size as a symbolic expression, which compares without adding a guard; a number as it is."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def token_test(node: fx.Node) -> bool | None:

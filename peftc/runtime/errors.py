@@ -116,6 +116,18 @@ class Transformed(Diagnostic):
         return ("loss.backward() and torch.autograd.grad work; for others: peftc.compile(..., fuse=False)",)
 
 
+class NotWhenTraced(Diagnostic):
+    code = "other-sizes"
+
+    @property
+    def title(self) -> str:
+        return "torch.compile traces a call with sizes that the graph was not captured for"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("compile it with an example= of these sizes; a call without torch.compile says what the model asks",)
+
+
 class NeedsLabels(Diagnostic):
     code = "needs-labels"
     model: str

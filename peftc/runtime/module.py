@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
+from peftc.capture.assumptions import SizeCheck
 from peftc.capture.convention import Convention
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import get_attribute, keep_unread
+from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
 from peftc.optimise.fuse import Fired
-from peftc.planning.plan import Plan
+from peftc.planning.plan import Plan, extension
 from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
 from peftc.runtime.devices import keep_packed, move_constants, refuse_casts
 from peftc.runtime.entries import Code, Entries
-from peftc.runtime.errors import NoPickle, OnlyOnTheBase, OnTheBase, Transformed
+from peftc.runtime.errors import NoPickle, NotWhenTraced, OnlyOnTheBase, OnTheBase, Transformed
 from peftc.runtime.generate import greedy
 from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
@@ -27,6 +29,9 @@ from peftc.runtime.shelves import arrange
 from peftc.runtime.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.token_mean import NAME
 from peftc.runtime.unfrozen import Watch
+
+# Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
+MOST_GRAPHS = 8
 
 Stages = list[tuple[str, fx.Graph]]
 
@@ -39,6 +44,11 @@ class Runtime(Holder):
 
     fired: tuple[Fired, ...]
     entries: Entries
+    sizes: SizeCheck
+    others: list[Runtime]
+    shared: frozenset[str]
+    fused: bool
+    capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -52,6 +62,11 @@ class Runtime(Holder):
             fired=fired or (),
             base=plan.captured.model,
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
+            sizes=_sizes(plan, history[0][1]),
+            others=[],
+            shared=_kept(plan),
+            fused=fired is not None,
+            capture_again=None,
             logits_in_training=fired is None,
         )
         keep_unread(root, self)
@@ -100,13 +115,41 @@ class Runtime(Holder):
                 self._check_traced()
             tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
             given = self.convention.bind(args, kwargs)
-            return self.entries.choose(self, given, tokens).run(self, given, tokens)
+            if torch.compiler.is_dynamo_compiling():
+                if not self.sizes.holds_traced(given):
+                    raise PeftcError(NotWhenTraced())
+            elif not torch.compiler.is_compiling() and (refusal := self.sizes.refusal(given)) is not None:
+                return self._other(given, refusal)(given, tokens)
+            return self._run(given, tokens)
 
         signature = self.convention.signature
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
         forward.__doc__ = f"({', '.join(self.convention.inputs)}): as {self.plan.sites.model}'s forward."
         cls.forward = forward
+
+    def _run(self, given: dict[str, Any], tokens: Any) -> Any:
+        return self.entries.choose(self, given, tokens).run(self, given, tokens)
+
+    def _other(self, given: dict[str, Any], refusal: PeftcError) -> Callable[[dict[str, Any], Any], Any]:
+        """The way through a graph of the same model and tensors that was captured for the sizes of `given`."""
+        for other in self.others:
+            if given.keys() <= set(other.convention.inputs) and other.sizes.refusal(given) is None:
+                break
+        else:
+            if self.capture_again is None or len(self.others) == MOST_GRAPHS - 1:
+                raise refusal
+            if (made := self.capture_again(self, given)) is None:
+                raise refusal
+            self.others.append(other := made)
+        theirs = tensors(other)
+        for name in self.shared & theirs.keys():
+            if theirs[name] is not (tensor := get_attribute(self, name)):
+                set_tensor(other, name, tensor)
+        other.train(self.training)
+        other.__dict__["logits_in_training"] = self.logits_in_training
+        order = [name for name in other.convention.inputs if name in given]
+        return lambda given, tokens: other._run({name: given[name] for name in order}, tokens)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced again where requires_grad differs
     def _check_traced(self) -> None:
@@ -129,6 +172,7 @@ class Runtime(Holder):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         keep_packed(self, packed)
         if self.device != before:
+            self.others.clear()
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
                     move_constants(module, before, self.device)
@@ -138,13 +182,13 @@ class Runtime(Holder):
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
         shared = {
             name: self.__dict__[name]
-            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training")
-        }
+            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "fused")
+        } | {name: self.__dict__[name] for name in ("sizes", "shared", "capture_again")}
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared)
+        copied.__dict__.update(shared, others=[])
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
@@ -229,3 +273,21 @@ class Runtime(Holder):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
         """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""
         return greedy(self, input_ids, attention_mask, max_new_tokens)
+
+
+def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:
+    """Prompts make the sequences longer that the model sees."""
+    longer = {
+        name: by
+        for site in plan.sites.sequences
+        if site.length is None and (by := extension(b for b in plan.bindings if b.site is site))
+        for name in (site.tokens, *dict(site.filled), site.position_ids)
+        if name is not None
+    }
+    return SizeCheck(plan.captured.assumptions, captured, longer)
+
+
+def _kept(plan: Plan) -> frozenset[str]:
+    """The tensors that any graph of the same plan has, unlike the constants of one capture."""
+    base = tensors(plan.captured.model)
+    return frozenset((*base, *plan.tensors, *(full for item in plan.packed.values() for full in item.buffers)))
