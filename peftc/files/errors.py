@@ -48,7 +48,7 @@ class CannotWrite(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ("what was there before is as it was",)
+        return ("the folder holds what was there before or all that is new, nothing between",)
 
 
 class WrongBase(Diagnostic):

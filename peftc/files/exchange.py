@@ -1,7 +1,7 @@
 """What the system is asked for when a folder is written: to exchange two, to write through, to know what is abandoned.
 
-A folder that is being written is locked by who does it. The system lets go of the lock when the process ends, however it
-ends, so what can be locked is abandoned.
+A folder that is being written is locked by who does it. The system lets go of the lock when the process ends, however
+it ends, so what can be locked is abandoned.
 """
 
 from __future__ import annotations
@@ -39,28 +39,34 @@ def scratch(rooms: Sequence[Path], mark: str) -> Iterator[Path]:
     Raises:
         OSError: where none of them does.
     """
-    folder, lock = _made(rooms, mark)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _made(rooms: Sequence[Path], mark: str) -> tuple[Path, int]:
     while True:
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=mark, dir=rooms[0]))
-        except OSError:
-            if len(rooms) == 1:
-                raise
-            return _made(rooms[1:], mark)
-        lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some file systems have no locks: there nothing is ever known to be abandoned
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)  # taken for abandoned before it was locked
+        folder = _made(rooms, mark)
+        with _opened(folder) as lock:
+            with suppress(OSError):  # some file systems have no locks: there nothing is ever known to be abandoned
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():  # taken for abandoned before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _made(rooms: Sequence[Path], mark: str) -> Path:
+    for room in rooms[:-1]:
+        with suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix=mark, dir=room))
+    return Path(tempfile.mkdtemp(prefix=mark, dir=rooms[-1]))
+
+
+@contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def remove_abandoned(room: Path, mark: str) -> None:
@@ -72,13 +78,9 @@ def remove_abandoned(room: Path, mark: str) -> None:
 
 
 def _remove_unless_locked(folder: Path) -> None:
-    with suppress(OSError):
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
-        finally:
-            os.close(lock)
+    with suppress(OSError), _opened(folder, os.O_DIRECTORY | os.O_NOFOLLOW) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
 
 
 def sync(folder: Path) -> None:
@@ -89,19 +91,12 @@ def sync(folder: Path) -> None:
     """
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
+            with _opened(path) as descriptor:
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
     sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
     """The names in a folder are written through, on file systems that do so."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with suppress(OSError), _opened(folder) as descriptor:
+        os.fsync(descriptor)

@@ -74,7 +74,8 @@ def replacing(folder: Path, problem: Callable[[set[str] | None], Diagnostic | No
             _settle(place)
         if found := problem(_names(place)):
             raise PeftcError(found)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        for parent in (folder.parent, place.parent):  # of `a/../b`, a must be there to find b by the same words
+            parent.mkdir(parents=True, exist_ok=True)
         with scratch(_rooms(place), mark) as room:
             new = room / "new"
             new.mkdir()
@@ -159,8 +160,9 @@ def _put(new: Path, place: Path) -> None:
         _put_inside(new, place)
     else:
         sync_folder(place.parent)
-        for name in set(os.listdir(new)) - set(os.listdir(place)):  # came when the others were linked already
-            os.rename(new / name, place / name)
+        with suppress(OSError):
+            for name in set(os.listdir(new)) - set(os.listdir(place)):  # came when the others were linked already
+                os.rename(new / name, place / name)
 
 
 def _exchange(new: Path, place: Path) -> None:
@@ -171,9 +173,10 @@ def _exchange(new: Path, place: Path) -> None:
     """
     if place == Path.cwd():  # this process would find itself in the old one
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    for name in set(os.listdir(place)) - set(os.listdir(new)):
-        if (place / name).is_dir() and not (place / name).is_symlink():
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    others = set(os.listdir(place)) - set(os.listdir(new))
+    if any((place / name).is_dir() and not (place / name).is_symlink() for name in others):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))  # of folders there are no links
+    for name in others:
         os.link(place / name, new / name, follow_symlinks=False)
     status = place.stat()
     with suppress(PermissionError):

@@ -1,4 +1,4 @@
-"""A process that is killed as it writes files: once before each of its operations on them."""
+"""A process that fails as it writes files: once before each of its operations on them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from types import BuiltinFunctionType, FrameType
 from typing import Any
 
 # What changes files or folders; `open` makes one.
 OPERATIONS = {
-    "open", "write", "close", "fsync", "mkdir", "rmdir", "rename", "replace", "link", "symlink", "unlink", "remove",
-    "chmod", "chown", "utime", "truncate", "setxattr", "flock", "serialize_file",
+    "open", "write", "mkdir", "rmdir", "rename", "replace", "link", "symlink", "unlink", "remove", "chmod", "chown",
+    "utime", "truncate", "setxattr", "flock", "serialize_file",
 }  # fmt: skip
 
 
@@ -34,23 +35,58 @@ def kills(action: Callable[[], object], prepare: Callable[[], object]) -> Iterat
         yield place
 
 
-def _run(action: Callable[[], object], last: int) -> None:
-    """In the child: the action, until it is about to do operation `last`."""
+def failures(
+    action: Callable[[], object], prepare: Callable[[], object], error: BaseException
+) -> Iterator[BaseException | None]:
+    """Runs `action` after `prepare` with `error` in the place of its nth operation, for every n.
+
+    Yields what the action raised, and ends when it was done before.
+    """
+    for place in count():
+        prepare()
+        raised = None
+        with _before(place, error) as met:
+            try:
+                action()
+            except BaseException as found:
+                raised = found
+        if not met:
+            assert raised is None
+            return
+        yield raised
+
+
+def _run(action: Callable[[], object], place: int) -> None:
+    """In the child: the action, until it is about to do operation `place`."""
+    signal.alarm(60)  # rather than wait for ever for a lock that a thread of the parent's had
+    try:
+        with _before(place, None):
+            action()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+
+@contextmanager
+def _before(place: int, error: BaseException | None) -> Iterator[list[str]]:
+    """Raises `error`, or is killed, in the place of one operation; what is yielded holds its name then."""
     done = 0
+    met: list[str] = []
 
     def watch(_frame: FrameType, event: str, called: Any) -> None:
         nonlocal done
         if event == "c_call" and isinstance(called, BuiltinFunctionType) and called.__name__ in OPERATIONS:
-            if done == last:
-                os.kill(os.getpid(), signal.SIGKILL)
             done += 1
+            if done == place + 1:
+                if error is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                else:
+                    met.append(called.__name__)
+                    raise error
 
+    sys.setprofile(watch)
     try:
-        sys.setprofile(watch)
-        action()
+        yield met
+    finally:
         sys.setprofile(None)
-    except BaseException:
-        sys.setprofile(None)
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-    os._exit(0)
