@@ -14,7 +14,7 @@ from typing import Any
 # What changes files or folders; `open` makes one.
 OPERATIONS = {
     "open", "write", "mkdir", "rmdir", "rename", "replace", "link", "symlink", "unlink", "remove", "chmod", "chown",
-    "utime", "truncate", "setxattr", "flock", "serialize_file",
+    "utime", "truncate", "setxattr", "flock", "serialize_file", "write_record",
 }  # fmt: skip
 
 
