@@ -15,6 +15,7 @@ What a process that is killed leaves is read by nobody, and removed by the next 
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
 import shutil
@@ -213,7 +214,9 @@ def _settle(place: Path) -> None:
         return
     names = sorted(os.listdir(committed), key=lambda name: (name in LAST, name))
     if len(names) > 1 and names[-1] in LAST:
-        (place / names[-1]).unlink(missing_ok=True)
+        old = place / names[-1]
+        if old.is_file() and not filecmp.cmp(old, committed / old.name, shallow=False):
+            old.unlink()
     for name in names:
         os.replace(committed / name, place / name)
     committed.rmdir()

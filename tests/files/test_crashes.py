@@ -75,10 +75,11 @@ def a_link_to_nothing(folder: Path) -> None:
 
 
 PLACES = [nothing, an_empty_folder, an_artifact, a_trainers_folder, a_folder_with_folders, a_link, a_link_to_nothing]
+QUICK = [(a_trainers_folder, "exchanged"), (a_trainers_folder, "committed")]
 ALL_PLACES = [
-    pytest.param(place, at_once, marks=[] if place is a_trainers_folder else pytest.mark.slow)
+    pytest.param(place, how, marks=[] if (place, how) in QUICK else pytest.mark.slow)
     for place in PLACES
-    for at_once in (True, False)
+    for how in ("exchanged", "committed", "copied")
 ]
 
 
@@ -90,14 +91,22 @@ def nothing_written_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the file system exchanges folders."""
+    """Whether the file system exchanges folders; where one is mounted, it does not move files into it either."""
+    rename = Path.rename
 
     def refused(_one: Path, _other: Path) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    if not request.param:
+    def rename_inside(self: Path, target: Path) -> Path:
+        if target.name == COMMITTED and target.parent not in self.parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    if request.param != "exchanged":
         monkeypatch.setattr(folders, "exchange", refused)
-    return bool(request.param)
+    if request.param == "copied":
+        monkeypatch.setattr(Path, "rename", rename_inside)
+    return bool(request.param == "exchanged")
 
 
 class Room:

@@ -112,7 +112,7 @@ def test_a_checkpoint_killed_as_it_is_written_resumes_as_a_whole_one_or_not_at_a
     def save() -> None:
         written.control.should_save = True
         written.callback_handler.on_step_end(written.args, written.state, written.control)
-        written._save_checkpoint(written.model, None)
+        written._save_checkpoint(model, None)
 
     checkpoint = tmp_path / "new" / "checkpoint-2"
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
