@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -81,6 +82,12 @@ def test_compile_reports_saves_and_merges(run: Run, model: Path, spec: Path, tmp
     status, _, err = run("merge", artifact, "-o", tmp_path / "merged")
     assert status == 1
     assert "bad-output" in err
+
+    odd = tmp_path / os.fsdecode(b"caf\xe9\n")  # no UTF-8, and a line break
+    status, out, err = run("merge", artifact, "-o", odd)
+    assert (status, err) == (0, "")
+    assert out.endswith("caf\ufffd\u240a\n")
+    assert (odd / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from peftc.cli.inputs import (
     model_to_compile,
 )
 from peftc.cli.output import print_json, progress
+from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:
     from peftc.show import tables
@@ -45,7 +46,7 @@ def run(given: Namespace) -> None:
     if given.timings:
         tables.print_all(tables.timings_table(timings.seconds))
     if given.output:
-        print(f"written to {given.output}")
+        print(f"written to {visible(given.output)}")
 
 
 COMPILE = Command(

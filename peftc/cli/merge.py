@@ -10,6 +10,7 @@ import peftc
 from peftc.cli.command import Argument, Command, Lazy
 from peftc.cli.inputs import JSON, MODEL_HELP, quieten
 from peftc.cli.output import print_json, progress
+from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:
     from peftc.files import merge, repack
@@ -38,7 +39,7 @@ def run(given: Namespace) -> None:
         if lost:
             tables.print_all(tables.lost_table(lost))
         how = "packed for bitsandbytes, " if packed else "its weights rounded but not packed, " if lost else ""
-        print(f"a plain {type(merged).__name__}, {how}written to {given.output}")
+        print(f"a plain {type(merged).__name__}, {how}written to {visible(given.output)}")
 
 
 MERGE = Command(

@@ -46,17 +46,17 @@ def render(diagnostic: Renderable, colour: bool = False) -> str:
     marks = [_Mark(Label(diagnostic.span, diagnostic.label), "^")] if diagnostic.span else []
     marks += [_Mark(label, "-") for label in diagnostic.secondary]
     gutter = len(str(max((mark.label.span.end_line for mark in marks), default=1)))
-    lines = [f"{paint.error(f'error[{diagnostic.code}]')}: {paint.strong(_visible(diagnostic.title))}"]
+    lines = [f"{paint.error(f'error[{diagnostic.code}]')}: {paint.strong(visible(diagnostic.title))}"]
     arrow = "-->"
     for source in dict.fromkeys(mark.label.span.source for mark in marks):
         here = [mark for mark in marks if mark.label.span.source == source]
-        lines.append(f"{' ' * gutter}{paint.frame(arrow)} {_visible(str(here[0].label.span))}")
+        lines.append(f"{' ' * gutter}{paint.frame(arrow)} {visible(str(here[0].label.span))}")
         lines += _excerpt(source, here, gutter, paint)
         arrow = ":::"
     for note in diagnostic.notes:
         first, *more = note.splitlines() or [""]
-        lines.append(f"{' ' * gutter} {paint.frame('=')} {_visible(first)}")
-        lines += [f"{' ' * gutter}   {_visible(line)}" for line in more]
+        lines.append(f"{' ' * gutter} {paint.frame('=')} {visible(first)}")
+        lines += [f"{' ' * gutter}   {visible(line)}" for line in more]
     return "\n".join(lines)
 
 
@@ -125,7 +125,7 @@ def _excerpt(source: Source, marks: Iterable[_Mark], gutter: int, paint: _Paint)
         for stroke in below:
             left, right = line.column(stroke.start), line.column(stroke.end)
             underline = paint.mark(stroke.sign, stroke.sign * max(right - left, 1))
-            text = paint.mark(stroke.sign, _visible(stroke.text))
+            text = paint.mark(stroke.sign, visible(stroke.text))
             yield f"{' ' * gutter} {paint.frame('|')} {' ' * left}{underline} {text}".rstrip()
 
 
@@ -148,7 +148,7 @@ class _Line:
         columns = []
         for char in text[first:last]:
             columns.append(width)
-            cell = " " * (_TAB_STOP - width % _TAB_STOP) if char == "\t" else _visible(char)
+            cell = " " * (_TAB_STOP - width % _TAB_STOP) if char == "\t" else visible(char)
             shown += cell
             width += len(cell) if char == "\t" else _width(char)
         return cls(shown + ("…" if last < len(text) else ""), first, (*columns, width))
@@ -158,7 +158,7 @@ class _Line:
         return self.columns[min(index - self.first, len(self.columns) - 1)] if index >= self.first else 0
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """The text with every control or formatting character replaced by a picture one column wide."""
     return "".join(map(_picture, text))
 

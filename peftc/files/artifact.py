@@ -3,8 +3,8 @@
     peftc.json            format, spec, model class and reference, fingerprints; its own checksum
     adapter.safetensors   every tensor that is not simply the base model's
 
-No pickle, and nothing is run or imported because a file here names it. The folder is written under a temporary name,
-synced and renamed, so it is there whole or not at all.
+No pickle, and nothing is run or imported because a file here names it. The folder is there whole or not at all, at
+every instant (files/folder.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peftc.capture.references import parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Source
 from peftc.files.errors import BadArtifact, WrongBase
-from peftc.files.folder import write_folder
+from peftc.files.folder import current, steadily, write_folder
 from peftc.graph.ir import get_attribute
 from peftc.runtime.module import Runtime
 from peftc.runtime.statedict import added_names
@@ -50,11 +50,11 @@ INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "
 
 
 def save(compiled: Runtime, folder: Path) -> None:
-    """Writes the artifact. An artifact that is there is replaced; any other folder is left alone.
+    """Writes the artifact. An artifact that is there is replaced, all at once; any other folder is left alone.
 
     Raises:
         PeftcError: `bad-artifact` if something else stands at `folder`; `not-in-spec` if the artifact would be without
-            something that learnt.
+            something that learnt; `cannot-write` where the system refuses, and what is there stays.
     """
     compiled.watch.refuse_unplanned(compiled)
     tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
@@ -130,8 +130,12 @@ def read(folder: Path) -> Artifact:
     Raises:
         PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered.
     """
-    manifest = _read_manifest(folder)
-    state = _read_tensors(folder, manifest)
+
+    def both() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        manifest = _read_manifest(folder)
+        return manifest, _read_tensors(folder, manifest)
+
+    manifest, state = steadily(folder, (MANIFEST, TENSORS), both)
     return Artifact(folder, ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"])), state, manifest)
 
 
@@ -184,7 +188,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return PeftcError(BadArtifact(folder=str(folder), reason=reason))
 
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(current(folder, MANIFEST).read_text())
         checksum = manifest.pop("checksum")
     except FileNotFoundError:
         raise bad(f"there is no {MANIFEST}") from None
@@ -201,7 +205,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        blob = (folder / TENSORS).read_bytes()
+        blob = current(folder, TENSORS).read_bytes()
     except OSError:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"there is no {TENSORS}")) from None
     if hashlib.sha256(blob).hexdigest() != manifest["tensors"]:

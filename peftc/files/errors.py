@@ -34,7 +34,21 @@ class BadOutput(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"'{self.folder}' is not empty, and is left alone: name another folder"
+        return f"'{self.folder}' is no empty folder, and is left alone: name another one"
+
+
+class CannotWrite(Diagnostic):
+    code = "cannot-write"
+    folder: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.folder}' cannot be written: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("the folder holds what was there before or all that is new, nothing between",)
 
 
 class WrongBase(Diagnostic):

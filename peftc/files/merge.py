@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from peftc.capture.bitsandbytes import PackedFile
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.files.errors import BadOutput, CannotMerge
+from peftc.files.folder import replacing
 from peftc.graph.ir import get_attribute, set_tensor
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Projection
@@ -114,31 +114,23 @@ def _store(model: nn.Module, site: Projection, weight: Tensor) -> None:
 
 
 def save_merged(model: nn.Module, folder: str | Path, packed: PackedFile | None = None) -> bool:
-    """Writes a merged model as its library does, under a temporary name first; the tokenizer goes with it.
+    """Writes a merged model as its library does, whole or not at all; the tokenizer goes with it.
 
     With `packed` its layers are written as bitsandbytes packs them, and the configuration says so: returns whether
     they are, which they cannot be where the library's files have other tensors than its model has.
 
     Raises:
-        PeftcError: `bad-output` if something stands at `folder` already.
+        PeftcError: `bad-output` if something stands at `folder` already; `cannot-write` where the system refuses.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise PeftcError(BadOutput(folder=str(folder)))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        target = Path(temporary) / "model"
-        is_packed = isinstance(model, PreTrainedModel) and packed is not None and packed.saved(model, target)
+    is_packed = False
+    with replacing(Path(folder), lambda there: None if there == set() else BadOutput(folder=str(folder))) as new:
         if isinstance(model, PreTrainedModel):
+            is_packed = packed is not None and packed.saved(model, new)
             if not is_packed:
-                model.save_pretrained(target)
-            _copy_tokenizer(model, target)
+                model.save_pretrained(new)
+            _copy_tokenizer(model, new)
         else:
-            target.mkdir()
-            safetensors.torch.save_model(model, str(target / "model.safetensors"))
-        if folder.exists():
-            folder.rmdir()
-        target.rename(folder)
+            safetensors.torch.save_model(model, str(new / "model.safetensors"))
     return is_packed
 
 

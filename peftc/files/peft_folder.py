@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files import peft_experts as expertfolders
 from peftc.files.errors import BadArtifact, CannotExport
-from peftc.files.folder import write_folder
+from peftc.files.folder import current, steadily, write_folder
 from peftc.files.peft_names import key_for, saying, settings_of
 from peftc.files.peft_prefix import KIND, TENSOR, has_prefix, prefix_folder, read_prefix
 from peftc.files.peft_prompt import has_prompt, prompt_folder, read_prompt
@@ -51,7 +51,8 @@ def save_pretrained(compiled: Runtime, folder: Path) -> None:
     """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     Raises:
-        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec` as for `save`.
+        PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec`, `bad-artifact`
+            and `cannot-write` as for `save`.
     """
     compiled.watch.refuse_unplanned(compiled)
     bindings = compiled.plan.bindings
@@ -119,7 +120,7 @@ def read(model: nn.Module, folder: Path) -> Adapter:
     Raises:
         PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
     """
-    config, tensors = _read(folder)
+    config, tensors = steadily(folder, (CONFIG, TENSORS), lambda: _read(folder))
     if option := _another_meaning(config):
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"its {option} is none that peftc has"))
     try:
@@ -254,8 +255,8 @@ def _separator(key: str) -> str:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+        config = json.loads(current(folder, CONFIG).read_text())
+        tensors = safetensors.torch.load(current(folder, TENSORS).read_bytes())
         if not isinstance(config.get("lora_alpha", 0), int | float):
             raise ValueError("lora_alpha is no number")
         return {"lora_alpha": 8, **config}, tensors

@@ -7,6 +7,7 @@ warmed up, one after it, which calls each scheduled method's `on_step`.
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,17 @@ class Schedule(TrainerCallback):
         optimizer = given["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self.follower = Follower(self.compiled, optimizer, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """A checkpoint of this step is about to be overwritten, of another run with the same folder: it is none now.
+
+        Trainer writes the model first and this file last: killed between them, it would leave a checkpoint that
+        resumes one run's model with the other's optimiser.
+        """
+        if control.should_save and state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", "trainer_state.json").unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The optimiser may be used on for something else."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,49 +168,3 @@ def test_save_leaves_alone_what_it_did_not_write(tmp_path: Path) -> None:
     with pytest.raises(peftc.PeftcError, match="something else"):
         compiled("plain", SPEC).module.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def fail(error: type[BaseException], at: int) -> Callable[..., Any]:
-    """A function that passes its calls on, but for one."""
-    calls = 0
-    rename = Path.rename
-
-    def rename_or_fail(self: Path, target: Path) -> Path:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise error
-        return rename(self, target)
-
-    return rename_or_fail
-
-
-def disk_full(_descriptor: int) -> None:
-    raise OSError(28, "No space left on device")
-
-
-RENAME = "pathlib.Path.rename"
-INTERRUPTIONS = [
-    pytest.param("os.fsync", lambda: disk_full, id="the disk is full"),
-    pytest.param(RENAME, lambda: fail(OSError, at=1), id="the old one cannot be moved"),
-    pytest.param(RENAME, lambda: fail(OSError, at=2), id="the new one cannot be moved"),
-    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=1), id="Ctrl-C before the old one moves"),
-    pytest.param(RENAME, lambda: fail(KeyboardInterrupt, at=2), id="Ctrl-C before the new one moves"),
-]
-
-
-@pytest.mark.parametrize(("function", "replacement"), INTERRUPTIONS)
-@pytest.mark.xdist_group("conformance-plain")
-def test_an_interrupted_save_leaves_the_old_artifact_whole(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, function: str, replacement: Callable[[], Any]
-) -> None:
-    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
-    newer = compiled("plain", SPEC)
-    with monkeypatch.context() as patch:
-        patch.setattr(function, replacement())
-        with pytest.raises((OSError, KeyboardInterrupt)):
-            newer.module.save(artifact)
-    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
-    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name], "something was left lying about"
-    newer.module.save(artifact)
-    assert {path.name: path.read_bytes() for path in artifact.iterdir()} != before

@@ -2,6 +2,7 @@
 
 import copy
 import logging.handlers
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 import models
 import peftc
+from crashes import kills
 from training import compiled, copy_state, rows, topic_blocks, trainer
 
 # ---- Trainer --------------------------------------------------------------------------------------------------------
@@ -84,6 +86,56 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole: Run, tmp_p
     expected = whole.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the child writes files alone
+@pytest.mark.parametrize("over", [False, True], ids=["a new one", "another run's"])
+def test_a_checkpoint_killed_as_it_is_written_resumes_as_a_whole_one_or_not_at_all(tmp_path: Path, over: bool) -> None:
+    model = compiled("llama", "apply lora(r=2) to attn.q")
+
+    def run(folder: Path, steps: int, lr: float = 1e-2) -> Trainer:
+        settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 100}
+        made = trainer(model, folder, rows(9, 20), steps=steps, lr=lr, **settings)
+        made.add_callback(model.callback())
+        return made
+
+    def resumed() -> dict[str, Tensor]:
+        run(tmp_path / "resumed", 3).train(resume_from_checkpoint=str(checkpoint))
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def prepare() -> None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        if over:
+            shutil.copytree(tmp_path / "old" / "checkpoint-2", checkpoint)
+
+    def save() -> None:
+        written.control.should_save = True
+        written.callback_handler.on_step_end(written.args, written.state, written.control)
+        written._save_checkpoint(model, None)
+
+    checkpoint = tmp_path / "new" / "checkpoint-2"
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(tmp_path / "old", 2).train()
+    model.load_state_dict(start)
+    written = run(tmp_path / "new", 2, lr=0.1)
+    written.train()
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ends = [resumed()]
+    prepare()
+    if over:
+        ends.append(resumed())
+    refused = 0
+    model.load_state_dict(whole)
+    for _ in kills(save, prepare):
+        try:
+            end = resumed()
+        except (ValueError, OSError, RuntimeError, SafetensorError):
+            refused += 1
+        else:
+            assert any(all(torch.equal(end[name], one[name]) for name in one) for one in ends), "a mixture"
+        model.load_state_dict(whole)
+    assert refused
 
 
 @pytest.mark.slow
