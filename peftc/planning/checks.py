@@ -92,13 +92,15 @@ def weight_claimed(draft: Draft) -> Iterator[Diagnostic]:
     seen: set[tuple[Span, Span]] = set()
     for weight, sharing in by_weight.items():
         for one, site in sharing:
-            others = [other.span for other, place in sharing if other.span != one.span and site.overlaps(place)]
-            others += [draft.trained[weight]] if weight in draft.trained else []
             reason = one.method.claims_weight()
-            if reason and others and (one.span, others[0]) not in seen:
-                seen.add((one.span, others[0]))
+            if not reason:
+                continue
+            overlapping = (other.span for other, at in sharing if other.span != one.span and site.overlaps(at))
+            other = next(overlapping, draft.trained.get(weight))
+            if other is not None and (one.span, other) not in seen:
+                seen.add((one.span, other))
                 yield say.WeightClaimed(
-                    method=one.method.name, site=site.name, reason=reason, other=others[0], span=one.span
+                    method=one.method.name, site=site.name, reason=reason, other=other, span=one.span
                 )
 
 
