@@ -11,6 +11,7 @@ from lark import Tree
 
 import peftc.language.errors as mistakes
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source, Span
 from peftc.language.build import Builder
 from peftc.language.reader import MOST_WORDS, Reader
@@ -115,12 +116,7 @@ class _Unreadable:
 
 def _text(path: Path) -> str | _Unreadable:
     try:
-        if not path.is_file():
-            return _Unreadable("it is no regular file" if path.exists() else "there is no such file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            return _Unreadable(f"it is larger than {LARGEST_FILE >> 20} MiB")
+        content = read_file(path, LARGEST_FILE)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
