@@ -28,7 +28,6 @@ from peftc.files.errors import BadArtifact
 from peftc.graph.ir import get_attribute
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
-from peftc.protocol.method import State
 from peftc.spec.resolve import Intentions, resolve
 
 # Of a model and the inputs that came with it: what to capture it with.
@@ -151,18 +150,24 @@ def _built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule
     if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
     for name, tensor in state.items():
-        if reason := _misfit(tensor, plan.tensors.get(name)):
-            raise PeftcError(
-                BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {name} {reason}")
-            )
+        if reason := _misfit(tensor, plan, name):
+            reason = f"the tensors do not fit the spec: {name} {reason}"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
     return pipeline.build(plan, Timings(), state)
 
 
-def _misfit(tensor: Tensor, spec: State | None) -> str | None:
-    """Why a tensor of a file cannot be what a method keeps, or (without a `spec`) a parameter that learns."""
-    wanted = spec.dtype if spec is not None and spec.dtype is not None and not spec.dtype.is_floating_point else None
-    if tensor.dtype != wanted if wanted is not None else not tensor.is_floating_point():
-        return f"is {tensor.dtype}"
+def _misfit(tensor: Tensor, plan: Plan, name: str) -> str | None:
+    """Why a tensor of a file cannot be what the plan has under its name: it has other numbers, or is no place there.
+
+    What a method learns may have been saved in another precision; a parameter of the base has that of the base.
+    """
+    spec = plan.tensors.get(name)
+    wanted = get_attribute(plan.captured.module, name).dtype if spec is None else spec.dtype
+    if spec is not None and (wanted is None or wanted.is_floating_point):
+        if not tensor.is_floating_point():
+            return f"is {tensor.dtype}"
+    elif tensor.dtype != wanted:
+        return f"is {tensor.dtype}, where {wanted} is wanted"
     if spec is not None and spec.below is not None and not bool(((tensor >= 0) & (tensor < spec.below)).all()):
         return f"has an index out of range: there are {spec.below:,} to choose from"
     return None
