@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers.utils.hub import cached_file
 from peftc.capture.bitsandbytes import by_bitsandbytes
 from peftc.capture.errors import BadReference, NoWeights
 from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, streams
-from peftc.capture.untrusted import check_config, check_folder, few_modules
+from peftc.capture.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.surroundings import physical_memory
 
@@ -64,6 +65,14 @@ def parse_reference(text: str, *, trust_remote_code: bool = False) -> Reference:
     Raises:
         PeftcError: `bad-reference`.
     """
+    try:
+        return _parsed(text, trust_remote_code)
+    except (OSError, ValueError) as error:  # no path that any system could have
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise PeftcError(BadReference(reference=text, reason=reason)) from None
+
+
+def _parsed(text: str, trusted: bool) -> Reference:
     file, colon, factory = text.rpartition(":")
     if colon and file.endswith(".py"):
         if not Path(file).is_file():
@@ -80,10 +89,10 @@ def parse_reference(text: str, *, trust_remote_code: bool = False) -> Reference:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PeftcError(BadReference(reference=text, reason="the folder has no config.json"))
-        return Reference(text, "folder", path, trusted=trust_remote_code)
+        return Reference(text, "folder", path, trusted=trusted)
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise PeftcError(BadReference(reference=text, reason="there is no such folder"))
-    return Reference(text, "folder", trusted=trust_remote_code)
+    return Reference(text, "folder", trusted=trusted)
 
 
 def load_model(
@@ -144,6 +153,22 @@ def readable(reference: Reference) -> Iterator[None]:
         kind = "" if isinstance(error, OSError | ValueError | ImportError | RuntimeError) else type(error).__name__
         said = said[:2] if said and said[0].endswith(":") else said[:1]
         reason = ": ".join(filter(None, [kind, " ".join(said)])) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason += f" ({BY_YOUR_WORD})"
+        raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
+
+
+@contextmanager
+def _told_of(reference: Reference) -> Iterator[None]:
+    """What a factory's own code raises, as a PeftcError `bad-reference` with its line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(reference.path)
+        ]
+        where = f" (line {lines[-1]})" if lines else ""
+        reason = f"{type(error).__name__}: {error}{where}"
         raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
 
 
@@ -154,14 +179,16 @@ def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    with _told_of(reference):
+        spec.loader.exec_module(module)
     make = getattr(module, reference.factory, None)
     if not callable(make):
         names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
         reason = f"{reference.path} has no function {reference.factory!r}"
         raise PeftcError(BadReference(reference=reference.text, reason=reason, hint=", ".join(names)))
-    made = make()
-    model, example = made if isinstance(made, tuple) else (made, None)
+    with _told_of(reference):
+        made = make()
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         reason = f"{reference.factory} returned {type(model).__name__}, not a torch.nn.Module"
         raise PeftcError(BadReference(reference=reference.text, reason=reason))

@@ -25,6 +25,7 @@ MOST_LAYERS, MOST_LABELS = 2_000, 100_000
 MOST_MODULES = 100_000
 CONFIGS = ("config.json", "generation_config.json")
 TEXTS = (".json", ".txt", ".model", ".jinja")
+BY_YOUR_WORD = "code of others runs with --trust-remote-code (trust_remote_code=True) alone"
 ADAPTER = "adapter_config.json"
 _LAYERS = re.compile(r"(n|num)_(.+_)?(layers?|blocks?)|(.+_)?(layers|depths?)")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -84,12 +85,9 @@ def _check_settings(settings: dict[str, Any], trusted: bool) -> None:
             if odd := [count for count in counts if isinstance(count, int | float) and not 0 <= count <= most]:
                 raise ValueError(f"{name} is {odd[0]:g}, and peftc takes 0 to {most:,}")
         if name in _KERNELS and not trusted and "/" in str(value):
-            raise ValueError(f"{name} is {value!r}: code from a hub, which {BY_YOUR_WORD}")
+            raise ValueError(f"{name} is {value!r}: {BY_YOUR_WORD}")
         if isinstance(value, dict):
             _check_settings(value, trusted)
-
-
-BY_YOUR_WORD = "runs with --trust-remote-code (trust_remote_code=True) alone"
 
 
 def _check_index(path: Path) -> None:

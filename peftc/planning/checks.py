@@ -16,7 +16,7 @@ from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
 from peftc.planning import errors as say
 from peftc.planning.gradients import never_learning
-from peftc.planning.memory import formatted_bytes
+from peftc.planning.memory import Memory, formatted_bytes
 from peftc.planning.packed_weight import PackedWeight
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.positions_left import too_long
@@ -131,11 +131,11 @@ CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
 )  # fmt: skip
 
 
-def over_budget(plan: Plan, budget: Budget) -> Diagnostic | None:
-    """The error of a budget that `plan` does not keep, or None."""
+def over_budget(plan: Plan, budget: Budget, memory_of: Callable[[int, int], Memory]) -> Diagnostic | None:
+    """The error of a budget that `plan` does not keep, or None. `memory_of` is what it takes for a batch and a length."""
     limit = budget.limit.scaled
     if budget.quantity == "memory":
-        memory = plan.memory(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
+        memory = memory_of(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
         found, shown = float(memory.total), formatted_bytes(memory.total)
         breakdown = memory.lines()
     else:

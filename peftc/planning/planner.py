@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from math import prod
 
 from peftc import language as ast
@@ -41,7 +42,8 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
         problems.append(say.NothingTrains(span=_last(intentions.spec)))
     if not problems:
         plan = _plan(draft)
-        problems += [problem for budget in intentions.budgets if (problem := over_budget(plan, budget))]
+        memory_of = cache(plan.memory)
+        problems += filter(None, (over_budget(plan, budget, memory_of) for budget in intentions.budgets))
     if problems:
         raise PeftcError(*in_file_order(problems))
     return plan

@@ -156,8 +156,10 @@ class _Resolver:
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
             if isinstance(value, ast.Selector):
                 value = self._not_too_deep(self.selector(value), statement.span)
-            elif self.calls.build(value, Method) is None:
-                self.calls.broken.add(name)
+            else:
+                value = self.calls.spelt_out(value)
+                if self.calls.build(value, Method) is None:
+                    self.calls.broken.add(name)
             self.lets[name] = ast.Let(statement.name, value, span=statement.span)
 
     def _not_too_deep(self, selector: ast.Selector, span: Span) -> ast.Selector:

@@ -23,7 +23,7 @@ from peftc.capture.inputs import example_inputs
 from peftc.capture.references import load_model, opened, parse_reference
 from peftc.cli import main
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
@@ -188,6 +188,31 @@ def test_an_adapter_beside_the_model(folder: Path) -> None:
     assert "load_peft" in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "no body/\1", "a\0b.json", "", "~", "x.py", "x.py:make"])
+def test_references_that_are_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(peftc.PeftcError, match="bad-reference"):
+        load_model(parse_reference(name), meta=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def make():\n    raise KeyError('x')", "KeyError: 'x' (line 2)"),
+        ("def make(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero (line 1)"),
+        ("def make(size): pass", "TypeError"),
+        ("def make(): return 1, 2, 3", "returned tuple"),
+        ("def make(): return None", "returned NoneType"),
+    ],
+)
+def test_a_factory_that_fails(tmp_path: Path, code: str, says: str) -> None:
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(peftc.PeftcError) as raised:
+        load_model(parse_reference(f"{tmp_path / 'own.py'}:make"))
+    assert says in str(raised.value)
+
+
 # --- code ---------------------------------------------------------------------------------------------------------
 
 CODE = """
@@ -223,6 +248,7 @@ def with_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_in_a_folder_does_not_run(with_code: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "custom code" in refused(with_code)
+    assert "--trust-remote-code" in refused(with_code)
     assert main(["plan", str(with_code / "spec.peft"), str(with_code)]) == 1
     for ask in (peftc.plan, peftc.compile):
         with pytest.raises(peftc.PeftcError, match="custom code"):

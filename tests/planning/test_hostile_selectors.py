@@ -147,6 +147,14 @@ def test_thousands_of_mistakes(line: str) -> None:
     assert problems[-1].code == "too-many-mistakes"
 
 
+def test_other_names_of_one_method_are_not_deep() -> None:
+    lets = [f"let a{number} = a{number - 1}()" for number in range(1, 1000)]
+    text = "\n".join(["let a0 = lora(r=3)", *lets, "apply a999(alpha=4) to attn.q"])
+    (application,) = resolve(as_spec(text)).applications
+    (plain,) = resolve(as_spec("apply lora(r=3, alpha=4) to attn.q")).applications
+    assert repr(application.method) == repr(plain.method)
+
+
 def test_thousands_of_statements() -> None:
     found, selection = train("\n".join(f'train attn.q\ntrain "**.{number % 24}.**"' for number in range(1000)))
     assert found
