@@ -132,7 +132,7 @@ CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
 
 
 def over_budget(plan: Plan, budget: Budget, memory_of: Callable[[int, int], Memory]) -> Diagnostic | None:
-    """The error of a budget that `plan` does not keep, or None. `memory_of` is what it takes for a batch and a length."""
+    """The error of a budget that `plan` does not keep, or None; `memory_of` a batch and a length is what it takes."""
     limit = budget.limit.scaled
     if budget.quantity == "memory":
         memory = memory_of(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))

@@ -39,9 +39,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    """Why the model is not read, in the same words before its weights are read, and with random ones."""
+    """Why the model is not read, in the same words whether as a whole or weight by weight."""
     said = []
-    for read in (load_model, opened):
+    readers: tuple[Callable[..., Any], ...] = (load_model, opened)
+    for read in readers:
         with pytest.raises(peftc.PeftcError) as raised:
             read(parse_reference(str(folder)))
         assert [problem.code for problem in raised.value.diagnostics] == ["bad-reference"]
