@@ -18,6 +18,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
 from peftc.driver.passes import PASSES, Pass
+from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
 from peftc.roles.assign import find_sites
@@ -25,6 +26,7 @@ from peftc.spec.check import SpecLike, intend
 from peftc.spec.resolve import Intentions
 
 
+@ordinary_tensors()
 def compile(
     model: nn.Module | str | Path,
     spec: SpecLike,
@@ -33,6 +35,7 @@ def compile(
     calibration: Iterable[Any] | None = None,
     fuse: bool = True,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     timings: Timings | None = None,
 ) -> CompiledModule:
     """Compiles `spec` into `model`.
@@ -48,6 +51,7 @@ def compile(
         fuse: compute together what belongs together, and keep for the backward pass only what is dear to compute
             again. Without it the graph runs operation by operation as its passes wrote it: slower, the same numbers.
         dtype: float32, float16 or bfloat16 for a reference; its checkpoint's own by default.
+        trust_remote_code: Python code that a folder or hub id comes with may run. Nothing else allows it.
         timings: collects seconds by stage.
 
     What a spec quantises of a reference with safetensors files is read and packed one weight at a time, and never there
@@ -62,17 +66,22 @@ def compile(
     timings = timings or Timings()
     intentions = intend(spec)
     _has_data(intentions, calibration)  # what a spec can be blamed for alone comes before the model is read
-    plan = _loaded(model, intentions, example, timings, dtype=dtype, whole=calibration is not None)
+    plan = _loaded(
+        model, intentions, example, timings,
+        dtype=dtype, trust_remote_code=trust_remote_code, whole=calibration is not None,
+    )  # fmt: skip
     data = None if calibration is None else pipeline.calibrate(plan, list(calibration), timings)
     return pipeline.build(plan, timings, data=data, fuse=fuse)
 
 
+@ordinary_tensors()
 def graphs(
     model: nn.Module | str | Path,
     spec: SpecLike,
     passes: Sequence[Pass] = PASSES,
     *,
     example: Any = None,
+    trust_remote_code: bool = False,
     timings: Timings | None = None,
 ) -> pipeline.Graphs:
     """The graph after each of `passes`, of what `compile` would make. Nothing behind them is done.
@@ -82,6 +91,7 @@ def graphs(
         spec: as for `compile`.
         passes: such as `peftc.driver.passes.up_to` gives; all by default.
         example: as for `compile`.
+        trust_remote_code: as for `compile`.
         timings: collects seconds by stage.
 
     Raises:
@@ -90,7 +100,8 @@ def graphs(
     timings = timings or Timings()
     intentions = intend(spec)
     _has_data(intentions, None)
-    return pipeline.graphs(_loaded(model, intentions, example, timings), passes, timings)
+    plan = _loaded(model, intentions, example, timings, trust_remote_code=trust_remote_code)
+    return pipeline.graphs(plan, passes, timings)
 
 
 def _loaded(
@@ -109,12 +120,14 @@ def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None
         raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting))
 
 
+@ordinary_tensors()
 def plan(
     model: nn.Module | str | Path,
     spec: SpecLike,
     *,
     example: Any = None,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     timings: Timings | None = None,
 ) -> Plan:
     """What `compile` would do, from shapes alone: a reference is built on the meta device, no weights are read.
@@ -124,25 +137,29 @@ def plan(
         spec: as for `compile`.
         example: as for `compile`.
         dtype: float32, float16 or bfloat16 for a reference; its config's own by default.
+        trust_remote_code: as for `compile`.
         timings: collects seconds by stage.
 
     Raises:
         PeftcError: with every mistake in the spec, each with its line.
     """
     intentions = intend(spec)
-    module, given = as_model(model, meta=True, dtype=dtype)
+    module, given = as_model(model, trust_remote_code=trust_remote_code, meta=True, dtype=dtype)
     inputs = example_inputs(module, given if example is None else example)
     return pipeline.plan_model(module, intentions, inputs, timings or Timings())
 
 
-def sites(model: nn.Module | str | Path, *, example: Any = None) -> Sites:
+@ordinary_tensors()
+def sites(model: nn.Module | str | Path, *, example: Any = None, trust_remote_code: bool = False) -> Sites:
     """What `model` offers to selectors: roles, names, shapes, in the order of the forward pass."""
-    module, given = as_model(model, meta=True)
+    module, given = as_model(model, trust_remote_code=trust_remote_code, meta=True)
     return find_sites(capture(module, example_inputs(module, given if example is None else example)))
 
 
-def as_model(model: nn.Module | str | Path, **options: Any) -> tuple[nn.Module, Any]:
-    """The module itself, or what a reference names with its example inputs."""
+def as_model(
+    model: nn.Module | str | Path, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[nn.Module, Any]:
+    """The module itself, or what a reference names with its example inputs; `options` are those of `load_model`."""
     if isinstance(model, nn.Module):
         return model, None
-    return load_model(parse_reference(str(model)), **options)
+    return load_model(parse_reference(str(model), trust_remote_code=trust_remote_code), **options)

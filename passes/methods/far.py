@@ -48,7 +48,7 @@ class FAR(WeightMethod):
     def state(self, site: Linear) -> dict[str, State]:
         kept = max(1, round(self.keep * site.n_out))
         state = {
-            "index": State((kept,), trainable=False, dtype=torch.int64),
+            "index": State((kept,), trainable=False, dtype=torch.int64, below=site.n_out),
             "selected": State((kept, site.n_in)),
         }
         return state | ({"shift": State((kept,))} if site.bias else {})

@@ -31,7 +31,8 @@ class Fish(WeightMethod):
 
     def state(self, site: Linear) -> dict[str, State]:
         kept = max(1, round(self.keep * site.n_in * site.n_out))
-        return {"values": State((kept,)), "places": State((kept,), trainable=False, dtype=torch.int64)}
+        places = State((kept,), trainable=False, dtype=torch.int64, below=site.n_in * site.n_out)
+        return {"values": State((kept,)), "places": places}
 
     def calibrate(self, site: Linear, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         places = state["places"]

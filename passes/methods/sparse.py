@@ -62,10 +62,11 @@ class Sparse(Combinator):
     def state(self, site: Any) -> dict[str, State]:
         state = super().state(site)
         for name, spec in self._pruned(site).items():
-            kept = max(1, round(self.density * torch.Size(spec.shape).numel()))
+            size = torch.Size(spec.shape).numel()
+            kept = max(1, round(self.density * size))
             del state[INNER + name]
             state[f"{INNER}{name}.values"] = State((kept,))
-            state[f"{INNER}{name}.places"] = State((kept,), trainable=False, dtype=torch.int64)
+            state[f"{INNER}{name}.places"] = State((kept,), trainable=False, dtype=torch.int64, below=size)
         return state
 
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:

@@ -27,7 +27,7 @@ from transformers.exporters.utils import patch_attributes
 from peftc.capture.assumptions import Asked, Assumptions, listening
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
-from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
+from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
@@ -84,13 +84,15 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
 
     Raises:
         PeftcError: `cannot-capture`, with the line of the model's source where `torch.export` gave up, or
-            `packed-layers`, where another library than torch keeps the weights.
+            `packed-layers`, where another library than torch keeps the weights; `made-for-inference`.
     """
     timings = timings or Timings()
     packed = [name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes.")]
     if packed:
         kind = type(model.get_submodule(packed[0])).__name__
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
+    if (name := next((name for name, own in tensors(model).items() if own.is_inference()), None)) is not None:
+        raise PeftcError(MadeForInference(model=type(model).__name__, parameter=name))
     with timings.stage("torch.export"), _prepared(model, example), listening() as asked:
         try:
             program = torch.export.export(

@@ -66,6 +66,20 @@ class PackedLayers(Diagnostic):
         )
 
 
+class MadeForInference(Diagnostic):
+    code = "made-for-inference"
+    model: str
+    parameter: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} cannot be trained: its {self.parameter} was made in torch.inference_mode()"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("make or load the model outside of it",)
+
+
 class StaysRandom(Diagnostic):
     """A forward that branches on `training` in Python and draws random numbers there."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils.hub import cached_file
 
 from peftc.capture.bitsandbytes import by_bitsandbytes
 from peftc.capture.errors import BadReference, NoWeights
 from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, streams
+from peftc.capture.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.graph.surroundings import physical_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CLASSES = (
@@ -33,12 +38,16 @@ AUTO_CLASSES = (
 
 @dataclass(frozen=True)
 class Reference:
-    """One parsed reference; `kind` is folder, gguf, config or factory."""
+    """One parsed reference; `kind` is folder, gguf, config or factory.
+
+    `trusted`: Python code in the folder may run. By the user's own word alone, never by what a file says.
+    """
 
     text: str
     kind: str
     path: Path | None = None
     factory: str = ""
+    trusted: bool = False
 
     @property
     def runs_code(self) -> bool:
@@ -46,12 +55,24 @@ class Reference:
         return self.kind == "factory"
 
 
-def parse_reference(text: str) -> Reference:
+def parse_reference(text: str, *, trust_remote_code: bool = False) -> Reference:
     """Tells the kinds of reference apart by their spelling and by what is on disk.
+
+    Args:
+        text: the reference.
+        trust_remote_code: Python code in a Hugging Face folder may run.
 
     Raises:
         PeftcError: `bad-reference`.
     """
+    try:
+        return _parsed(text, trust_remote_code)
+    except (OSError, ValueError) as error:  # no path that any system could have
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise PeftcError(BadReference(reference=text, reason=reason)) from None
+
+
+def _parsed(text: str, trusted: bool) -> Reference:
     file, colon, factory = text.rpartition(":")
     if colon and file.endswith(".py"):
         if not Path(file).is_file():
@@ -68,10 +89,10 @@ def parse_reference(text: str) -> Reference:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PeftcError(BadReference(reference=text, reason="the folder has no config.json"))
-        return Reference(text, "folder", path)
+        return Reference(text, "folder", path, trusted=trusted)
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise PeftcError(BadReference(reference=text, reason="there is no such folder"))
-    return Reference(text, "folder")
+    return Reference(text, "folder", trusted=trusted)
 
 
 def load_model(
@@ -108,20 +129,46 @@ def opened(reference: Reference, *, dtype: str | None = None) -> OpenCheckpoint 
         return None
     with readable(reference):
         source = str(reference.path or reference.text)
-        config = transformers.AutoConfig.from_pretrained(source)
-        cls = _class_for(config)
-        return open_checkpoint(cls, source, config, dtype=_precision(dtype)) if streams(cls, config) else None
+        config = _config(reference, source)
+        cls = _class_for(config, reference, source)
+        if not streams(cls, config):
+            return None
+        return open_checkpoint(cls, source, config, dtype=_precision(dtype), trust_remote_code=reference.trusted)
 
 
 @contextmanager
 def readable(reference: Reference) -> Iterator[None]:
-    """What reading a reference may raise, as a PeftcError `bad-reference`."""
+    """What reading a reference may raise, as a PeftcError `bad-reference`.
+
+    Anything: of what others wrote, transformers, huggingface_hub, safetensors, gguf and pickle each make exceptions of
+    their own, and an unexpected value ends in any of Python's.
+    """
     try:
-        yield
+        with few_modules():
+            yield
     except PeftcError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        kind = "" if isinstance(error, OSError | ValueError | ImportError | RuntimeError) else type(error).__name__
+        said = said[:2] if said and said[0].endswith(":") else said[:1]
+        reason = ": ".join(filter(None, [kind, " ".join(said)])) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason += f" ({BY_YOUR_WORD})"
+        raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
+
+
+@contextmanager
+def _told_of(reference: Reference) -> Iterator[None]:
+    """What a factory's own code raises, as a PeftcError `bad-reference` with its line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(reference.path)
+        ]
+        where = f" (line {lines[-1]})" if lines else ""
+        reason = f"{type(error).__name__}: {error}{where}"
         raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
 
 
@@ -132,14 +179,16 @@ def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    with _told_of(reference):
+        spec.loader.exec_module(module)
     make = getattr(module, reference.factory, None)
     if not callable(make):
         names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
         reason = f"{reference.path} has no function {reference.factory!r}"
         raise PeftcError(BadReference(reference=reference.text, reason=reason, hint=", ".join(names)))
-    made = make()
-    model, example = made if isinstance(made, tuple) else (made, None)
+    with _told_of(reference):
+        made = make()
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         reason = f"{reference.factory} returned {type(model).__name__}, not a torch.nn.Module"
         raise PeftcError(BadReference(reference=reference.text, reason=reason))
@@ -153,34 +202,63 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         source, extra = str(path.parent), {"gguf_file": path.name}
     else:
         source, extra = str(path or reference.text), {}
-    config = transformers.AutoConfig.from_pretrained(source, **extra)
-    cls = _class_for(config)
+    config = _config(reference, source, **extra)
+    cls = _class_for(config, reference, source)
     kind = DTYPES[dtype] if dtype else getattr(config, "dtype", None) or torch.float32
     if meta or random_weights:
         # A checkpoint's quantisation says how its weights are stored, not what the model is.
         config.__dict__.pop("quantization_config", None)
-        with torch.device("meta" if meta else "cpu"):
+        with torch.device("meta"):
             model: nn.Module = cls._from_config(config, dtype=kind)
-        return model
+        if meta:
+            return model
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        if size > physical_memory():
+            raise ValueError(f"its weights take {size:,} bytes, more than the memory of this machine")
+        with torch.device("cpu"):
+            random: nn.Module = cls._from_config(config, dtype=kind)
+        return random
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
     if by_bitsandbytes(config) and streams(cls, config):
-        checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype))
+        checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype), trust_remote_code=reference.trusted)
         assert checkpoint is not None  # or it was refused
         return checkpoint.load()
-    loaded: nn.Module = cls.from_pretrained(source, dtype=_precision(dtype), **extra)
+    loaded: nn.Module = cls.from_pretrained(
+        source, dtype=_precision(dtype), trust_remote_code=reference.trusted, **extra
+    )
     return loaded
+
+
+def _config(reference: Reference, source: str, **extra: str) -> Any:
+    """The config that a reference has, once its folder is known to be harmless."""
+    if reference.kind == "config":
+        check_config(Path(source), trusted=reference.trusted)
+    elif reference.kind == "folder":
+        found = reference.path or Path(cached_file(source, "config.json") or "").parent
+        check_folder(found, trusted=reference.trusted)
+    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=reference.trusted, **extra)
 
 
 def _precision(dtype: str | None) -> torch.dtype | str:
     return DTYPES[dtype] if dtype else "auto"
 
 
-def _class_for(config: Any) -> Any:
-    """The class the checkpoint was saved from, else the first that transformers has for such a config."""
+def _is_config_of(config: Any, cls: type[transformers.PreTrainedModel]) -> bool:
+    return cls.config_class is not None and isinstance(config, cls.config_class)
+
+
+def _class_for(config: Any, reference: Reference, source: str) -> Any:
+    """The class the checkpoint was saved from, else the first that transformers has for such a config.
+
+    A class that comes with the folder is looked for only where its code may run.
+    """
+    own = getattr(config, "auto_map", None) or {}
+    if reference.trusted and (name := next((own[name] for name in AUTO_CLASSES if name in own), None)):
+        return get_class_from_dynamic_module(name, source)
     for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        cls = getattr(transformers, str(name), None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and _is_config_of(config, cls):
             return cls
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping

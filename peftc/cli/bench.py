@@ -14,6 +14,7 @@ from peftc.cli.inputs import (
     MODEL,
     RANDOM_WEIGHTS,
     SPEC,
+    TRUST,
     calibration_batches,
     checked_spec,
     load_model,
@@ -39,7 +40,7 @@ def run(given: Namespace) -> int:
         spec = checked_spec(given, timings)
         with timings.stage("load"):
             batches = calibration_batches(given)
-            model, example = load_model(given.model, random_weights=given.random_weights, dtype=given.dtype)
+            model, example = load_model(given, dtype=given.dtype)
             _move(model, given.device)
         found = bench.bench(
             model, spec, example=example, calibration=batches, batch=given.batch, seq=given.seq,
@@ -76,5 +77,6 @@ BENCH = Command(
         CALIBRATION,
         RANDOM_WEIGHTS,
         DTYPE,
+        TRUST,
     ),
 )

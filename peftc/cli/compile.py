@@ -14,6 +14,7 @@ from peftc.cli.inputs import (
     MODEL,
     RANDOM_WEIGHTS,
     SPEC,
+    TRUST,
     calibration_batches,
     checked_spec,
     model_to_compile,
@@ -33,7 +34,10 @@ def run(given: Namespace) -> None:
         spec = checked_spec(given, timings)
         batches = calibration_batches(given)
         model, example = model_to_compile(given, timings, given.dtype)
-        compiled = peftc.compile(model, spec, example=example, calibration=batches, dtype=given.dtype, timings=timings)
+        compiled = peftc.compile(
+            model, spec, example=example, calibration=batches,
+            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings,
+        )  # fmt: skip
         if given.output:
             with timings.stage("save"):
                 compiled.save(given.output)
@@ -61,5 +65,6 @@ COMPILE = Command(
         Argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes"),
         RANDOM_WEIGHTS,
         DTYPE,
+        TRUST,
     ),
 )

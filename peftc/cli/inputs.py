@@ -26,11 +26,18 @@ else:
     calibration = Lazy("peftc.driver.calibration")
     check = Lazy("peftc.spec.check")
 
-MODEL_HELP = "a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory"
+MODEL_HELP = (
+    "a Hugging Face folder or id, a .gguf file, a config.json, or path/to/file.py:factory, which runs that file"
+)
 
 SPEC = Argument("spec", metavar="SPEC", help="a .peft file")
 MODEL = Argument("model", metavar="MODEL", help=MODEL_HELP)
 JSON = Argument("--json", action="store_true", help="print data instead of tables")
+TRUST = Argument(
+    "--trust-remote-code",
+    action="store_true",
+    help="let Python code run that the model's folder or hub id comes with; without it, such a model is refused",
+)
 RANDOM_WEIGHTS = Argument("--random-weights", action="store_true", help="initialise instead of reading weights")
 DTYPE = Argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base model")
 CALIBRATION = Argument(
@@ -65,13 +72,14 @@ def model_to_compile(given: Namespace, timings: Timings, dtype: str | None = Non
     if not given.random_weights:
         return given.model, None
     with timings.stage("load"):
-        return load_model(given.model, random_weights=True, dtype=dtype)
+        return load_model(given, dtype=dtype)
 
 
-def load_model(reference: str, *, random_weights: bool, dtype: str | None) -> tuple[nn.Module, Any]:
+def load_model(given: Namespace, *, dtype: str | None) -> tuple[nn.Module, Any]:
     """The model and its example."""
     quieten()
-    return references.load_model(references.parse_reference(reference), random_weights=random_weights, dtype=dtype)
+    reference = references.parse_reference(given.model, trust_remote_code=given.trust_remote_code)
+    return references.load_model(reference, random_weights=given.random_weights, dtype=dtype)
 
 
 def quieten() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import peftc
 from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL_HELP, quieten
+from peftc.cli.inputs import JSON, MODEL_HELP, TRUST, quieten
 from peftc.cli.output import print_json, progress
 from peftc.diagnostics.render import visible
 
@@ -26,7 +26,7 @@ def run(given: Namespace) -> None:
     quieten()
     with progress(given) as timings:
         with timings.stage("compile"):
-            compiled = peftc.load(given.artifact, given.model)
+            compiled = peftc.load(given.artifact, given.model, trust_remote_code=given.trust_remote_code)
         with timings.stage("merge"):
             again = repack.repack(compiled) if given.requantize else repack.Repacked(compiled.merge(), {}, None)
             merged, lost = again.model, again.lost
@@ -55,5 +55,6 @@ MERGE = Command(
             help="quantise again what was, print what that loses, and write it as bitsandbytes packs it",
         ),
         Argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}"),
+        TRUST,
     ),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import peftc
 from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import DTYPE, JSON, MODEL, SPEC, positive
+from peftc.cli.inputs import DTYPE, JSON, MODEL, SPEC, TRUST, positive
 from peftc.cli.output import print_json, progress
 from peftc.planning.memory import STATE_BYTES
 
@@ -21,7 +21,10 @@ else:
 def run(given: Namespace) -> None:
     """What each statement matches, and what a step needs, from shapes alone."""
     with progress(given) as timings:
-        plan = peftc.plan(given.model, Path(given.spec), dtype=given.dtype, timings=timings)
+        plan = peftc.plan(
+            given.model, Path(given.spec),
+            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings,
+        )  # fmt: skip
     memory = plan.memory(given.batch, given.seq, given.optimizer)
     if given.json:
         print_json(plan.to_json() | {"memory": memory.to_json(), "seconds": timings.seconds})
@@ -40,5 +43,6 @@ PLAN = Command(
         Argument("--seq", type=positive, default=512, help="tokens in an example, for the memory table"),
         Argument("--optimizer", choices=tuple(STATE_BYTES), default="adamw", help="for the memory table"),
         DTYPE,
+        TRUST,
     ),
 )

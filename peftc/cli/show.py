@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL, RANDOM_WEIGHTS, SPEC, model_to_compile
+from peftc.cli.inputs import JSON, MODEL, RANDOM_WEIGHTS, SPEC, TRUST, model_to_compile
 from peftc.cli.output import progress, write_text
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def run(given: Namespace) -> None:
     steps = passes.PASSES if given.html else asked  # a page has every pass
     with progress(given) as timings:
         model, example = model_to_compile(given, timings)
-        graphs = api.graphs(model, Path(given.spec), steps, example=example, timings=timings)
+        trusted = given.trust_remote_code
+        graphs = api.graphs(model, Path(given.spec), steps, example=example, trust_remote_code=trusted, timings=timings)
     wanted: dict[show.Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(graphs.plan.sites.blocks), None)
     chosen: dict[show.Format, str] = {kind: path for kind, path in wanted.items() if path}
@@ -53,5 +54,6 @@ SHOW = Command(
         Argument("--whole", action="store_true", help="the whole model, a node a block"),
         Argument("--detail", action="store_true", help="keep views and casts"),
         RANDOM_WEIGHTS,
+        TRUST,
     ),
 )

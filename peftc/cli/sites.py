@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftc
 from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL
+from peftc.cli.inputs import JSON, MODEL, TRUST
 from peftc.cli.output import print_json, progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ else:
 def run(given: Namespace) -> None:
     """The tree of sites with their roles."""
     with progress(given):
-        found = peftc.sites(given.model)
+        found = peftc.sites(given.model, trust_remote_code=given.trust_remote_code)
     if given.json:
         print_json({"model": found.model, "sites": found.to_json()})
         return
@@ -29,5 +29,5 @@ def run(given: Namespace) -> None:
 SITES = Command(
     "sites",
     run,
-    (MODEL, JSON, Argument("--all", action="store_true", help="every layer, not the first of each stack alone")),
+    (MODEL, JSON, Argument("--all", action="store_true", help="every layer, not the first of each stack alone"), TRUST),
 )

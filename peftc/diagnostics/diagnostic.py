@@ -62,10 +62,27 @@ class Diagnostic:
         }
 
 
+MOST_MISTAKES = 100  # that are told at once, by whatever stage
+
+
+class TooManyMistakes(Diagnostic):
+    """Stands behind the last one that is told."""
+
+    code = "too-many-mistakes"
+    limit: int
+
+    @property
+    def title(self) -> str:
+        return f"these are the first {self.limit} mistakes, and there are more"
+
+
 class PeftcError(Exception):
-    """What peftc raises for a mistake of the user: all the diagnostics that could be found at once."""
+    """What peftc raises for a mistake of the user: all the diagnostics that could be found at once, if not too many."""
 
     def __init__(self, *diagnostics: Diagnostic) -> None:
+        if len(diagnostics) > MOST_MISTAKES:
+            told = diagnostics[:MOST_MISTAKES]
+            diagnostics = (*told, TooManyMistakes(limit=MOST_MISTAKES, span=told[-1].span))
         super().__init__(*diagnostics)
         self.diagnostics = diagnostics
 

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, fx
 
 from peftc.capture.convention import LOSS_INPUTS, Convention, loss_node, without_loss
+from peftc.capture.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import BadCalibration
@@ -40,11 +39,11 @@ def read_batches(path: Path) -> list[dict[str, Tensor]]:
         PeftcError: `bad-calibration` if there is no such file, or it holds anything else.
     """
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        tensors = read_tensors(path)
     except OSError as error:
         reason = f"'{path}' cannot be read: {error.strerror or error}"
         raise PeftcError(BadCalibration(reason=reason)) from None
-    except (SafetensorError, ValueError, KeyError):
+    except ValueError:
         raise PeftcError(BadCalibration(reason=f"'{path}' is no .safetensors file, or was cut short")) from None
     counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in sorted(tensors.items())}
     if len(set(counts.values())) > 1:

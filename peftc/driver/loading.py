@@ -26,6 +26,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.files import artifact, peft_folder
 from peftc.files.errors import BadArtifact
 from peftc.graph.ir import get_attribute
+from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
 from peftc.spec.resolve import Intentions, resolve
 
@@ -40,6 +41,7 @@ def load_and_plan(
     timings: Timings,
     *,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     whole: bool = False,
 ) -> Plan:
     """The plan of what a spec wants on a model whose weights can be read.
@@ -50,6 +52,7 @@ def load_and_plan(
         make_example: called on the module that is captured.
         timings: collects seconds by stage.
         dtype: of a reference's weights; the checkpoint's own by default.
+        trust_remote_code: Python code that a reference's folder comes with may run.
         whole: read all weights before planning, because the model itself is to be run.
 
     Raises:
@@ -57,7 +60,7 @@ def load_and_plan(
     """
     module, given = model, None
     if not isinstance(module, nn.Module):
-        reference = parse_reference(str(module))
+        reference = parse_reference(str(module), trust_remote_code=trust_remote_code)
         if intentions.packings:
             checkpoint = None if whole else opened(reference, dtype=dtype)
             if checkpoint is not None:
@@ -92,13 +95,17 @@ def _tell(checkpoint: Checkpoint, count: int, timings: Timings) -> None:
     checkpoint.on_read = tell
 
 
-def load(folder: str | Path, model: nn.Module | str | Path | None = None) -> CompiledModule:
+@ordinary_tensors()
+def load(
+    folder: str | Path, model: nn.Module | str | Path | None = None, *, trust_remote_code: bool = False
+) -> CompiledModule:
     """The compiled model that was saved at `folder`, on its base model.
 
     Args:
         folder: what `CompiledModule.save` wrote.
         model: the base model, or a reference to it. Without it, the folder or hub id that the base was loaded from is
             read again; a model from a Python file must be passed, since an artifact never runs code.
+        trust_remote_code: Python code that the base model's folder or hub id comes with may run.
 
     Raises:
         PeftcError: `bad-artifact` if anything in the folder is missing, cut short or altered; `wrong-base` if the
@@ -111,13 +118,19 @@ def load(folder: str | Path, model: nn.Module | str | Path | None = None) -> Com
         lambda base, _given: found.example(base),
         Timings(),
         dtype=found.dtype,
+        trust_remote_code=trust_remote_code,
     )
     compiled = _built(found.folder, plan, found.state)
+    for name, tensor in found.state.items():
+        if (own := get_attribute(compiled, name).dtype) != tensor.dtype:
+            reason = f"its {name} is {tensor.dtype}, where the compiled model has {own}"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
     if plan.captured.checkpoint is not None:  # of these weights the numbers are known only now
         found.check_weights(compiled.base, plan.captured.checkpoint.digests)
     return compiled
 
 
+@ordinary_tensors()
 def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
     """`model` compiled with an adapter that HF PEFT saved at `folder`.
 
@@ -136,4 +149,25 @@ def _built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
+    for name, tensor in state.items():
+        if reason := _misfit(tensor, plan, name):
+            reason = f"the tensors do not fit the spec: {name} {reason}"
+            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
     return pipeline.build(plan, Timings(), state)
+
+
+def _misfit(tensor: Tensor, plan: Plan, name: str) -> str | None:
+    """Why a tensor of a file cannot be what the plan has under its name: it has other numbers, or is no place there.
+
+    What a method learns may have been saved in another precision; a parameter of the base has that of the base.
+    """
+    spec = plan.tensors.get(name)
+    wanted = get_attribute(plan.captured.module, name).dtype if spec is None else spec.dtype
+    if spec is not None and (wanted is None or wanted.is_floating_point):
+        if not tensor.is_floating_point():
+            return f"is {tensor.dtype}"
+    elif tensor.dtype != wanted:
+        return f"is {tensor.dtype}, where {wanted} is wanted"
+    if spec is not None and spec.below is not None and not bool(((tensor >= 0) & (tensor < spec.below)).all()):
+        return f"has an index out of range: there are {spec.below:,} to choose from"
+    return None

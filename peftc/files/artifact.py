@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 from peftc import language as ast
 from peftc.capture.checkpoint import digest
 from peftc.capture.inputs import Example, example_inputs, fake_mode_of
+from peftc.capture.ondisk import read_tensors
 from peftc.capture.references import parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source
 from peftc.files.errors import BadArtifact, WrongBase
 from peftc.files.folder import current, steadily, write_folder
@@ -41,6 +43,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 MANIFEST = "peftc.json"
 TENSORS = "adapter.safetensors"
+LARGEST_MANIFEST = 4 << 20  # bytes; a spec has one at most
 FIELDS: dict[str, type | UnionType] = {
     "spec": str, "model": str, "reference": str | None, "dtype": str, "base": str, "tensors": str, "example": dict,
 }  # fmt: skip
@@ -188,11 +191,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return PeftcError(BadArtifact(folder=str(folder), reason=reason))
 
     try:
-        manifest = json.loads(current(folder, MANIFEST).read_text())
+        manifest = json.loads(read_file(current(folder, MANIFEST), LARGEST_MANIFEST))
         checksum = manifest.pop("checksum")
-    except FileNotFoundError:
-        raise bad(f"there is no {MANIFEST}") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError):
+    except OSError as error:
+        raise bad(f"{MANIFEST} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise bad(f"{MANIFEST} is cut short or altered") from None
     if checksum != _checksum(manifest):
         raise bad(f"{MANIFEST} was altered: its checksum does not fit")
@@ -205,13 +208,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        blob = current(folder, TENSORS).read_bytes()
-    except OSError:
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"there is no {TENSORS}")) from None
-    if hashlib.sha256(blob).hexdigest() != manifest["tensors"]:
-        reason = f"{TENSORS} is cut short or altered: its checksum does not fit"
-        raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
-    return safetensors.torch.load(blob)
+        return read_tensors(current(folder, TENSORS), manifest["tensors"])
+    except (OSError, ValueError) as error:
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"{TENSORS}: {error}")) from None
 
 
 def _described(example: Example) -> dict[str, Any]:

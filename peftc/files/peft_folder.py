@@ -15,10 +15,11 @@ from typing import Any
 import regex
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from peftc.capture.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.reading import read_file
 from peftc.files import peft_experts as expertfolders
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.folder import current, steadily, write_folder
@@ -28,6 +29,7 @@ from peftc.files.peft_prompt import has_prompt, prompt_folder, read_prompt
 from peftc.files.peft_spec import applied, spec_of
 from peftc.graph.ir import get_attribute, module_path
 from peftc.language import Spec, Statement
+from peftc.language.matching import Clock
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import methods
 from peftc.protocol.site import Experts, Linear, Projection
@@ -35,6 +37,7 @@ from peftc.runtime.module import Runtime
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+LARGEST_CONFIG = 4 << 20  # bytes
 PREFIX = "base_model.model."
 ROOT = "base_model."  # of what all modules share
 # LoRA's starts that leave the base model's weights alone, and options that make another method of it.
@@ -181,9 +184,10 @@ def _recognised(
     grouped = expertfolders.restored(model, config, grouped)
     places: dict[tuple[str, tuple[tuple[str, Any], ...]], list[str]] = defaultdict(list)
     states: dict[str, dict[str, Tensor]] = {}
+    clock = Clock()
     for module, own in grouped.items():
         for cls in methods().values():
-            found = cls.from_peft(settings_of(module, config, PATTERNS), module, own)
+            found = cls.from_peft(settings_of(module, config, PATTERNS, clock), module, own)
             if found is not None:
                 places[cls.name, tuple(found[0].items())].append(module)
                 states[module] = found[1]
@@ -255,10 +259,10 @@ def _separator(key: str) -> str:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads(current(folder, CONFIG).read_text())
-        tensors = safetensors.torch.load(current(folder, TENSORS).read_bytes())
+        config = json.loads(read_file(current(folder, CONFIG), LARGEST_CONFIG))
+        tensors = read_tensors(current(folder, TENSORS))
         if not isinstance(config.get("lora_alpha", 0), int | float):
             raise ValueError("lora_alpha is no number")
         return {"lora_alpha": 8, **config}, tensors
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"{type(error).__name__}: {error}")) from None

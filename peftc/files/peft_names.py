@@ -13,7 +13,7 @@ from typing import Any
 import regex
 from torch import nn
 
-SECONDS = 1.0  # that matching a folder's patterns may take in all
+from peftc.language.matching import Clock
 
 
 def _chosen(names: Iterable[str], targets: list[str], by_letters: bool) -> set[str]:
@@ -37,8 +37,8 @@ def key_for(module: str) -> str:
     return f"^{re.escape(module)}"
 
 
-def settings_of(module: str, config: dict[str, Any], patterns: dict[str, str]) -> dict[str, Any]:
-    """The settings of one module: of a pattern the first key that fits counts.
+def settings_of(module: str, config: dict[str, Any], patterns: dict[str, str], clock: Clock) -> dict[str, Any]:
+    """The settings of one module: of a pattern the first key that fits counts. `clock` is the whole folder's.
 
     Raises:
         TimeoutError: where a key takes too long to match.
@@ -47,7 +47,7 @@ def settings_of(module: str, config: dict[str, Any], patterns: dict[str, str]) -
     own = dict(config)
     for name, pattern in patterns.items():
         for key, value in (config.get(pattern) or {}).items():
-            if regex.match(rf"(.*\.)?({key})$", module, timeout=SECONDS):
+            if clock.found(regex.compile(rf"^(.*\.)?({key})$"), module):
                 own[name] = value
                 break
     return own

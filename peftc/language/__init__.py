@@ -8,7 +8,6 @@ Imports go one way: tree <- build, unparse; tokens <- explain <- reader; parse p
 """
 
 from peftc.language.parse import LARGEST_FILE, parse, parse_file
-from peftc.language.reader import MOST_MISTAKES
 from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS, WORDS
 from peftc.language.tree import (
     UNITS,
@@ -44,13 +43,14 @@ from peftc.language.tree import (
     Use,
     Value,
     Where,
+    within,
 )
 from peftc.language.unparse import unparse
 
 __all__ = [
-    "BUDGET_OPERATORS", "FILTER_OPERATORS", "LARGEST_FILE", "MOST_MISTAKES", "UNITS", "WORDS",
+    "BUDGET_OPERATORS", "FILTER_OPERATORS", "LARGEST_FILE", "UNITS", "WORDS",
     "Apply", "Arg", "Bool", "Call", "Checkpoint", "Except", "Filter", "Freeze", "Glob", "Group", "InLayers",
     "InStack", "Intersect", "Let", "ListValue", "Name", "Node", "Number", "Quantize", "Regex", "Require", "Role",
     "Selector", "Spec", "Statement", "String", "Task", "Train", "Union", "Use", "Value", "Where",
-    "parse", "parse_file", "unparse",
+    "parse", "parse_file", "unparse", "within",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import unicodedata
 import warnings
 from typing import Any
 
+import regex
 from lark import Token, Tree
 
 import peftc.language.errors as mistakes
@@ -17,6 +18,7 @@ import peftc.language.spelling as spelling
 from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Source, Span
 from peftc.language.explain import bad_number, unknown_operator
+from peftc.language.matching import compiled
 from peftc.language.reader import DEEPEST
 from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS
 from peftc.language.tree import (
@@ -163,11 +165,12 @@ class Builder:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 re.compile(pattern)
+                compiled(pattern)
         except re.error as error:
             start = span.start + 1 + (error.pos or 0)
             place = Span(self.source, start, min(start + 1, span.end - 1)) if error.pos is not None else span
             self.problems.append(spelling.BadRegex(reason=error.msg, span=place))
-        except (OverflowError, RecursionError, Warning) as error:
+        except (OverflowError, RecursionError, MemoryError, Warning, regex.error) as error:
             self.problems.append(spelling.BadRegex(reason=str(error).split(" at position")[0], span=span))
         return Regex(pattern, span=span)
 

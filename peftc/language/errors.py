@@ -172,13 +172,13 @@ class TooLong(Diagnostic):
         return f"word, string or pattern of more than {self.limit} characters"
 
 
-class TooManyMistakes(Diagnostic):
-    code = "too-many-mistakes"
+class TooManyWords(Diagnostic):
+    code = "too-many-words"
     limit: int
 
     @property
     def title(self) -> str:
-        return f"reading stopped after {self.limit} mistakes"
+        return f"more than {self.limit:,} words and signs in one specification, with all the files that it uses"
 
 
 # --- Parameters, slices, comparisons -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import re
 
 MOST_ALTERNATIVES = 1000
+MOST_SPELT_OUT = 100_000  # characters of all of them
 
 
 def problem(pattern: str) -> tuple[int, str] | None:
@@ -29,8 +30,11 @@ def problem(pattern: str) -> tuple[int, str] | None:
             return index, "',' outside of a choice"
     if opened is not None:
         return opened, "'{' is never closed"
-    if math.prod(map(len, _choices(pattern))) > MOST_ALTERNATIVES:
+    alternatives = math.prod(map(len, _choices(pattern)))
+    if alternatives > MOST_ALTERNATIVES:
         return pattern.index("{"), f"its choices make more than {MOST_ALTERNATIVES} patterns"
+    if alternatives > 1 and alternatives * len(pattern) > MOST_SPELT_OUT:
+        return pattern.index("{"), f"its choices make patterns of more than {MOST_SPELT_OUT:,} characters"
     start = 0
     for segment in _segments(pattern):
         if not segment:

@@ -11,9 +11,10 @@ from lark import Tree
 
 import peftc.language.errors as mistakes
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source, Span
 from peftc.language.build import Builder
-from peftc.language.reader import MOST_MISTAKES, Reader
+from peftc.language.reader import MOST_WORDS, Reader
 from peftc.language.tree import Spec, Statement, String, Task, Use
 
 LARGEST_FILE = 1 << 20  # bytes
@@ -23,22 +24,19 @@ DEEPEST_USE = 16
 
 def parse(source: Source) -> Spec:
     """The specification in a text; `use` is not followed. Raises `PeftcError` with every mistake found."""
-    spec, problems = _parse(source)
+    spec, problems, _ = _parse(source, MOST_WORDS)
     if problems:
         raise PeftcError(*problems)
     return spec
 
 
-def _parse(source: Source) -> tuple[Spec, list[Diagnostic]]:
-    """What could be read, and the mistakes in the order of the text."""
-    reader = Reader(source)
+def _parse(source: Source, most: int) -> tuple[Spec, list[Diagnostic], int]:
+    """What could be read, the mistakes in the order of the text, and how many of `most` words were taken."""
+    reader = Reader(source, most)
     builder = Builder(source)
     statements = tuple(builder.statement(tree) for tree in reader.read().children if isinstance(tree, Tree))
     problems = sorted(reader.problems + builder.problems, key=lambda problem: problem.span.start if problem.span else 0)
-    if len(problems) >= MOST_MISTAKES:
-        last = problems[MOST_MISTAKES - 1].span
-        problems[MOST_MISTAKES:] = [mistakes.TooManyMistakes(limit=MOST_MISTAKES, span=last)]
-    return Spec(statements, source, span=Span(source, 0, len(source.text))), problems
+    return Spec(statements, source, span=Span(source, 0, len(source.text))), problems, reader.count
 
 
 def parse_file(path: str | Path, *, roots: Iterable[str | Path] = ()) -> Spec:
@@ -63,6 +61,7 @@ class _Files:
         self.problems: list[Diagnostic] = []
         self.chain: list[Path] = []  # the files being read, resolved
         self.count = 0
+        self.words = MOST_WORDS  # that are left
 
     def read(self, path: Path, name: str, asked: Span | None) -> Spec | None:
         self.count += 1
@@ -74,7 +73,8 @@ class _Files:
         if isinstance(text, _Unreadable):
             self.problems.append(mistakes.UnreadableFile(path=name, reason=text.reason, span=asked))
             return None
-        spec, problems = _parse(Source(name, text))
+        spec, problems, words = _parse(Source(name, text), self.words)
+        self.words = max(self.words - words, 0)
         self.problems += problems
         self.chain.append(path.resolve())
         spec = replace(spec, statements=self._follow(spec.statements, Path(name).parent))
@@ -116,12 +116,7 @@ class _Unreadable:
 
 def _text(path: Path) -> str | _Unreadable:
     try:
-        if not path.is_file():
-            return _Unreadable("it is no regular file" if path.exists() else "there is no such file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            return _Unreadable(f"it is larger than {LARGEST_FILE >> 20} MiB")
+        content = read_file(path, LARGEST_FILE)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

@@ -6,7 +6,7 @@ from lark import Token, Tree, UnexpectedToken
 
 import peftc.language.errors as mistakes
 import peftc.language.tokens as tokens
-from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.diagnostic import MOST_MISTAKES, Diagnostic
 from peftc.diagnostics.source import Source
 from peftc.language.explain import Situation, unclosed
 from peftc.language.tokens import BRACKETS, CLOSING, END, NEWLINE
@@ -14,7 +14,7 @@ from peftc.language.tokens import BRACKETS, CLOSING, END, NEWLINE
 # Brackets in brackets, filters on filters: keeps every walk over a tree within Python's own stack.
 DEEPEST = 64
 LONGEST_WORD = 4096  # characters; also of a string or a pattern
-MOST_MISTAKES = 100
+MOST_WORDS = 50_000  # with signs, of a text and all the files that it uses
 
 
 class Reader:
@@ -24,10 +24,16 @@ class Reader:
     statements have left, and nothing that the bad statement did has touched that.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, most: int = MOST_WORDS) -> None:
+        """`most`: how many tokens there may be; of a text with more, none is read."""
         self.source = source
         self.problems: list[Diagnostic] = []
-        self.tokens = tokens.tokens(source)
+        self.tokens = tokens.tokens(source, most)
+        self.count = len(self.tokens) - 2
+        if self.count > most:
+            limit = mistakes.TooManyWords(limit=MOST_WORDS, span=tokens.span(source, self.tokens[most]))
+            self.problems.append(limit)
+            self.tokens = self.tokens[-2:]
         self.parser = tokens.grammar().parse_interactive()
         self.taken: list[Token] = []  # what the parser has read, without the line ends it never saw
         self.open: list[Token] = []  # brackets
@@ -49,7 +55,7 @@ class Reader:
                 index += 1
                 continue
             self.problems.append(problem)
-            if len(self.problems) == MOST_MISTAKES:
+            if len(self.problems) > MOST_MISTAKES:
                 return Tree("spec", [])
             if isinstance(problem, mistakes.UnclosedBracket):
                 del self.open[self.start[1] :]  # nothing to skip to

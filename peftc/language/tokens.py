@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 from collections.abc import Iterator
 
 from lark import Lark, Token
@@ -42,11 +43,11 @@ def grammar() -> Lark:
     )
 
 
-def tokens(source: Source) -> list[Token]:
-    """All tokens of a text, then a line end and the end, both at the end of the text."""
+def tokens(source: Source, most: int) -> list[Token]:
+    """All tokens of a text, or of a longer one one more than `most`; then a line end and the end, both at its end."""
     size = len(source.text)
     ends = [Token(kind, "", size, 0, 0, 0, 0, size) for kind in (NEWLINE, END)]
-    return [*grammar().lex(source.text), *ends]
+    return [*itertools.islice(grammar().lex(source.text), most + 1), *ends]
 
 
 def span(source: Source, token: Token) -> Span:

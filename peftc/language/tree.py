@@ -111,14 +111,11 @@ class Glob(Selector):
 class Regex(Selector):
     """A regular expression as written between the slashes, `\\/` for a slash; valid for `re.compile`.
 
-    It is Python's, so one with repeats in repeats, such as `(a+)+b`, may take forever to match; only its length is
-    limited. Name patterns never do.
+    It is Python's, so one with repeats in repeats, such as `(a+)+b`, may take forever to match: `matching` sets a
+    limit. Name patterns never do.
     """
 
     pattern: str
-
-    def regex(self) -> re.Pattern[str]:
-        return re.compile(self.pattern)
 
 
 @dataclass(frozen=True)
@@ -167,6 +164,18 @@ class Where(Filter):
     field: Name
     op: str
     value: Value
+
+
+def within(selector: Selector) -> tuple[Selector, ...]:
+    """The selectors that one is made of."""
+    match selector:
+        case Union(items) | Intersect(items):
+            return items
+        case Except(base, removed):
+            return (base, removed)
+        case Filter(base):
+            return (base,)
+    return ()
 
 
 @dataclass(frozen=True)

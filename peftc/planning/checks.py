@@ -16,7 +16,7 @@ from peftc.diagnostics.diagnostic import Diagnostic
 from peftc.diagnostics.source import Span
 from peftc.planning import errors as say
 from peftc.planning.gradients import never_learning
-from peftc.planning.memory import formatted_bytes
+from peftc.planning.memory import Memory, formatted_bytes
 from peftc.planning.packed_weight import PackedWeight
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.positions_left import too_long
@@ -92,13 +92,15 @@ def weight_claimed(draft: Draft) -> Iterator[Diagnostic]:
     seen: set[tuple[Span, Span]] = set()
     for weight, sharing in by_weight.items():
         for one, site in sharing:
-            others = [other.span for other, place in sharing if other.span != one.span and site.overlaps(place)]
-            others += [draft.trained[weight]] if weight in draft.trained else []
             reason = one.method.claims_weight()
-            if reason and others and (one.span, others[0]) not in seen:
-                seen.add((one.span, others[0]))
+            if not reason:
+                continue
+            overlapping = (other.span for other, at in sharing if other.span != one.span and site.overlaps(at))
+            other = next(overlapping, draft.trained.get(weight))
+            if other is not None and (one.span, other) not in seen:
+                seen.add((one.span, other))
                 yield say.WeightClaimed(
-                    method=one.method.name, site=site.name, reason=reason, other=others[0], span=one.span
+                    method=one.method.name, site=site.name, reason=reason, other=other, span=one.span
                 )
 
 
@@ -129,11 +131,11 @@ CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
 )  # fmt: skip
 
 
-def over_budget(plan: Plan, budget: Budget) -> Diagnostic | None:
-    """The error of a budget that `plan` does not keep, or None."""
+def over_budget(plan: Plan, budget: Budget, memory_of: Callable[[int, int], Memory]) -> Diagnostic | None:
+    """The error of a budget that `plan` does not keep, or None; `memory_of` a batch and a length is what it takes."""
     limit = budget.limit.scaled
     if budget.quantity == "memory":
-        memory = plan.memory(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
+        memory = memory_of(budget.arguments.get("batch", 1), budget.arguments.get("seq", 512))
         found, shown = float(memory.total), formatted_bytes(memory.total)
         breakdown = memory.lines()
     else:

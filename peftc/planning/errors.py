@@ -25,6 +25,19 @@ class NoMatch(Diagnostic):
         return (f"it has: {', '.join(self.has)}",) if self.has else ()
 
 
+class SlowPattern(Diagnostic):
+    code = "slow-pattern"
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        return f"matching this takes too long: all patterns of a spec have {self.seconds:g} s together"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ('repeats in repeats, such as (a+)+, do that; a name pattern in quotes never does: "**.q_proj"',)
+
+
 class NoSuchStack(Diagnostic):
     code = "no-such-stack"
     model: str
@@ -230,6 +243,8 @@ class OverBudget(Diagnostic):
 
 
 class NothingTrains(Diagnostic):
+    """Points at the end of the spec, where what is missing may stand."""
+
     code = "nothing-trains"
 
     @property

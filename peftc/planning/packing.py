@@ -28,6 +28,7 @@ def packed_weights(
     """
     packed: dict[str, PackedWeight] = {}
     problems: list[Diagnostic] = []
+    taken = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
     for number, (statement, sites) in enumerate(statements):
         refused, clashes = defaultdict(list), defaultdict(list)
         for site in sites:
@@ -35,8 +36,9 @@ def packed_weights(
                 refused[reason].append(site)
                 continue
             assert isinstance(site, Projection)
-            item = _stored(captured, number, statement, site)
-            earlier = packed.setdefault(site.weight, item)
+            if site.weight not in packed:
+                packed[site.weight] = _stored(captured, number, statement, site, taken)
+            earlier = packed[site.weight]
             other = earlier.span if earlier.statement != number else trained.get(site.weight)
             if other is not None:
                 clashes[other, earlier.statement != number].append(site)
@@ -75,19 +77,18 @@ def _shape(captured: Captured, site: Projection) -> tuple[int, ...]:
     return (*held[:-2], held[-1], held[-2]) if site.transposed else held
 
 
-def _stored(captured: Captured, number: int, statement: Packing, site: Projection) -> PackedWeight:
+def _stored(captured: Captured, number: int, statement: Packing, site: Projection, taken: set[str]) -> PackedWeight:
     tensor = get_attribute(captured.module, site.weight)
     return PackedWeight(
-        statement=number, storage=statement.storage, weight=site.weight, path=_path(captured, statement.storage, site),
+        statement=number, storage=statement.storage, weight=site.weight, path=_path(taken, statement.storage, site),
         held=tuple(tensor.shape), dtype=tensor.dtype, transposed=site.transposed, span=statement.span,
     )  # fmt: skip
 
 
-def _path(captured: Captured, storage: Storage, site: Projection) -> str:
-    """A module name for the buffers that nothing in the base model has: beside the weight."""
+def _path(taken: set[str], storage: Storage, site: Projection) -> str:
+    """A module name for the buffers that is not `taken` in the base model: beside the weight."""
     owner, _, leaf = site.weight.rpartition(".")
     path = ".".join(filter(None, (owner, storage.name if leaf == "weight" else f"{storage.name}_{leaf}")))
-    taken = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
     while any(name == path or name.startswith(f"{path}.") for name in taken):
         path += "_"
     return path

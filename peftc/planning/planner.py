@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from math import prod
 
 from peftc import language as ast
 from peftc.capture.capture import Captured
-from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, in_file_order
+from peftc.diagnostics.diagnostic import PeftcError, choices, in_file_order
 from peftc.diagnostics.source import Span
 from peftc.planning import errors as say
 from peftc.planning.checks import CHECKS, Draft, over_budget
@@ -38,10 +39,11 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
     draft = drafting.draft()
     problems = [*drafting.problems, *(problem for check in CHECKS for problem in check(draft))]
     if not draft.bindings and not draft.trained and not problems:
-        problems.append(say.NothingTrains())
+        problems.append(say.NothingTrains(span=_last(intentions.spec)))
     if not problems:
         plan = _plan(draft)
-        problems += [problem for budget in intentions.budgets if (problem := over_budget(plan, budget))]
+        memory_of = cache(plan.memory)
+        problems += filter(None, (over_budget(plan, budget, memory_of) for budget in intentions.budgets))
     if problems:
         raise PeftcError(*in_file_order(problems))
     return plan
@@ -92,7 +94,8 @@ class _Drafting:
         self.captured = captured
         self.sites = sites
         self.intentions = intentions
-        self.problems: list[Diagnostic] = []
+        self.select = Selection(sites)
+        self.problems = self.select.problems
 
     def draft(self) -> Draft:
         """All statements, matched in file order by kind."""
@@ -102,30 +105,24 @@ class _Drafting:
             for binding in self._bind(number, application)
         )
         trained, named = self._trained()
-        statements = [(item, self._select(item.target, parameters=True)) for item in self.intentions.packings]
+        statements = [(item, self.select(item.target, parameters=True)) for item in self.intentions.packings]
         packed, problems = packed_weights(self.captured, statements, trained)
         self.problems += problems
-        again = recomputed(self.intentions.recomputings, self._select, self.problems)
+        again = recomputed(self.intentions.recomputings, self.select, self.problems)
         return Draft(self.captured, self.sites, self.intentions, bindings, trained, named, packed, again)
-
-    def _select(self, selector: ast.Selector, *, parameters: bool = False) -> list[Site]:
-        selection = Selection(self.sites, parameters=parameters)
-        found = selection(selector)
-        self.problems += selection.problems
-        return found
 
     # Methods
 
     def _bind(self, number: int, application: Application) -> list[Binding]:
         method = application.method
-        found = self._select(application.target) if application.target else self._sequences(application)
+        found = self.select(application.target) if application.target else self._sequences(application)
         wrong = [site for site in found if not isinstance(site, method.site)]
         fitting = linked([site for site in found if isinstance(site, method.site)])
         if wrong:
             self._wrong_site(application, wrong)
         refused = self._refused(application, fitting)
-        if wrong or refused:
-            return []
+        if wrong or refused or not fitting:
+            return []  # and it was said why
         shared = method.shared(fitting)
         home = self._free(f"{method.label}_{number}" if number else method.label) if shared else ""
         return [
@@ -189,7 +186,7 @@ class _Drafting:
         trained: dict[str, Span] = {}
         named: dict[int, list[Site]] = {}
         for number, training in enumerate(self.intentions.trainings):
-            named[number] = found = self._select(training.target, parameters=True)
+            named[number] = found = self.select(training.target, parameters=True)
             self._refuse_slices(found, training, trained)
             parameters = dict.fromkeys(name for site in found for name in _whole_parameters(site))
             if training.on:
@@ -220,6 +217,11 @@ def _obstacle(site: Site, method: Method) -> str | None:
 def _whole_parameters(site: Site) -> tuple[str, ...]:
     """What trains where the site does; of a part of a weight, nothing."""
     return () if isinstance(site, Projection) and site.is_part else site.parameters
+
+
+def _last(spec: ast.Spec) -> Span:
+    """The last statement of a spec, or where one would stand."""
+    return spec.statements[-1].span if spec.statements else Span(spec.source, 0, 0)
 
 
 def _one_line(span: Span) -> str:

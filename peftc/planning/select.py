@@ -10,9 +10,12 @@ import difflib
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 from peftc import language as ast
-from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.language.matching import SECONDS, Clock, compiled
 from peftc.planning import errors as say
 from peftc.protocol.site import Parameters, Projection, Site
 from peftc.protocol.sites import Sites
@@ -21,30 +24,52 @@ from peftc.spec.groups import Group, InGroup
 COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
+MOST_NEAR = 20  # mistakes for which names that are near are looked up, which takes long in a large model
 
 
 class Selection:
-    """Evaluates selectors against one model; problems collect in `problems`."""
+    """Evaluates selectors against one model; problems collect in `problems`.
 
-    def __init__(self, sites: Sites, *, parameters: bool = False) -> None:
-        """`parameters`: name patterns also mean single parameters, as `train` wants it."""
+    Each is evaluated once: a name made by `let` is the same selector wherever it stands.
+    """
+
+    def __init__(self, sites: Sites) -> None:
         self.sites = sites
-        self.parameters = parameters
+        self.parameters = False
         self.problems: list[Diagnostic] = []
         self.order = {site.name: index for index, site in enumerate(sites)}
+        self.clock = Clock()
+        self._known: dict[tuple[int, bool, bool], _Found] = {}
+        self._complaints = 0  # how often something was found to be wrong, again or for the first time
 
-    def __call__(self, selector: ast.Selector) -> list[Site]:
-        """The sites `selector` means; empty only if a problem says why."""
+    def __call__(self, selector: ast.Selector, *, parameters: bool = False) -> list[Site]:
+        """The sites `selector` means; empty only if a problem says why.
+
+        `parameters`: name patterns also mean single parameters, as `train` wants it.
+
+        Raises:
+            PeftcError: `slow-pattern` where a regular expression takes too long to match.
+        """
+        self.parameters = parameters
         found = self._evaluate(selector)
         return sorted(found, key=lambda site: self.order.get(site.name, len(self.order)))
 
     def _evaluate(self, selector: ast.Selector, may_be_empty: bool = False) -> list[Site]:
-        before = len(self.problems)
-        found = self._meaning(selector, may_be_empty)
-        excused = may_be_empty and isinstance(selector, ast.Role | ast.Union)
-        if not found and not excused and len(self.problems) == before:
-            self.problems.append(self._no_match(selector))
-        return found
+        key = (id(selector), may_be_empty, self.parameters)
+        if key not in self._known:
+            before = self._complaints
+            sites = self._meaning(selector, may_be_empty)
+            excused = may_be_empty and isinstance(selector, ast.Role | ast.Union)
+            if not sites and not excused and self._complaints == before:
+                self._complain(self._no_match(selector))
+            self._known[key] = _Found(selector, sites, self._complaints > before)
+        found = self._known[key]
+        self._complaints += found.wrong
+        return found.sites
+
+    def _complain(self, problem: Diagnostic) -> None:
+        self.problems.append(problem)
+        self._complaints += 1
 
     def _meaning(self, selector: ast.Selector, may_be_empty: bool) -> list[Site]:
         match selector:
@@ -79,15 +104,27 @@ class Selection:
         raise AssertionError(f"no meaning for {selector}")
 
     def _named(self, selector: ast.Glob | ast.Regex) -> list[Site]:
-        pattern = selector.regex()
-        matches = pattern.fullmatch if isinstance(selector, ast.Glob) else pattern.search
-        found = [site for site in self.sites if matches(site.name)]
-        if self.parameters:
-            known = {site.name for site in found}
-            single = [name for name in self.sites.parameters if matches(name) and name not in known]
-            found += [Parameters(name, name.rpartition(".")[0], frozenset(), parameters=(name,)) for name in single]
+        names = [site.name for site in self.sites] + [*(self.sites.parameters if self.parameters else ())]
+        matching = set(self._matching(selector, dict.fromkeys(names)))
+        found = [site for site in self.sites if site.name in matching]
+        single = [name for name in self.sites.parameters if name in matching] if self.parameters else []
+        known = {site.name for site in found}
+        found += [
+            Parameters(name, name.rpartition(".")[0], frozenset(), parameters=(name,))
+            for name in single if name not in known
+        ]  # fmt: skip
         return _without_parts(found)
 
+    def _matching(self, selector: ast.Glob | ast.Regex, names: Iterable[str]) -> list[str]:
+        if isinstance(selector, ast.Glob):
+            return [*filter(selector.regex().fullmatch, names)]
+        pattern = compiled(selector.pattern)
+        try:
+            return [name for name in names if self.clock.found(pattern, name)]
+        except TimeoutError:
+            raise PeftcError(*self.problems, say.SlowPattern(seconds=SECONDS, span=selector.span)) from None
+
+    @cached_property
     def _stacks(self) -> list[tuple[str | None, list[str]]]:
         """The name of each stack of layers, and its blocks in order."""
         stacks: dict[str, dict[int, str]] = defaultdict(dict)
@@ -102,17 +139,17 @@ class Selection:
     def _layers(self, selector: ast.InLayers) -> set[str]:
         """The blocks of every layer in the slice, each stack counted for itself."""
         bounds = slice(selector.start, selector.stop, selector.step)
-        return {block for _, blocks in self._stacks() for block in blocks[bounds]}
+        return {block for _, blocks in self._stacks for block in blocks[bounds]}
 
     def _group(self, found: list[Site], group: Group, selector: InGroup) -> set[str]:
         """The blocks of one group of layers, each stack in which something was found grouped for itself."""
         chosen: set[str] = set()
         concerned = {site.block for site in found}
-        for stack, blocks in self._stacks():
+        for stack, blocks in self._stacks:
             if concerned.isdisjoint(blocks):
                 continue
             if len(blocks) < group.count:
-                self.problems.append(
+                self._complain(
                     say.FewerLayersThanGroups(
                         model=self.sites.model, stack=stack, layers=len(blocks), groups=group.count,
                         defined=group.name.span, span=selector.span,
@@ -125,7 +162,7 @@ class Selection:
     def _in_stack(self, found: list[Site], name: ast.Name) -> list[Site]:
         stacks = sorted({site.stack for site in self.sites if site.stack})
         if name.text not in stacks:
-            self.problems.append(
+            self._complain(
                 say.NoSuchStack(model=self.sites.model, name=name.text, stacks=tuple(stacks), span=name.span)
             )
         return [site for site in found if site.stack == name.text]
@@ -154,12 +191,22 @@ class Selection:
             names += self.sites.parameters
         near: list[str] = []
         has: tuple[str, ...] = ()
-        if isinstance(selector, ast.Glob):
+        many = len(self.problems) >= MOST_NEAR
+        if isinstance(selector, ast.Glob) and not many:
             near = difflib.get_close_matches(selector.pattern, names, n=3, cutoff=0.4)
-        elif isinstance(selector, ast.Role):
+        elif isinstance(selector, ast.Role) and not many:
             has = tuple(self.sites.roles())
             near = difflib.get_close_matches(selector.text, has, n=3)
         return say.NoMatch(model=self.sites.model, near=tuple(near), has=has, span=selector.span)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a selector means, and whether something was wrong with it. It holds the selector: its id is the key."""
+
+    selector: ast.Selector
+    sites: list[Site]
+    wrong: bool
 
 
 def _has_role(site: Site, parts: tuple[str, ...]) -> bool:

@@ -56,13 +56,15 @@ class Data(enum.Enum):
 class State:
     """One tensor that a method keeps at a site, under `PATH.METHOD.NAME`. `init` fills it in place, as `torch.nn.init`.
 
-    `dtype` is that of the weights it stands beside (fp32 beside half precision), unless it is given.
+    `dtype` is that of the weights it stands beside (fp32 beside half precision), unless it is given. Of indices `below`
+    says how many things they choose from: it is asked of what was saved, which others may have written.
     """
 
     shape: tuple[int, ...]
     init: Init = torch.nn.init.zeros_
     trainable: bool = True
     dtype: torch.dtype | None = None
+    below: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,20 @@ class BadStateFile(Diagnostic):
         return f"'{self.path}' cannot be started from: {self.reason}"
 
 
+class NoMemory(Diagnostic):
+    code = "no-memory"
+    wanted: int
+    there: int
+
+    @property
+    def title(self) -> str:
+        return f"what the spec adds takes {self.wanted:,} bytes, and the machine has {self.there:,}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("peftc plan says what each statement takes, without taking it",)
+
+
 class CannotStart(Diagnostic):
     """A method whose start is made of something that is not there; a saved one needs no start."""
 

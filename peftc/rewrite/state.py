@@ -6,20 +6,21 @@ State may start from a file that a spec names: safetensors alone, and only from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
+from peftc.capture.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor, tensors, value
+from peftc.graph.surroundings import physical_memory
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Here, State
 from peftc.protocol.site import Projection
-from peftc.rewrite.errors import BadStateFile, CannotStart
+from peftc.rewrite.errors import BadStateFile, CannotStart, NoMemory
 from peftc.rewrite.packed import frozen_weight, is_packed, pack, pack_as_found
 from peftc.rewrite.weights import dense_weight, replace_rows
 
@@ -38,7 +39,13 @@ def materialise(
 
     `state` (full name -> tensor) is loaded instead of being initialised, where given. Random starts are drawn from
     torch's default generator, so `torch.manual_seed` decides them. `data` is what calibration saw.
+
+    Raises:
+        PeftcError: `no-memory` where all that is more than the machine can hold.
     """
+    wanted = sum(prod(spec.shape) * (spec.dtype or torch.float16).itemsize for spec in plan.tensors.values())
+    if wanted > (there := physical_memory()):
+        raise PeftcError(NoMemory(wanted=wanted, there=there, span=plan.bindings[0].span))
     for name in plan.trained:
         given = state[name] if state else get_attribute(module, name).detach().clone()
         set_tensor(module, name, torch.nn.Parameter(given.clone()))
@@ -218,6 +225,6 @@ def _inside(folder: Path, name: str, bad: Bad) -> Path:
 
 def _read(path: Path, bad: Bad) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
         raise bad(f"it is no safetensors file ({error})") from None

@@ -58,8 +58,14 @@ class Calls:
             )  # fmt: skip
             self.problems.append(wrong)
             return None
-        merged = (*let.value.args, *call.args)
-        return self.build(ast.Call(let.value.name, merged, span=call.span), kind)
+        return self.build(self.spelt_out(call), kind)
+
+    def spelt_out(self, call: ast.Call) -> ast.Call:
+        """The call of the method itself, where it is one of a name for a method."""
+        let = self.lets.get(call.name.text)
+        if let is None or isinstance(let.value, ast.Selector):
+            return call
+        return ast.Call(let.value.name, (*let.value.args, *call.args), span=call.span)
 
     def _arguments(self, cls: type[Configured], call: ast.Call) -> dict[str, object]:
         parameters = cls.parameters

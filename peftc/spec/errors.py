@@ -294,3 +294,28 @@ class WrongUnit(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.quantity} is compared with {self.expects}"
+
+
+class EmptyBudget(Diagnostic):
+    code = "empty-budget"
+    quantity: str
+    bound: str
+
+    @property
+    def title(self) -> str:
+        return f"whatever the model, this says the same of {self.quantity}: {self.bound}"
+
+
+class EmptySlice(Diagnostic):
+    code = "bad-slice"
+    title = "no model has layers in this slice: it ends where it starts, or before"
+    notes = ("slices are Python's: layers[0], layers[:4], layers[-4:], layers[2:10:2]",)
+
+
+class NamesTooDeep(Diagnostic):
+    code = "too-deep"
+    limit: int
+
+    @property
+    def title(self) -> str:
+        return f"names within names, more than {self.limit} deep"

@@ -27,6 +27,7 @@ KINDS_OF_ATTENTION = ("self", "cross")
 FIELDS = ("in_features", "out_features", "width", "experts")
 STACKS = ("encoder", "decoder")
 LAYERS = "layers"
+DEEPEST_NAME = 128  # what `let` names stand for, names within names: walks over it stay within Python's own stack
 QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 
 
@@ -111,6 +112,7 @@ class _Resolver:
         self.found = Intentions(spec)
         self.problems: list[Diagnostic] = []
         self.lets: dict[str, ast.Let] = {}
+        self.depths: dict[int, int] = {}  # of the selectors that names stand for, by id; `lets` holds them
         self.groups: dict[str, Group] = {}
         self.calls = Calls(self.problems, self.lets)
 
@@ -153,10 +155,25 @@ class _Resolver:
             if isinstance(value, ast.Role) and value.text in methods():
                 value = ast.Call(ast.Name(value.text, span=value.span), span=value.span)
             if isinstance(value, ast.Selector):
-                value = self.selector(value)
-            elif self.calls.build(value, Method) is None:
-                self.calls.broken.add(name)
+                value = self._not_too_deep(self.selector(value), statement.span)
+            else:
+                value = self.calls.spelt_out(value)
+                if self.calls.build(value, Method) is None:
+                    self.calls.broken.add(name)
             self.lets[name] = ast.Let(statement.name, value, span=statement.span)
+
+    def _not_too_deep(self, selector: ast.Selector, span: Span) -> ast.Selector:
+        """The selector, unless names within names make it too deep for every walk over it."""
+        depth = self._depth(selector)
+        if depth > DEEPEST_NAME:
+            self.problems.append(say.NamesTooDeep(limit=DEEPEST_NAME, span=span))
+            return ast.Role(("linear",), span=span)
+        self.depths[id(selector)] = depth
+        return selector
+
+    def _depth(self, selector: ast.Selector) -> int:
+        known = self.depths.get(id(selector))
+        return 1 + max(map(self._depth, ast.within(selector)), default=0) if known is None else known
 
     def _taken(self, name: ast.Name, reserved: dict[str, Container[str]]) -> bool:
         """Whether `name` cannot be defined, with the reason noted: it is reserved, or defined already."""
@@ -203,6 +220,8 @@ class _Resolver:
             case ast.Except(base, removed):
                 return ast.Except(self.selector(base), self.selector(removed), span=selector.span)
             case ast.InLayers(base, start, stop, step):
+                if not _has_layers(start, stop, step):
+                    self.problems.append(say.EmptySlice(span=selector.span))
                 return ast.InLayers(self.selector(base), start, stop, step, span=selector.span)
             case ast.InStack(base, name):
                 if name.text in self.groups:
@@ -254,6 +273,8 @@ class _Resolver:
         if (quantity == "memory") != is_bytes and not (unit is None and statement.value.value == 0):
             expects = "an amount of memory, such as 24 GiB" if quantity == "memory" else "a count or a percentage"
             self.problems.append(say.WrongUnit(quantity=quantity, expects=expects, span=statement.value.span))
+        elif bound := _always(statement.op, statement.value):
+            self.problems.append(say.EmptyBudget(quantity=quantity, bound=bound, span=statement.span))
         self.found.budgets.append(Budget(quantity, arguments, statement.op, statement.value, statement.span))
 
     def _quantity_arguments(self, call: ast.Call) -> Iterator[tuple[str, int]]:
@@ -276,6 +297,22 @@ class _Resolver:
                 )  # fmt: skip
             else:
                 yield argument.name.text, argument.value.scaled
+
+
+def _has_layers(start: int | None, stop: int | None, step: int | None) -> bool:
+    """Whether some model has layers in a slice: where its bounds change places is near their sizes and their sum."""
+    bounds = [abs(bound) for bound in (start, stop) if bound is not None]
+    counts = {size + near for size in (0, *bounds, sum(bounds)) for near in (0, 1, 2)}
+    return any(range(*slice(start, stop, step).indices(count)) for count in counts)
+
+
+def _always(op: str, limit: ast.Number) -> str | None:
+    """Why every model keeps such a limit, or none does."""
+    if limit.scaled < 0 or (limit.scaled == 0 and op in ("<", ">=")):
+        return "nothing is below 0"
+    if limit.unit == "%" and (limit.scaled > 1 or (limit.scaled == 1 and op in ("<=", ">"))):
+        return "nothing is above 100%"
+    return None
 
 
 def _is_of_layers(call: ast.Call) -> bool:

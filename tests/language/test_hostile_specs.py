@@ -15,7 +15,7 @@ import peftc
 from drawn import NOWHERE, SIGNS, WORDS, only_diagnostics, read, selector, statements
 from paths import GOLDEN
 from peftc import language as syntax
-from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.diagnostics.diagnostic import MOST_MISTAKES, Diagnostic, PeftcError
 from peftc.diagnostics.source import Source
 from peftc.language import Glob, Node, Selector, Spec, Statement, Value, parse_file, unparse
 
@@ -121,7 +121,7 @@ def test_words_have_a_longest(text: str) -> None:
 def test_many_mistakes_in_one_statement() -> None:
     """They come from the builder, which does not stop by itself."""
     found = [problem.code for problem in mistakes(r'train "a", ' + r'"\q", ' * 1000 + "b")]
-    assert found == ["bad-escape"] * syntax.MOST_MISTAKES + ["too-many-mistakes"]
+    assert found == ["bad-escape"] * MOST_MISTAKES + ["too-many-mistakes"]
 
 
 def test_the_operators_of_a_budget_with_a_verb_among_its_parameters() -> None:

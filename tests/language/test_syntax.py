@@ -11,7 +11,7 @@ import golden
 from drawn import NOWHERE, call, name, number, read, role, selector
 from paths import GOLDEN
 from peftc import language as syntax
-from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.diagnostic import MOST_MISTAKES, PeftcError
 from peftc.language import (
     Apply,
     Bool,
@@ -61,7 +61,7 @@ def test_bad_spec(path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.M
 
 def test_reading_stops_after_many_mistakes() -> None:
     found = codes("oops\n" * 10_000)
-    assert found == ["unknown-statement"] * syntax.MOST_MISTAKES + ["too-many-mistakes"]
+    assert found == ["unknown-statement"] * MOST_MISTAKES + ["too-many-mistakes"]
 
 
 @pytest.mark.parametrize("opening", ["(", "[", "{", "gated(", "task a {\n", "apply f(x=[", "train a in ("])
