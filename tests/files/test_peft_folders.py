@@ -346,7 +346,7 @@ def hooked() -> nn.Module:
 
 def tied() -> nn.Module:
     model = Outer()
-    model.xfc.weight = model.fc.weight  # type: ignore[assignment]
+    model.xfc.weight, model.xfc.bias = model.fc.weight, model.fc.bias  # type: ignore[assignment]
     return model
 
 
@@ -359,7 +359,7 @@ def tied() -> nn.Module:
             (lambda: Outer(NoLayer), 'apply lora(r=2) to "fc"', "fc is a NoLayer"),
             (Attending, 'apply lora(r=2) to "fc.out_proj"', "another part of the model reads the weight"),
             (Functional, 'apply lora(r=2) to "fc"', "another part of the model reads the weight"),
-            (tied, 'apply ia3 to "fc"', "another part of the model reads the weight"),
+            (tied, 'apply lora(r=2) to "fc"', "another part of the model reads the weight"),
             (Bare, 'apply lora(r=2) to "fc"', "fc"),
             (Outer, 'apply adalora(alpha=4, steps=9) to "fc"\napply adalora(steps=9) to "xfc"', "lora_alpha"),
         ]
