@@ -193,7 +193,9 @@ class AdaLoRA(WeightMethod):
         for theirs, ours in NAMES.items():
             left, dim = tensors[theirs], 1 if ours == "P" else 0
             shape = (*left.shape[:dim], r, *left.shape[dim + 1 :])
-            if len(kept) == r and left.shape[dim] == kept.sum():  # else it is none that fits
+            if not kept.all() and (len(kept) != r or left.shape[dim] != kept.sum()):
+                raise ValueError(f"its rank_pattern leaves {int(kept.sum())} of init_r={r} at {module}, not {theirs}'s")
+            if left.shape[dim] == kept.sum():
                 left = left.new_zeros(shape).index_copy(dim, kept.nonzero()[:, 0], left)
             state[ours] = left
         theirs_too = {"target": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "steps": "total_step",

@@ -112,7 +112,7 @@ class LoKr(WeightMethod):
             return None
         same = ("r", "alpha", "decompose_both", "rank_dropout", "rank_dropout_scale", "module_dropout")
         values: dict[str, Any] = {name: config[name] for name in same if name in config}
-        if config.get("decompose_factor", -1) > 0:
+        if config.get("decompose_factor", -1) != -1:
             values["factor"] = config["decompose_factor"]
         if config.get("init_weights") == "lycoris":
             values["init"] = "w2"

@@ -241,7 +241,7 @@ class ModulesReader:
             sizes = [f"{key}={value}" for key, value in binding.method.values.items() if isinstance(value, int)
                      and not isinstance(value, bool) and value in wanted.get(name, ())]  # fmt: skip
             says = f"the settings ({', '.join(sizes)}) say" if sizes else "the model and the settings say"
-            reason = f"its {theirs} at {place} is {given.get(name)}, where {says} {wanted.get(name)}"
+            reason = f"its {theirs} at {place} is {given.get(name)}, where {says} {wanted.get(name, 'nothing of it')}"
             raise self._refusal(reason)
 
     def _shared(self, plan: Plan) -> dict[str, Tensor]:
