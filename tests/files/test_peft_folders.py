@@ -288,7 +288,7 @@ class Outer(nn.Module):
     def __init__(self, layer: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.block, self.xfc = nn.ModuleDict({"fc": nn.Linear(8, 8)}), nn.Linear(8, 8)
-        self.fc = layer(8, 8)  # type: ignore[call-arg]
+        self.fc = layer(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.block["fc"](x).relu()
