@@ -37,6 +37,10 @@ class AdaLoRA(WeightMethod):
     formula = "y = W x + (alpha/r) P E Q x, E diagonal; loss + orthogonality * mean(|P'P - I| + |QQ' - I|)"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     peft_type = "ADALORA"
+    peft_settings = (
+        "init_r", "target_r", "lora_alpha", "lora_dropout", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2",
+        "orth_reg_weight", "rank_pattern", "r",
+    )  # fmt: skip
     scheduled = True
 
     r: int = param(12, "triplets of each site at first", min=1, alias="init_r")
@@ -181,20 +185,23 @@ class AdaLoRA(WeightMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "ADALORA" or set(tensors) != set(NAMES):
+        if set(tensors) != set(NAMES):
             return None
-        r = config["init_r"]
+        r = config.get("init_r", 12)  # theirs may have an r, too, which is never used
         kept = torch.tensor((config.get("rank_pattern") or {}).get(f"{module}.lora_E", [True] * r))
         state = {}
         for theirs, ours in NAMES.items():
             left, dim = tensors[theirs], 1 if ours == "P" else 0
-            if left.shape[dim] != kept.sum():
-                return None
             shape = (*left.shape[:dim], r, *left.shape[dim + 1 :])
-            state[ours] = left.new_zeros(shape).index_copy(dim, kept.nonzero()[:, 0], left)
+            if not kept.all() and (len(kept) != r or left.shape[dim] != kept.sum()):
+                raise ValueError(f"its rank_pattern leaves {int(kept.sum())} of init_r={r} at {module}, not {theirs}'s")
+            if left.shape[dim] == kept.sum():
+                left = left.new_zeros(shape).index_copy(dim, kept.nonzero()[:, 0], left)
+            state[ours] = left
         theirs_too = {"target": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "steps": "total_step",
                       "warmup": "tinit", "final": "tfinal", "interval": "deltaT", "beta1": "beta1", "beta2": "beta2",
                       "orthogonality": "orth_reg_weight"}  # fmt: skip
         values = {ours: config[theirs] for ours, theirs in theirs_too.items() if theirs in config}
+        values.setdefault("alpha", 8)
         values["target"] = min(values.get("target", 8), r)  # theirs may be larger, where it is never used
         return {"r": r, **values}, state | {"kept": kept[:, None]}

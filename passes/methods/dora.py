@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class DoRA(WeightMethod):
     formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     peft_type = "LORA"
+    peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    peft_patterns: ClassVar = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
     alpha: float = param(16.0, "the product is scaled by alpha/r", above=0)
@@ -83,11 +85,12 @@ class DoRA(WeightMethod):
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
-        if set(tensors) != set(names) or config.get("use_rslora"):
+        if not config.get("use_dora") or set(tensors) != set(names):
             return None
+        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
         values = {
-            "r": tensors["lora_A.weight"].shape[0],
-            "alpha": config["lora_alpha"],
+            "r": r,
+            "alpha": alpha * math.sqrt(r) if config.get("use_rslora") else alpha,  # of which the scale is 1/r
             "dropout": config.get("lora_dropout", 0.0),
         }
         return values, {ours: tensors[theirs] for theirs, ours in names.items()}

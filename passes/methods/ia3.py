@@ -20,6 +20,7 @@ class IA3(OutputMethod):
     formula = "y = l * (W x + b), or y = W (l * x) + b at mlp.down"
     paper = "Liu et al. 2022, arXiv:2205.05638"
     peft_type = "IA3"
+    peft_settings = ("feedforward_modules",)  # whether a module is one of them, once the folder is read
 
     on: str = param(
         "auto",
@@ -65,9 +66,9 @@ class IA3(OutputMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "IA3" or set(tensors) != {"ia3_l"}:
+        entering = bool(config["feedforward_modules"])
+        if set(tensors) != {"ia3_l"} or tensors["ia3_l"].dim() != 2 or tensors["ia3_l"].shape[not entering] != 1:
             return None
-        entering = tensors["ia3_l"].shape[0] == 1
         return {"on": "input" if entering else "output"}, {"l": tensors["ia3_l"].flatten()}
 
     def adds_bias(self, site: Linear) -> bool:

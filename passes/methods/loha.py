@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class LoHa(WeightMethod):
     formula = "y = W x + (alpha/r) ((B1 A1) * (B2 A2)) x"
     paper = "Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859"
     peft_type = "LOHA"
+    peft_settings = ("r", "alpha", "rank_dropout", "module_dropout")
+    peft_patterns: ClassVar = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     r: int = param(8, "rank of each of the two products", min=1, alias="rank")
     alpha: float = param(8.0, "the branch is scaled by alpha/r", above=0)
@@ -97,10 +99,10 @@ class LoHa(WeightMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "LOHA" or set(tensors) != set(NAMES):
+        if set(tensors) != set(NAMES):
             return None
         values = {
-            "r": tensors["hada_w1_b"].shape[0],
+            "r": config.get("r", 8),
             "alpha": config.get("alpha", 8),
             "rank_dropout": config.get("rank_dropout", 0.0),
             "module_dropout": config.get("module_dropout", 0.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class LoKr(WeightMethod):
     formula = "y = W x + (alpha/r) (W1 (x) W2) x, W2 = w2_a w2_b"
     paper = "Yeh et al. 2023 (LyCORIS), arXiv:2309.14859"
     peft_type = "LOKR"
+    peft_settings = (
+        "r", "alpha", "decompose_both", "decompose_factor", "rank_dropout", "rank_dropout_scale", "module_dropout",
+    )  # fmt: skip
+    peft_patterns: ClassVar = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     r: int = param(8, "rank of W2; a side not above 2 r has it dense", min=1, alias="rank")
     alpha: float = param(8.0, "the branch is scaled by alpha/r", above=0)
@@ -104,11 +108,11 @@ class LoKr(WeightMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "LOKR" or any(name.startswith("lokr_t") for name in tensors):
+        if any(name.startswith("lokr_t") or not name.startswith("lokr_") for name in tensors):
             return None
         same = ("r", "alpha", "decompose_both", "rank_dropout", "rank_dropout_scale", "module_dropout")
         values: dict[str, Any] = {name: config[name] for name in same if name in config}
-        if config.get("decompose_factor", -1) > 0:
+        if config.get("decompose_factor", -1) != -1:
             values["factor"] = config["decompose_factor"]
         if config.get("init_weights") == "lycoris":
             values["init"] = "w2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class LoRA(WeightMethod):
     site = Linear | Experts
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
+    peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    peft_patterns: ClassVar = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
     alpha: float = param(16.0, "the branch is scaled by alpha/r", above=0)
@@ -171,11 +173,11 @@ class LoRA(WeightMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "LORA" or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
+        if config.get("use_dora") or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
             return None
         values = {
-            "r": tensors["lora_A.weight"].shape[-2],
-            "alpha": config["lora_alpha"],
+            "r": config.get("r", 8),
+            "alpha": config.get("lora_alpha", 8),
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
         }

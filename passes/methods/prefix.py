@@ -29,6 +29,10 @@ class Prefix(AttentionMethod):
     paper = "Li and Liang 2021, arXiv:2101.00190"
     identity = False
     peft_type = "PREFIX_TUNING"
+    peft_settings = (  # of a network that made the prefix the folder holds what came out
+        "num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads",
+        "encoder_hidden_size", "prefix_projection",
+    )  # fmt: skip
     unmergeable = "its keys and values depend on no token, and no weight makes such"
 
     length: int = param(20, "virtual tokens", min=1)
@@ -89,6 +93,6 @@ class Prefix(AttentionMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "PREFIX_TUNING" or set(tensors) != {"keys", "values"}:
+        if set(tensors) != {"keys", "values"}:
             return None
-        return {"length": len(tensors["keys"]), "windowed": True}, tensors
+        return {"length": config["num_virtual_tokens"], "windowed": True}, tensors

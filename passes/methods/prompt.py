@@ -31,6 +31,10 @@ class Prompt(SequenceMethod):
     identity = False
     unmergeable = "a prompt lengthens the input, which no weight does"
     peft_type = "PROMPT_TUNING"
+    peft_settings = (
+        "num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads",
+        "modules_to_save",
+    )  # fmt: skip
 
     length: int = param(20, "rows of p", min=1)
     mode: str = param("prepend", "in front of the input, or added to it", choices=("prepend", "add"))
@@ -98,8 +102,8 @@ class Prompt(SequenceMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") not in ("PROMPT_TUNING", "P_TUNING") or set(tensors) != {"prompt_embeddings"}:
+        if set(tensors) != {"prompt_embeddings"}:
             return None
         # For encoder-decoder models HF PEFT keeps rows for the decoder too, and uses those of the encoder alone.
-        rows = tensors["prompt_embeddings"][: config.get("num_virtual_tokens")]
-        return {"length": len(rows)}, {"embedding": rows}
+        length = config["num_virtual_tokens"]
+        return {"length": length}, {"embedding": tensors["prompt_embeddings"][:length]}

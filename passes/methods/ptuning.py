@@ -33,6 +33,11 @@ class PTuning(SequenceMethod):
     identity = False
     unmergeable = "a prompt lengthens the input, which no weight does"
     peft_type = "P_TUNING"
+    peft_settings = (  # of the encoder the folder holds what came out
+        "num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads",
+        "modules_to_save", "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
+        "encoder_dropout",
+    )  # fmt: skip
 
     length: int = param(20, "rows of the prompt", min=1)
     encoder: str = param("lstm", "what the prompt comes out of", choices=("lstm", "mlp"))

@@ -28,6 +28,7 @@ class VeRA(WeightMethod):
     formula = "y = W x + b * B (d * A x)"
     paper = "Kopiczko et al. 2023, arXiv:2310.11454"
     peft_type = "VERA"
+    peft_settings = ("r", "d_initial", "projection_prng_key", "vera_dropout", "save_projection")
     peft_shared: ClassVar = {"vera_A": "A", "vera_B": "B"}
 
     r: int = param(256, "rows of A and columns of B", min=1, alias="rank")
@@ -68,10 +69,10 @@ class VeRA(WeightMethod):
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("peft_type") != "VERA" or set(tensors) != {"vera_lambda_b", "vera_lambda_d"}:
+        if set(tensors) != {"vera_lambda_b", "vera_lambda_d"}:
             return None
         values = {
-            "r": len(tensors["vera_lambda_d"]),
+            "r": config.get("r", 256),
             "d_initial": config.get("d_initial", 0.1),
             "seed": config.get("projection_prng_key", 0),
             "dropout": config.get("vera_dropout", 0.0),

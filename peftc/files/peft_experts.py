@@ -8,7 +8,6 @@ is stored as [experts * r, n_in], and B [experts, n_out, r] as [n_out, r * exper
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,23 +37,14 @@ def stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {A: tensors[A].flatten(0, 1), B: tensors[B].permute(1, 2, 0).flatten(1)}
 
 
-def restored(
-    model: nn.Module, config: dict[str, Any], grouped: dict[str, dict[str, Tensor]]
-) -> dict[str, dict[str, Tensor]]:
-    """What a folder holds by module, with the wrappers of parameters under those parameters' own names."""
-    targets = tuple(config.get("target_parameters") or ())
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    adapted = [name for name in shapes if any(name == target or name.endswith(f".{target}") for target in targets)]
-    places = {place(model, name, adapted): name for name in adapted if len(shapes[name]) == 3}
-    found: dict[str, dict[str, Tensor]] = {}
-    for module, own in grouped.items():
-        if module in places and own.keys() == {A, B}:
-            experts = shapes[places[module]][0]
-            a, b = own[A].unflatten(0, (experts, -1)), own[B].unflatten(1, (-1, experts)).permute(2, 0, 1)
-            found[places[module]] = {A: a, B: b}
-        else:
-            found[module] = own
-    return found
+def restored(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """One adapter's tensors from HF PEFT's. Tensors that are no such ones are left as they are."""
+    if tensors.keys() != {A, B} or any(tensor.dim() != 2 for tensor in tensors.values()):
+        return tensors
+    if tensors[A].shape[0] % experts or tensors[B].shape[1] % experts:
+        return tensors
+    a, b = tensors[A].unflatten(0, (experts, -1)), tensors[B].unflatten(1, (-1, experts)).permute(2, 0, 1)
+    return {A: a, B: b}
 
 
 def _in_order(model: nn.Module, module: str, adapted: Iterable[str]) -> list[str]:

@@ -7,47 +7,106 @@ and a pattern's key one for the end of it, unless it starts with `^`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import regex
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from peftc.language.matching import Clock
+from peftc.language.matching import Clock, compiled
+
+ALL_LINEAR = "all-linear"
+HEADS = ("score", "classifier")  # the first of them is left out of all linear layers of a classifier of sequences
+FEEDFORWARD = "feedforward_modules"
 
 
-def _chosen(names: Iterable[str], targets: list[str], by_letters: bool) -> set[str]:
-    """Which of `names` a list in `target_modules` chooses, or (`by_letters`) one in IA3's `feedforward_modules`."""
-    if by_letters:
-        return {name for name in names if name.endswith(tuple(targets))}
-    return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
+class Names:
+    """What a folder's settings mean by names, on one model.
+
+    Every method raises TimeoutError where matching takes too long in all, and regex.error where a pattern is none.
+    """
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        self._model, self._config, self._clock = model, config, Clock()
+
+    def modules(self) -> set[str]:
+        """The modules that `target_modules` chooses, less those that other settings leave out."""
+        targets, names = self._config.get("target_modules"), [name for name, _ in self._model.named_modules() if name]
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            targets = self._all_linear()
+        left_out = self._config.get("exclude_modules") or []
+        return {name for name in names if self._chooses(targets or [], name) and not self._fits(left_out, name)}
+
+    def parameters(self) -> list[str]:
+        """The parameters that `target_parameters` chooses, in the model's order."""
+        targets = self._config.get("target_parameters") or []
+        return [name for name, _ in self._model.named_parameters() if ends_with(name, targets)]
+
+    def settings(self, name: str, patterns: Mapping[str, str]) -> dict[str, Any]:
+        """The settings of one module or parameter: of a pattern the first key that fits counts."""
+        own = dict(self._config)
+        for setting, pattern in patterns.items():
+            for key, value in (self._config.get(pattern) or {}).items():
+                if self._clock.timed(compiled(rf"(.*\.)?({key})$").match, name):
+                    own[setting] = value
+                    break
+        if FEEDFORWARD in own:  # by letters, where targets go by whole names
+            inner = own[FEEDFORWARD]
+            if inner is None:
+                raise ValueError(f"its {FEEDFORWARD} do not say which modules are meant")
+            by_pattern = isinstance(inner, str)
+            own[FEEDFORWARD] = self._fits(inner, name) if by_pattern else name.endswith(tuple(inner))
+        return own
+
+    def _chooses(self, targets: str | list[str], name: str) -> bool:
+        if isinstance(targets, str) or name in targets:
+            return self._fits(targets, name)
+        return ends_with(name, targets) and self._in_layers(name)
+
+    def _in_layers(self, name: str) -> bool:
+        layers = self._config.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        containers = self._config.get("layers_pattern") or []
+        containers = [containers] if isinstance(containers, str) else containers
+        for start in [rf"(?:^|.*?\.){container}" for container in containers] or [r".*?\.[^.]*"]:
+            if found := self._clock.timed(compiled(rf"{start}\.(?P<idx>\d+)\.").match, name):
+                return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+    def _fits(self, targets: str | list[str], name: str) -> bool:
+        if isinstance(targets, str):
+            return bool(self._clock.timed(compiled(targets).fullmatch, name))
+        return ends_with(name, targets)
+
+    def _all_linear(self) -> list[str]:
+        """Every linear layer but the output's."""
+        model, head = self._model, None
+        if isinstance(model, PreTrainedModel):
+            head = model.get_output_embeddings()
+            if head is None and self._config.get("task_type") == "SEQ_CLS":
+                head = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        return [name for name, module in layers if module is not head]
+
+
+def ends_with(name: str, targets: Iterable[str]) -> bool:
+    """Whether `name` is one of `targets`, or lies in a module by one of these names."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def saying(model: nn.Module, modules: Iterable[str], *, by_letters: bool = False) -> str | list[str]:
-    """What chooses just these modules: their names, or a pattern, where the names are the ends of others', too."""
+    """What chooses just these modules: their names, or a pattern, where the names are the ends of others', too.
+
+    `by_letters`: as IA3's `feedforward_modules` are matched, which end a name anywhere.
+    """
     wanted = sorted({*modules})
     names = [name for name, _ in model.named_modules()]
-    if _chosen(names, wanted, by_letters) == {*wanted}:
-        return wanted
-    return "|".join(map(re.escape, wanted))
+    chosen = {name for name in names if (name.endswith(tuple(wanted)) if by_letters else ends_with(name, wanted))}
+    return wanted if chosen == {*wanted} else "|".join(map(re.escape, wanted))
 
 
 def key_for(module: str) -> str:
     """A pattern's key that means this module alone."""
     return f"^{re.escape(module)}"
-
-
-def settings_of(module: str, config: dict[str, Any], patterns: dict[str, str], clock: Clock) -> dict[str, Any]:
-    """The settings of one module: of a pattern the first key that fits counts. `clock` is the whole folder's.
-
-    Raises:
-        TimeoutError: where a key takes too long to match.
-        regex.error: where one is no regular expression.
-    """
-    own = dict(config)
-    for name, pattern in patterns.items():
-        for key, value in (config.get(pattern) or {}).items():
-            if clock.found(regex.compile(rf"^(.*\.)?({key})$"), module):
-                own[name] = value
-                break
-    return own

@@ -11,17 +11,15 @@ from torch import Tensor
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact, CannotExport
-from peftc.files.peft_prompt import task_of
-from peftc.files.peft_spec import applied
+from peftc.files.peft_prompt import TENSOR, embeddings, task_of
+from peftc.files.peft_spec import applied, of_kind
 from peftc.graph.ir import get_attribute
 from peftc.language import Statement
 from peftc.planning.plan import Plan
-from peftc.protocol.method import methods
 from peftc.protocol.site import Attention
 from peftc.runtime.module import Runtime
 
 KIND = "PREFIX_TUNING"
-TENSOR = "prompt_embeddings"
 PARTS = ("keys", "values")
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")  # of others it keeps a classifier, too, or shares prefixes among layers
 
@@ -80,21 +78,27 @@ def read_prefix(
     def bad(reason: str) -> PeftcError:
         return PeftcError(BadArtifact(folder=str(folder), reason=reason))
 
-    layers = config.get("num_layers")
-    flat = tensors[TENSOR]
-    if set(tensors) != {TENSOR} or config.get("num_transformer_submodules") != 1 or not isinstance(layers, int):
-        raise bad("it holds a prefix in a form peftc does not have")
-    if flat.dim() != 2 or layers < 1 or flat.shape[1] % (2 * layers):
-        raise bad(f"its prefix has the shape {tuple(flat.shape)}")
+    flat = embeddings(config, tensors, bad)
+    if odd := sorted(tensors.keys() - {TENSOR}):
+        raise bad(f"its {odd[0]} is no part of a prefix")
+    for name, own in (("num_transformer_submodules", [1]), ("task_type", TASKS)):
+        if config.get(name) not in own:
+            raise bad(f"its {name}={config.get(name)} is none that peftc has with a prefix")
+    layers, width, heads = (config[name] for name in ("num_layers", "token_dim", "num_attention_heads"))
+    if flat.shape[1] != 2 * layers * width:
+        raise bad(f"its {TENSOR} is {tuple(flat.shape)}, where num_layers={layers} and token_dim={width} say otherwise")
     parts = flat.chunk(2 * layers, 1)
     pairs = [dict(zip(PARTS, parts[start : start + 2], strict=True)) for start in range(0, 2 * layers, 2)]
     name, (settings, _) = next(
-        (cls.name, found) for cls in methods().values() if (found := cls.from_peft(config, "", pairs[0]))
+        (cls.name, found) for cls in of_kind(KIND) if (found := cls.from_peft(config, "", pairs[0]))
     )
 
     def state(plan: Plan) -> dict[str, Tensor]:
         if len(plan.bindings) != layers:
-            raise bad(f"it has {layers} layers, and the model {len(plan.bindings)}")
+            raise bad(f"its num_layers={layers} are not the {len(plan.bindings)} attentions of the model")
+        for site in (binding.site for binding in plan.bindings):
+            if isinstance(site, Attention) and (site.kv_heads, site.kv_heads * site.key_width) != (heads, width):
+                raise bad(f"its num_attention_heads={heads} of token_dim={width} are not those of {site.name}")
         return {
             binding.names[part]: tensor
             for binding, pair in zip(plan.bindings, pairs, strict=True)

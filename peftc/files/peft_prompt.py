@@ -12,15 +12,18 @@ from transformers import PreTrainedModel
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact
-from peftc.files.peft_spec import applied, trained
+from peftc.files.peft_spec import applied, of_kind, trained
 from peftc.graph.ir import get_attribute
 from peftc.language import Statement
 from peftc.planning.plan import Plan
-from peftc.protocol.method import methods
 from peftc.protocol.site import Sequence
 from peftc.runtime.module import Runtime
 
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+TENSOR = "prompt_embeddings"
 ROOT = "base_model."
+# Without one of these HF PEFT passes a prompt by.
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # Of these the folder also holds what stands behind the backbone, such as a classifier, learned or not.
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -71,14 +74,24 @@ def read_prompt(
     Raises:
         PeftcError: `bad-artifact` if it holds anything else.
     """
-    own = {"prompt_embeddings": tensors.pop("prompt_embeddings", torch.zeros(0))}
+
+    def bad(reason: str) -> PeftcError:
+        return PeftcError(BadArtifact(folder=str(folder), reason=reason))
+
+    own = {TENSOR: embeddings(config, tensors, bad)}
+    for name, fits in (("task_type", TASKS), ("token_dim", (None, own[TENSOR].shape[1]))):
+        if config.get(name) not in fits:
+            raise bad(f"its {name}={config.get(name)} is none that it can have")
     base = dict(model.named_parameters())
-    learned = {key.removeprefix(ROOT): tensor for key, tensor in tensors.items()}
+    saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
+    if missing := [key for key in base if _lies_in(key, saved) and ROOT + key not in tensors]:
+        raise bad(f"it has no {ROOT}{missing[0]}, which its modules_to_save say it has")
+    learned = {key.removeprefix(ROOT): tensor for key, tensor in tensors.items() if key != TENSOR}
     name, settings, state = next(
-        (cls.name, *found) for cls in methods().values() if (found := cls.from_peft(config, "", own))
+        (cls.name, *found) for cls in of_kind(PROMPTS[0]) if (found := cls.from_peft(config, "", own))
     )
     if odd := [key for key, tensor in learned.items() if key not in base or base[key].shape != tensor.shape]:
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"its {odd[0]} is no parameter of the model"))
+        raise bad(f"its {odd[0]} is no parameter of the model")
     learned = {key: tensor for key, tensor in learned.items() if not torch.equal(base[key].cpu(), tensor)}
 
     def everything(plan: Plan) -> dict[str, Tensor]:
@@ -86,3 +99,25 @@ def read_prompt(
         return learned | {binding.names[tensor]: value for tensor, value in state.items()}
 
     return [applied(name, settings), *map(trained, learned)], everything
+
+
+def embeddings(config: dict[str, Any], tensors: dict[str, Tensor], bad: Callable[[str], PeftcError]) -> Tensor:
+    """The one tensor of a prompt or a prefix, [virtual tokens * submodules, any], as many rows as the settings say.
+
+    Raises:
+        PeftcError: as `bad` makes it, where it is not there, or has another number of rows.
+    """
+    if TENSOR not in tensors:
+        raise bad(f"it has no {TENSOR}")
+    found, length = tensors[TENSOR], config.get("num_virtual_tokens")
+    parts = config.get("num_transformer_submodules") or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
+    if not isinstance(length, int) or not isinstance(parts, int) or found.dim() != 2 or len(found) != length * parts:
+        says = f"num_virtual_tokens={length} and num_transformer_submodules={parts}"
+        raise bad(f"its {TENSOR} is {tuple(found.shape)}, where the settings say {says}")
+    return found
+
+
+def _lies_in(key: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter is of a module whose name ends in one of `modules`, each with a dot before it."""
+    parts = f".{key}".split(".")
+    return any(".".join(parts[:end]).endswith(modules) for end in range(2, len(parts))) if modules else False

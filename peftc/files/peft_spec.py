@@ -1,4 +1,7 @@
-"""Settings of a folder -> statements of the language. They are values: none of them ever becomes text that is read."""
+"""Settings of a folder -> statements of the language. They are values: none of them ever becomes text that is read.
+
+A setting that nothing here knows may mean another model: what is not known to mean nothing, and not read, is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,41 @@ from typing import Any
 
 from peftc import language as ast
 from peftc.diagnostics.source import Source, Span
+from peftc.protocol.method import Method, methods
 
 NOWHERE = Span(Source("", ""), 0, 0)
+# What HF PEFT's folders say that changes nothing of what tensors mean once they are there, whatever it is: where they
+# come from and what is done with them, how they started, and what only says more about another setting.
+IDLE = frozenset({
+    "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config", "task_type",
+    "corda_config", "eva_config", "init_ia3_weights", "init_weights", "lora_ga_config", "loftq_config",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
+    "fan_in_fan_out", "megatron_core", "qalora_group_size", "use_effective_conv2d",
+})  # fmt: skip
+# Which modules are meant: `peft_names` reads these.
+NAMING = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"})
+# Of others, what is as good as nothing. These starts of LoRA leave the base model's weights alone.
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": ([],),
+}
+
+
+def of_kind(kind: Any) -> list[type[Method]]:
+    """The methods that HF PEFT keeps in folders of a `peft_type`."""
+    return [cls for cls in methods().values() if cls.peft_type is not None and cls.peft_type == kind]
+
+
+def unknown(config: Mapping[str, Any], read: Iterable[str]) -> str | None:
+    """A setting by which tensors may mean something else than peftc's, as words; `read` are those that it obeys."""
+    known = IDLE | NAMING | {*read}
+    for name, given in config.items():
+        if name not in known and given not in (None, False, *PLAIN.get(name, ())):
+            return f"{name}={given}"
+    return None
 
 
 def spec_of(name: str, statements: Iterable[ast.Statement]) -> ast.Spec:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import regex
 
+T = TypeVar("T")
 SECONDS = 1.0  # that all matching for one specification, or one folder, may take
 # A brace that is no repeat: itself in Python, while `regex` reads some of them as "about like this". What is escaped or
 # in a set of characters goes by.
@@ -30,8 +33,16 @@ class Clock:
         Raises:
             TimeoutError: when the time is over.
         """
+        return self.timed(pattern.search, name) is not None
+
+    def timed(self, match: Callable[..., T], name: str) -> T:
+        """What a pattern's own `match`, `fullmatch` or `search` says of `name`.
+
+        Raises:
+            TimeoutError: when the time is over.
+        """
         began = time.monotonic()
         try:
-            return pattern.search(name, timeout=max(self.left, 0)) is not None
+            return match(name, timeout=max(self.left, 0))
         finally:
             self.left -= time.monotonic() - began

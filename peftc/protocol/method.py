@@ -166,6 +166,9 @@ class _InHFPeft:
 
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[Mapping[str, str]] = {}  # their names of what `shared` returns -> ours
+    peft_settings: ClassVar[tuple[str, ...]] = ()  # of theirs, those that `from_peft` obeys: what else a folder says
+    # and is not known to mean nothing is refused
+    peft_patterns: ClassVar[Mapping[str, str]] = {}  # such that may differ by module -> where theirs say that
 
     def unexportable(self, site: Any) -> str | None:
         """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
@@ -179,7 +182,10 @@ class _InHFPeft:
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's."""
+        """Parameters and state from HF PEFT's settings and one module's tensors; None if they are another method's.
+
+        What the settings say counts: where a tensor is not of the shape that follows, the folder is refused.
+        """
         return None
 
 
