@@ -124,7 +124,7 @@ class _Drafting:
         if wrong:
             self._wrong_site(application, wrong)
         refused = self._refused(application, fitting)
-        if wrong or refused:
+        if wrong or refused or not fitting:  # why nothing was found is among the problems
             return []
         shared = method.shared(fitting)
         home = self._free(f"{method.label}_{number}" if number else method.label) if shared else ""
