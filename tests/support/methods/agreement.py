@@ -74,9 +74,9 @@ def base(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-    model = type(given)(config).to(dtype)
+    model: nn.Module = type(given)(config)
     model.load_state_dict(given.state_dict())
-    return model
+    return model.to(dtype)
 
 
 @cache
