@@ -105,6 +105,7 @@ class Case:
         self.before = {key: tensor.clone() for key, tensor in self.base.state_dict().items()}
         self.batch = batch(name, seed, dtype)
         self.folder = folder
+        self.trains = bool(seed % 2)  # whether gradients are asked for in training: a block is traced for each mode
         applied = [application.method for application in intend(spec).applications]
         data = [self.batch] if any(method.data for method in applied) else None
         # parts of whose definition a gradient does not pass: then it is not that of the merged weight
@@ -120,7 +121,7 @@ class Case:
         model = self.fused.train()
         optimizer = torch.optim.SGD(model.param_groups(lr=1e-2))
         following = model.follow(optimizer, total=1000)
-        for _ in range(seed % 4):
+        for _ in range(seed % 4 if self.trains else 0):
             model(**self.batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -137,31 +138,32 @@ class Case:
         self.tolerance, self.strictly = tolerance, True
         self.fused.save(self.folder)
         loaded = peftc.load(self.folder, self.base)
-        for model in (self.fused, self.unfused, loaded):
-            model.eval()
-        answer = ask(self.fused, self.batch)
-        unfused = ask(self.unfused, self.batch)
-        self.agree("fused", answer, unfused)
-        self.agree("loaded", ask(loaded, self.batch), unfused)
-        self._check_merged(unfused)
-        self._check_training()
+        draws = self._draws()
+        for training in (False, True):
+            for model in (self.fused, self.unfused, loaded):
+                model.train(training)
+            if training and draws:  # each its own numbers
+                continue
+            gradients = training == (self.trains and not draws)
+            expected = ask(self.unfused, self.batch, gradients)
+            self.agree("fused", ask(self.fused, self.batch, gradients), expected)
+            self.agree("loaded", ask(loaded, self.batch, gradients), expected)
+        self.unfused.eval()
+        self._check_merged(ask(self.unfused, self.batch))
         now = self.base.state_dict()
         assert all(torch.equal(now[key], tensor) for key, tensor in self.before.items()), "the base was changed"
         assert all(parameter.grad is None for parameter in self.base.parameters()), "the base was given gradients"
         return self.strictly
 
-    def _check_training(self) -> None:
-        """A step's loss and gradients, where no random numbers are drawn: those differ."""
-        self.fused.train()
+    def _draws(self) -> bool:
+        """Whether a training step draws random numbers."""
         self.unfused.train()
-        drawn = []
+        results = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            with torch.no_grad():
-                result = self.unfused(**self.batch)
-            drawn.append((result.loss, result.logits))
-        if all(map(torch.equal, *drawn)):
-            self.agree("fused in training", ask(self.fused, self.batch), ask(self.unfused, self.batch))
+            answer = ask(self.unfused, self.batch, gradients=False)
+            results.append((answer.loss, answer.logits))
+        return not all(map(torch.equal, *results))
 
     def _check_merged(self, expected: Answer) -> None:
         if cannot_merge(self.fused):
@@ -205,15 +207,18 @@ def cannot_merge(compiled: peftc.CompiledModule) -> bool:
     )
 
 
-def ask(model: nn.Module, given: Mapping[str, Tensor]) -> Answer:
+def ask(model: nn.Module, given: Mapping[str, Tensor], gradients: bool = True) -> Answer:
     """Loss, logits where there are some, and gradients of what learns."""
     model.zero_grad()
-    result: Any = model(**given)
-    result.loss.backward()
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = {name: zeros_for(p.grad, p).clone() for name, p in learning.items()}
+    with torch.set_grad_enabled(gradients):
+        result: Any = model(**given)
     logits = None if result.logits is None else result.logits.detach()
-    return Answer(result.loss.detach(), logits, gradients)
+    answer = Answer(result.loss.detach(), logits, {})
+    if gradients:
+        result.loss.backward()
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        answer.gradients = {name: zeros_for(p.grad, p).clone() for name, p in learning.items()}
+    return answer
 
 
 def zeros_for(gradient: Tensor | None, like: Tensor) -> Tensor:
