@@ -19,6 +19,7 @@ settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected outputs anew")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="how many random specs tests/fuzz tries")
 
 
 EIGHTH = 8

@@ -59,6 +59,12 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def memories(node: fx.Node) -> set[int]:
+    """The same of all tensors that a node computes."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode, and so the shape environment, that `graph` was captured under."""
     for node in graph.nodes:
@@ -155,15 +161,25 @@ def computed(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)
 
 
+def elsewhere(graph: fx.Graph, fakes: Any) -> Any:
+    """Fake values like `fakes`, of tensors that are no views, in memory of their own."""
+    mode = fake_mode(graph)
+    assert mode.shape_env is not None
+    with mode, mode.shape_env.suppress_guards():
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda fake: torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device),
+            fakes,
+        )
+
+
 def moved(node: fx.Node, before: int) -> None:
     """Computes the values behind `node` again that lay in the memory `before`: its views lie in its own now."""
     touched, after = {node}, False
     for other in node.graph.nodes:
-        if after and not touched.isdisjoint(other.all_input_nodes):
-            leaves = pytree.tree_leaves(other.meta.get("val"))
-            if any(isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == before for leaf in leaves):
-                other.meta["val"] = computed(other)
-                touched.add(other)
+        if after and not touched.isdisjoint(other.all_input_nodes) and before in memories(other):
+            other.meta["val"] = computed(other)
+            touched.add(other)
         after = after or other is node
 
 
@@ -200,6 +216,9 @@ def splice(
         node.meta[PROVENANCE] = stamp
         node.meta[STACK] = (inside or after).meta.get(STACK)
         node.meta.pop("stack_trace", None)
+    for node in pytree.tree_leaves(result):
+        if node in made:  # what another copy of the template has made lies somewhere else
+            node.meta["val"] = computed(node)
     return cast(fx.Node, result), made
 
 

@@ -19,8 +19,10 @@ from peftc.graph.ir import (
     Provenance,
     attribute_node,
     computed,
+    elsewhere,
     expression,
     is_tensor,
+    memories,
     redirect,
     splice,
     trace,
@@ -198,12 +200,18 @@ class _Prompting:
 
 
 def _compute(node: fx.Node, known: dict[tuple[Any, str], Any]) -> None:
-    """Sets the fake value of `node` from those of its inputs; equal blocks ask the same questions."""
+    """Sets the fake value of `node` from those of its inputs; equal blocks ask the same questions.
+
+    The answer is another's numbers in memory of its own: values in one memory are taken for views of one tensor.
+    """
     inputs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
     key = (node.target, str(pytree.tree_map(_signature, inputs)))
-    if key not in known:
-        known[key] = computed(node)
-    node.meta["val"] = known[key]
+    if key in known:
+        node.meta["val"] = elsewhere(node.graph, known[key])
+        return
+    node.meta["val"] = computed(node)
+    if not any(memories(node) & memories(source) for source in node.all_input_nodes):  # a view is of its own input
+        known[key] = node.meta["val"]
 
 
 def _signature(given: Any) -> str:

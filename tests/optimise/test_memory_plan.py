@@ -24,6 +24,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.graph.cut import cheapest
 from peftc.kernels.common.products import product
 from peftc.optimise import fuse as fusion
+from peftc.optimise.joint import lifted
 from peftc.optimise.regions import BlockModule, Kind, _Holder, program
 from zoo import ZOO, inputs
 
@@ -169,6 +170,13 @@ def test_a_checkpointed_block_keeps_its_input_alone() -> None:
     assert all(torch.equal(first[1][name], gradient) for name, gradient in second[1].items())
     evaluated = kept_bytes(models[1].eval(), batch)  # a training step's loss keeps no logits, which the table counts
     assert models[1].plan.memory(4, 32).activations == pytest.approx(evaluated, rel=0.05)
+
+
+@pytest.mark.parametrize("spec", ["apply prompt(length=4)", "apply adalora to attn.k, attn.v"])
+def test_equal_values_of_a_block_lie_apart(spec: str) -> None:
+    """Of blocks alike and of sites alike within one, or they pass for views of one tensor and nothing is planned."""
+    compiled = peftc.compile(ZOO["llama"](), f"{spec}\ncheckpoint block")
+    assert all(lifted(block, block.graph, trains=True) for block in blocks(compiled))
 
 
 def test_a_checkpoint_is_a_block() -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 import peftc
 from peftc.language import Apply
 from peftc.planning.select import Selection
+from peftc.protocol.method import Method
 from peftc.protocol.site import Linear, Site
 from peftc.spec.check import as_spec
-from planned import captured, together
+from planned import captured, plan, together
+from variants import DEFAULTS, built
 
 torch.set_num_threads(1)
 
@@ -239,3 +241,11 @@ def test_laws_of_the_algebra(model: str, data: st.DataObject) -> None:
         return
     assert denotation(shared) <= denotation(select(model, a))
     assert [site.name for site in shared] == names(model, f"{b} & {a}")
+
+
+@pytest.mark.parametrize("variant", [v for v in DEFAULTS if type(built(v)).shared is not Method.shared])
+def test_a_method_on_nothing(variant: str) -> None:
+    """What a method has in common for all its sites is not asked for where there are none."""
+    with pytest.raises(peftc.PeftcError) as raised:
+        plan("gpt2", f"apply {variant} to attn & mlp")
+    assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"no-match"}
