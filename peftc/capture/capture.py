@@ -26,6 +26,7 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
+from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
 from peftc.diagnostics import debug
@@ -42,7 +43,7 @@ class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
     `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns. `checkpoint` has
-    the weights that were not read with the model.
+    the weights that were not read with the model, `differences` says how it differs from a checkpoint it was read from.
     """
 
     module: fx.GraphModule
@@ -51,6 +52,7 @@ class Captured:
     model: nn.Module
     example: Example
     checkpoint: Checkpoint | None = None
+    differences: Differences = NO_DIFFERENCES
 
     @property
     def has_loss(self) -> bool:

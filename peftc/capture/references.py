@@ -18,8 +18,9 @@ import transformers
 from torch import nn
 
 from peftc.capture.bitsandbytes import by_bitsandbytes
+from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import BadReference, NoWeights
-from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, streams
+from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
 from peftc.diagnostics.diagnostic import PeftcError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,6 +80,26 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """Builds the model, and its example inputs where a factory gives them.
 
+    The arguments and what is raised are those of `read_model`.
+    """
+    found = read_model(reference, meta=meta, random_weights=random_weights, dtype=dtype)
+    return found.model, found.example
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its example inputs where a factory gives them, and how the checkpoint differs from it."""
+
+    model: nn.Module
+    example: Any = None
+    differences: Differences = NO_DIFFERENCES
+
+
+def read_model(
+    reference: Reference, *, meta: bool = False, random_weights: bool = False, dtype: str | None = None
+) -> Loaded:
+    """Builds the model, or reads it.
+
     Args:
         reference: from `parse_reference`.
         meta: build shapes only, whatever weights there are; a factory builds what it builds.
@@ -86,13 +107,14 @@ def load_model(
         dtype: a key of `DTYPES`; the checkpoint's own by default.
 
     Raises:
-        PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`.
+        PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`,
+            `missing-weights` or `other-shape` where the checkpoint is of another model.
     """
     if reference.runs_code:
         model, example = _from_factory(reference)
-        return (model.to(DTYPES[dtype]) if dtype else model), example
+        return Loaded(model.to(DTYPES[dtype]) if dtype else model, example)
     with readable(reference):
-        return _from_transformers(reference, meta, random_weights, dtype), None
+        return _from_transformers(reference, meta, random_weights, dtype)
 
 
 def opened(reference: Reference, *, dtype: str | None = None) -> OpenCheckpoint | None:
@@ -146,7 +168,7 @@ def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     return model, example
 
 
-def _from_transformers(reference: Reference, meta: bool, random_weights: bool, dtype: str | None) -> nn.Module:
+def _from_transformers(reference: Reference, meta: bool, random_weights: bool, dtype: str | None) -> Loaded:
     path = reference.path
     if reference.kind == "gguf":
         assert path is not None
@@ -160,16 +182,16 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         # A checkpoint's quantisation says how its weights are stored, not what the model is.
         config.__dict__.pop("quantization_config", None)
         with torch.device("meta" if meta else "cpu"):
-            model: nn.Module = cls._from_config(config, dtype=kind)
-        return model
+            return Loaded(cls._from_config(config, dtype=kind))
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
     if by_bitsandbytes(config) and streams(cls, config):
         checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype))
         assert checkpoint is not None  # or it was refused
-        return checkpoint.load()
-    loaded: nn.Module = cls.from_pretrained(source, dtype=_precision(dtype), **extra)
-    return loaded
+        loaded, differences = checkpoint.load()
+        return Loaded(loaded, None, differences)
+    model, differences = read_as_a_whole(cls, source, called=reference.text, dtype=_precision(dtype), **extra)
+    return Loaded(model, None, differences)
 
 
 def _precision(dtype: str | None) -> torch.dtype | str:
