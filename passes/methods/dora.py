@@ -16,6 +16,7 @@ from peftc.protocol.stages import WeightMethod
 
 # The length of a row of zeros, which is divided by; its square is a normal number of float32.
 SMALLEST = 2.0**-63
+SHRUNK = 2.0**-8
 
 
 @method
@@ -50,7 +51,7 @@ class DoRA(WeightMethod):
         }
 
     def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
-        state["m"].copy_(weight.to(state["m"].dtype).norm(dim=1))
+        state["m"].copy_(weight.to(state["m"].dtype).norm(dim=1).clamp_min(SMALLEST))
 
     def rewrite(
         self, site: Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,
@@ -66,12 +67,14 @@ class DoRA(WeightMethod):
         """|W + s B A| of each row, [n_out], from |W|^2 + 2 s W . B A + s^2 |B A|^2: nothing of W's size is made.
 
         Rounding is that of the three terms: it shows where s B A all but cancels a row of W. A row of zeros, as
-        published or rounded so by a storage, has the length `SMALLEST`: m is 0 there, and so is what comes out.
+        published or rounded so by a storage, has the length `SMALLEST`, and so has m at the start: what m is divided by
+        is what it is, so the row starts as it is in W, and learns.
         """
         own = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype)
-        cross = (B * linear(weight, A.to(weight.dtype))).sum(1)
+        shrunk = SHRUNK if weight.dtype is torch.float16 else 1  # where W A' itself may pass what fp16 has
+        cross = (B * linear(weight, (A if shrunk == 1 else A * shrunk).to(weight.dtype))).sum(1)
         added = (B * (B @ (A @ A.t()))).sum(1)
-        squared: Tensor = own * own + 2 * self.scale * cross + self.scale**2 * added
+        squared: Tensor = own * own + 2 * self.scale / shrunk * cross + self.scale**2 * added
         return squared.clamp_min(SMALLEST**2).sqrt()
 
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -132,7 +132,8 @@ class LoRA(WeightMethod):
             state["B"].copy_(b)
 
     def _rest(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-        return weight - (self.scale * state["B0"] @ state["A0"]).to(weight.dtype)
+        taken = self.scale * state["B0"] @ state["A0"]
+        return (weight.to(taken.dtype) - taken).to(weight.dtype)  # alpha/r of them may be more than half precision has
 
     def calibrate(self, site: Projection, weight: Tensor, data: Tensor, state: dict[str, Tensor]) -> None:
         """A's rows are the leading right singular vectors of the inputs (EVA, Paischer 2024, arXiv:2410.07170)."""

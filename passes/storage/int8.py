@@ -32,14 +32,16 @@ class Int8(Storage):
         return {"values": Buffer((rows, shape[-1]), torch.int8), "scale": Buffer((rows,), torch.float32)}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """As bitsandbytes' Linear8bitLt, by way of fp16."""
+        """As bitsandbytes' Linear8bitLt, by way of fp16; a row that has numbers beyond that, without it."""
         rows = weight.reshape(-1, weight.shape[-1])
         values = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(rows), dtype=torch.float32, device=weight.device)
         step = max(1, CHUNK // rows.shape[1])
         for start in range(0, len(rows), step):
-            some = rows[start : start + step].half()
-            largest = some.abs().amax(1).float()
+            own = rows[start : start + step]
+            some = own.half().float()
+            some = torch.where(some.isinf().any(1, keepdim=True), own.float(), some)
+            largest = some.abs().amax(1)
             steps = (some * (127.0 / largest[:, None])).nan_to_num_()  # 0 * inf in a row of zeros
             values[start : start + step] = steps.round_().to(torch.int8)
             scale[start : start + step] = largest

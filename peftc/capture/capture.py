@@ -27,6 +27,7 @@ from transformers.exporters.utils import patch_attributes
 from peftc.capture.assumptions import Asked, Assumptions, listening
 from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
+from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
 from peftc.diagnostics import debug
@@ -43,7 +44,8 @@ class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
     `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns; `assumptions` are
-    about the sizes of inputs. `checkpoint` has the weights that were not read with the model.
+    about the sizes of inputs. `checkpoint` has the weights that were not read with the model, `differences` says how it
+    differs from a checkpoint it was read from.
     """
 
     module: fx.GraphModule
@@ -53,6 +55,7 @@ class Captured:
     model: nn.Module
     example: Example
     checkpoint: Checkpoint | None = None
+    differences: Differences = NO_DIFFERENCES
 
     @property
     def has_loss(self) -> bool:

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from peftc.capture.bitsandbytes import Packed
-from peftc.capture.errors import ChangedCheckpoint
+from peftc.capture.errors import ChangedCheckpoint, OtherShape
 from peftc.capture.ondisk import OnDisk, Readable
 from peftc.diagnostics.diagnostic import PeftcError
 
@@ -92,21 +92,32 @@ class Checkpoint:
         unread = {key for recipe in self._recipes if left.issuperset(recipe.makes) for _pattern, key in recipe.sources}
         return [key for key in self.tensors if key not in unread]
 
+    def misshapen(self, names: Iterable[str]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Of some parameters those that files have in another shape, as far as can be known unread: both shapes."""
+        found = []
+        for name in names:
+            recipe = self._makers[name]
+            source, expected = self.tensors[recipe.sources[0][1]], tuple(self._shapes[name])
+            if recipe.converter is None and isinstance(source, OnDisk) and source.shape != expected:
+                found.append((name, source.shape, expected))
+        return found
+
     def read(self, name: str) -> Tensor:
         """One parameter, as `from_pretrained` would have set it; the caller lets go of it.
 
         Raises:
-            PeftcError: `changed-checkpoint` if it cannot be read, or not as it was before.
+            PeftcError: `changed-checkpoint` if it cannot be read, or not as it was before; `other-shape`.
         """
         self.on_read(name)
         give_back()  # the weight before and what packing it took
         try:
             tensor = self._made(self._makers[name], name)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # the last: parts that do not fit
             raise PeftcError(ChangedCheckpoint(weight=name, reason=str(error))) from error
         if tensor.shape != self._shapes[name]:
-            reason = f"it is {list(tensor.shape)}, where the model has {list(self._shapes[name])}"
-            raise PeftcError(ChangedCheckpoint(weight=name, reason=reason))
+            reference, expected = str(self.model.name_or_path), list(self._shapes[name])
+            problem = OtherShape(reference=reference, weight=name, found=list(tensor.shape), expected=expected)
+            raise PeftcError(problem)
         found = digest(tensor)
         if self.digests.setdefault(name, found) != found:
             raise PeftcError(ChangedCheckpoint(weight=name, reason="it has other numbers than before"))

@@ -31,10 +31,11 @@ class OnDisk:
     as safetensors calls it.
     """
 
-    def __init__(self, file: Path, key: str, kind: str) -> None:
+    def __init__(self, file: Path, key: str, kind: str, shape: tuple[int, ...]) -> None:
         self.file = file
         self.key = key
         self.kind = kind
+        self.shape = shape
 
     def __getitem__(self, where: Any) -> Tensor:
         with safe_open(self.file, framework="pt", backend="pread") as shard:
@@ -47,8 +48,9 @@ def on_disk(files: Iterable[str | Path]) -> dict[str, OnDisk]:
     found: dict[str, OnDisk] = {}
     for file in map(Path, files):
         with safe_open(file, framework="pt", backend="pread") as shard:
-            kinds = {key: shard.get_slice(key).get_dtype() for key in shard.keys()}  # noqa: SIM118 -- no mapping
-        found |= {key: OnDisk(file, key, kind) for key, kind in kinds.items()}
+            headers = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118 -- no mapping
+            facts = {key: (header.get_dtype(), tuple(header.get_shape())) for key, header in headers.items()}
+        found |= {key: OnDisk(file, key, *fact) for key, fact in facts.items()}
     return found
 
 

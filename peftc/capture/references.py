@@ -21,8 +21,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import cached_file
 
 from peftc.capture.bitsandbytes import by_bitsandbytes
+from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import BadReference, NoWeights
-from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, streams
+from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
 from peftc.capture.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.surroundings import physical_memory
@@ -100,6 +101,26 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """Builds the model, and its example inputs where a factory gives them.
 
+    The arguments and what is raised are those of `read_model`.
+    """
+    found = read_model(reference, meta=meta, random_weights=random_weights, dtype=dtype)
+    return found.model, found.example
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its example inputs where a factory gives them, and how the checkpoint differs from it."""
+
+    model: nn.Module
+    example: Any = None
+    differences: Differences = NO_DIFFERENCES
+
+
+def read_model(
+    reference: Reference, *, meta: bool = False, random_weights: bool = False, dtype: str | None = None
+) -> Loaded:
+    """Builds the model, or reads it.
+
     Args:
         reference: from `parse_reference`.
         meta: build shapes only, whatever weights there are; a factory builds what it builds.
@@ -107,13 +128,14 @@ def load_model(
         dtype: a key of `DTYPES`; the checkpoint's own by default.
 
     Raises:
-        PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`.
+        PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`,
+            `missing-weights` or `other-shape` where the checkpoint is of another model.
     """
     if reference.runs_code:
         model, example = _from_factory(reference)
-        return (model.to(DTYPES[dtype]) if dtype else model), example
+        return Loaded(model.to(DTYPES[dtype]) if dtype else model, example)
     with readable(reference):
-        return _from_transformers(reference, meta, random_weights, dtype), None
+        return _from_transformers(reference, meta, random_weights, dtype)
 
 
 def opened(reference: Reference, *, dtype: str | None = None) -> OpenCheckpoint | None:
@@ -195,7 +217,7 @@ def _from_factory(reference: Reference) -> tuple[nn.Module, Any]:
     return model, example
 
 
-def _from_transformers(reference: Reference, meta: bool, random_weights: bool, dtype: str | None) -> nn.Module:
+def _from_transformers(reference: Reference, meta: bool, random_weights: bool, dtype: str | None) -> Loaded:
     path = reference.path
     if reference.kind == "gguf":
         assert path is not None
@@ -211,23 +233,23 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         with torch.device("meta"):
             model: nn.Module = cls._from_config(config, dtype=kind)
         if meta:
-            return model
+            return Loaded(model)
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         if size > physical_memory():
             raise ValueError(f"its weights take {size:,} bytes, more than the memory of this machine")
         with torch.device("cpu"):
-            random: nn.Module = cls._from_config(config, dtype=kind)
-        return random
+            return Loaded(cls._from_config(config, dtype=kind))
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
     if by_bitsandbytes(config) and streams(cls, config):
         checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype), trust_remote_code=reference.trusted)
         assert checkpoint is not None  # or it was refused
-        return checkpoint.load()
-    loaded: nn.Module = cls.from_pretrained(
-        source, dtype=_precision(dtype), trust_remote_code=reference.trusted, **extra
+        loaded, differences = checkpoint.load()
+        return Loaded(loaded, None, differences)
+    model, differences = read_as_a_whole(
+        cls, source, called=reference.text, dtype=_precision(dtype), trust_remote_code=reference.trusted, **extra
     )
-    return loaded
+    return Loaded(model, None, differences)
 
 
 def _config(reference: Reference, source: str, **extra: str) -> Any:

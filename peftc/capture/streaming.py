@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from peftc.capture.bitsandbytes import by_bitsandbytes, gathered
 from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.differences import Differences
 from peftc.capture.ondisk import on_disk
 from peftc.graph.ir import set_tensor
 
@@ -51,13 +52,13 @@ class OpenCheckpoint:
         """The model that this is about to become, with its ties, of parameters that have a device but no numbers."""
         return skeleton(self.model, self.checkpoint)
 
-    def load(self, without: Iterable[str] = ()) -> PreTrainedModel:
+    def load(self, without: Iterable[str] = ()) -> tuple[PreTrainedModel, Differences]:
         """The model, except that the parameters `without` stay in the checkpoint, and on the meta device here.
 
         Tied parameters, and those that the checkpoint does not have, are loaded all the same.
 
         Raises:
-            ValueError: where a tensor has another shape than the model.
+            PeftcError: where the checkpoint does not fit the model, as `Differences.between`.
         """
         model, checkpoint, cls = self.model, self.checkpoint, cast(Any, type(self.model))
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -65,16 +66,17 @@ class OpenCheckpoint:
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
         placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
         info, _ = cls._load_pretrained_model(model, to_read, self.files, self.settings)
-        for key, found, expected in sorted(info.mismatched_keys):
-            raise ValueError(f"{key} is {list(found)} in the checkpoint, where the model has {list(expected)}")
+        _refuse_unmade(info)
         for name, placeholder in placeholders.items():
             set_tensor(model, name, placeholder)
             info.missing_keys.discard(name)
         cls._finalize_model_loading(model, self.settings, info)
+        odd = {*info.mismatched_keys, *checkpoint.misshapen(left)}
+        differences = Differences.between(model, self.source, info.missing_keys, info.unexpected_keys, odd)
         model.eval()
         if model.can_generate() and (adjust := getattr(model, "adjust_generation_fn", None)) is not None:
             adjust(None, None, None, self.source, **self.settings.download_kwargs, trust_remote_code=False)
-        return model
+        return model, differences
 
 
 def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **options: Any) -> OpenCheckpoint | None:
@@ -92,7 +94,7 @@ def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **opti
         del config.quantization_config
     from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     try:
-        from_pretrained(_Stopping(cls), source, config=config, **options)
+        from_pretrained(_Stopping(cls), source, config=config, ignore_mismatched_sizes=True, **options)
     except _Opened as opened:
         model, state, files, settings = opened.args
     if state is not None or not files or not all(file.endswith(".safetensors") for file in files):
@@ -104,12 +106,34 @@ def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **opti
     return OpenCheckpoint(model, checkpoint, source, files, settings)
 
 
+def read_as_a_whole(
+    cls: type[PreTrainedModel], source: str, *, called: str, **options: Any
+) -> tuple[PreTrainedModel, Differences]:
+    """What `cls.from_pretrained(source, **options)` makes, if the checkpoint, `called` so by the user, is this model's.
+
+    Raises:
+        ValueError: as of `from_pretrained`, and where a tensor cannot be made of what the checkpoint has for it.
+        PeftcError: where the checkpoint does not fit the model, as `Differences.between`.
+    """
+    from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
+    usual = from_pretrained is PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that is wrong, and not the first alone
+    model, info = from_pretrained(_Checking(cls) if usual else cls, source, **told, **options)
+    keys = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    return model, Differences.between(model, called, *keys)
+
+
+def _refuse_unmade(info: Any) -> None:
+    for name, reason in sorted(info.conversion_errors.items()):
+        raise ValueError(f"{name} cannot be made of what is there: {reason.strip().splitlines()[-1]}")
+
+
 class _Opened(Exception):
     """What `from_pretrained` has made when it is about to read: model, state dict, files, settings."""
 
 
-class _Stopping:
-    """A model class for `from_pretrained` that stops it there."""
+class _Standing:
+    """Stands for a model class in `from_pretrained`."""
 
     def __init__(self, cls: type[PreTrainedModel]) -> None:
         self.cls = cls
@@ -119,6 +143,18 @@ class _Stopping:
 
     def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         return self.cls(*args, **kwargs)
+
+
+class _Checking(_Standing):
+    """Says which tensor could not be made, before transformers says that some could not."""
+
+    def _finalize_model_loading(self, model: Any, settings: Any, info: Any) -> Any:
+        _refuse_unmade(info)
+        return cast(Any, self.cls)._finalize_model_loading(model, settings, info)
+
+
+class _Stopping(_Standing):
+    """Stops it where it begins to read."""
 
     def _load_pretrained_model(self, *made: Any) -> NoReturn:
         raise _Opened(*made)

@@ -114,6 +114,11 @@ def among(name: str, others: int) -> str:
     return f"{name} and {others} more" if others else name
 
 
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """`a, b, c and 3 more`: as many by name as can be read."""
+    return among(", ".join(names[:most]), max(0, len(names) - most))
+
+
 def _place(span: Span | None) -> dict[str, str | int | None]:
     if span is None:
         return dict.fromkeys(("file", "line", "column", "end_line", "end_column"))

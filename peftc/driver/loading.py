@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftc.capture.capture import over
+from peftc.capture.capture import Captured, over
 from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.differences import Differences
+from peftc.capture.errors import UntrainedHead
 from peftc.capture.inputs import Example, example_inputs
-from peftc.capture.references import Reference, load_model, opened, parse_reference, readable
+from peftc.capture.references import Reference, opened, parse_reference, read_model, readable
 from peftc.capture.streaming import OpenCheckpoint
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
@@ -56,19 +58,20 @@ def load_and_plan(
         whole: read all weights before planning, because the model itself is to be run.
 
     Raises:
-        PeftcError: as `load_model` and `pipeline.plan_model`.
+        PeftcError: as `read_model` and `pipeline.plan_model`; `untrained-head`.
     """
-    module, given = model, None
-    if not isinstance(module, nn.Module):
-        reference = parse_reference(str(module), trust_remote_code=trust_remote_code)
-        if intentions.packings:
-            checkpoint = None if whole else opened(reference, dtype=dtype)
-            if checkpoint is not None:
-                return _leaving_what_is_packed(reference, checkpoint, intentions, make_example, timings)
-            debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
-        with timings.stage("load"):
-            module, given = load_model(reference, dtype=dtype)
-    return pipeline.plan_model(module, intentions, make_example(module, given), timings)
+    if isinstance(model, nn.Module):
+        return pipeline.plan_model(model, intentions, make_example(model, None), timings)
+    reference = parse_reference(str(model), trust_remote_code=trust_remote_code)
+    if intentions.packings:
+        checkpoint = None if whole else opened(reference, dtype=dtype)
+        if checkpoint is not None:
+            return _leaving_what_is_packed(reference, checkpoint, intentions, make_example, timings)
+        debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
+    with timings.stage("load"):
+        found = read_model(reference, dtype=dtype)
+    plan = pipeline.plan_model(found.model, intentions, make_example(found.model, found.example), timings)
+    return _knowing(reference, plan, plan.captured, found.differences)
 
 
 def _leaving_what_is_packed(
@@ -79,9 +82,21 @@ def _leaving_what_is_packed(
         skeleton = opened.skeleton()
     plan = pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings)
     with timings.stage("load"), readable(reference):
-        model = opened.load(without=plan.packed)
+        model, differences = opened.load(without=plan.packed)
     _tell(opened.checkpoint, len(plan.packed), timings)
-    return replace(plan, captured=over(plan.captured, model, opened.checkpoint))
+    return _knowing(reference, plan, over(plan.captured, model, opened.checkpoint), differences)
+
+
+def _knowing(reference: Reference, plan: Plan, captured: Captured, differences: Differences) -> Plan:
+    """The plan over what was read of a checkpoint, and of how that differs from the model.
+
+    Raises:
+        PeftcError: `untrained-head` where what was drawn for the want of a tensor would stay as it was drawn.
+    """
+    learns = {alias for name in plan.trained for alias in captured.aliases[name]}
+    if random := tuple(name for name in differences.fresh if name not in learns):
+        raise PeftcError(UntrainedHead(reference=reference.text, model=plan.sites.model, weights=random))
+    return replace(plan, captured=replace(captured, differences=differences))
 
 
 def _tell(checkpoint: Checkpoint, count: int, timings: Timings) -> None:

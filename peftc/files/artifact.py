@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -45,7 +45,8 @@ MANIFEST = "peftc.json"
 TENSORS = "adapter.safetensors"
 LARGEST_MANIFEST = 4 << 20  # bytes; a spec has one at most
 FIELDS: dict[str, type | UnionType] = {
-    "spec": str, "model": str, "reference": str | None, "dtype": str, "base": str, "tensors": str, "example": dict,
+    "spec": str, "model": str, "reference": str | None, "dtype": str, "base": str, "frozen": str | None,
+    "tensors": str, "example": dict,
 }  # fmt: skip
 # Settings of a config that say where a model came from or how it is called, not what it computes.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "problem_type", "id2label",
@@ -119,8 +120,13 @@ class Artifact:
         return example_inputs(base, args or kwargs)
 
     def check_weights(self, base: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-        """Raises PeftcError `wrong-base` unless the base's weights are those the artifact was made on."""
-        if fingerprint(base, digests) != self.manifest["base"]:
+        """Raises PeftcError `wrong-base` unless the base's weights are those the artifact was made on.
+
+        But for those that it holds itself, such as a trained head: these may be any in the base.
+        """
+        rest: str | None = self.manifest.get("frozen")  # artifacts before had the whole model's alone
+        found = fingerprint(base, digests, self.state if rest is not None else ())
+        if found != (self.manifest["base"] if rest is None else rest):
             raise self._wrong("the base model's weights are not the same")
 
     def _wrong(self, reason: str) -> PeftcError:
@@ -142,20 +148,27 @@ def read(folder: Path) -> Artifact:
     return Artifact(folder, ast.parse(Source(f"{folder.name}/{MANIFEST}", manifest["spec"])), state, manifest)
 
 
-def fingerprint(model: nn.Module, digests: Mapping[str, str] | None = None) -> str:
+def fingerprint(model: nn.Module, digests: Mapping[str, str] | None = None, without: Collection[str] = ()) -> str:
     """SHA-256 over what a model computes with: its configuration, and the SHA-256 of every parameter and buffer.
 
-    `digests` has these of parameters that are not there any more, by name.
+    `digests` has those that are known already, by name, and of a parameter that is not there any more it must. The
+    numbers of parameters `without`, by any of their names, do not count: something else stands in their place.
     """
     known = digests or {}
+    replaced = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in without}
     whole = hashlib.sha256()
     if isinstance(model, PreTrainedModel):
         settings = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL}
         whole.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=itemgetter(0)):
-        own = known[name] if tensor.is_meta else digest(tensor)
+    for name, tensor in _tensors(model):
+        own = "" if id(tensor) in replaced else known[name] if name in known else digest(tensor)
         whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {own}\n".encode())
     return whole.hexdigest()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer, a tied one once, by name."""
+    return sorted((*model.named_parameters(), *model.named_buffers()), key=itemgetter(0))
 
 
 def flattened(spec: ast.Spec) -> str:
@@ -169,13 +182,16 @@ def flattened(spec: ast.Spec) -> str:
 
 def _manifest(compiled: Runtime, tensors: str) -> dict[str, Any]:
     plan, base = compiled.plan, compiled.base
+    read = plan.captured.checkpoint.digests if plan.captured.checkpoint else {}
+    digests = {name: read[name] if tensor.is_meta else digest(tensor) for name, tensor in _tensors(base)}
     body = {
         "format": FORMAT,
         "spec": flattened(plan.spec),
         "model": type(base).__name__,
         "reference": str(getattr(compiled.config, "_name_or_path", "") or "") or None,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
-        "base": fingerprint(base, plan.captured.checkpoint.digests if plan.captured.checkpoint else None),
+        "base": fingerprint(base, digests),
+        "frozen": fingerprint(base, digests, plan.trained),
         "tensors": tensors,
         "example": _described(plan.captured.example),
     }

@@ -77,3 +77,26 @@ class CannotMerge(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("save() keeps it beside the base model, which every method can do",)
+
+
+class NotFinite(Diagnostic):
+    """A merged weight with numbers that are none, where the base model has numbers."""
+
+    code = "not-finite"
+    weight: str
+    count: int
+    dtype: str
+    learned: bool
+
+    @property
+    def title(self) -> str:
+        numbers = "a number" if self.count == 1 else f"{self.count:,} numbers"
+        return f"{self.weight} cannot be merged: {numbers} of it would be infinite or no number, and the base's are not"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.learned:
+            return ("what was learned for it is not finite itself: the training has diverged",)
+        return (
+            f"what was learned is, but the sum is too large for {self.dtype}: save() keeps it beside the base model",
+        )

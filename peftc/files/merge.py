@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from peftc.capture.bitsandbytes import PackedFile
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
-from peftc.files.errors import BadOutput, CannotMerge
+from peftc.files.errors import BadOutput, CannotMerge, NotFinite
 from peftc.files.folder import replacing
 from peftc.graph.ir import get_attribute, set_tensor
 from peftc.planning.plan import Binding
@@ -30,7 +31,8 @@ def merge(compiled: Runtime) -> nn.Module:
     A weight that was packed comes back in the base's own precision, as what its numbers stand for.
 
     Raises:
-        PeftcError: `cannot-merge`, one for each statement whose method has no plain weight that does the same.
+        PeftcError: `cannot-merge`, one for each statement whose method has no plain weight that does the same;
+            `not-finite`, one for each weight of which a number would not be, that is in the base.
     """
     problems = list(_problems(compiled))
     if problems:
@@ -42,14 +44,43 @@ def merge(compiled: Runtime) -> nn.Module:
         assert isinstance(binding.site, Projection)
         by_weight[binding.site.weight].append(binding)
     with torch.no_grad():
-        for name in (*plan.trained, *compiled.watch.unplanned(compiled)):
+        whole = (*plan.trained, *compiled.watch.unplanned(compiled))
+        for name in whole:
             for alias in plan.captured.aliases.get(name, [name]):
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
         for name in plan.packed:
             write(compiled, model, name, frozen_weight(compiled, plan, name))
         for weight, bindings in by_weight.items():
             _fold(compiled, model, weight, bindings)
+        sites = [bindings[0].site for bindings in by_weight.values()]
+        folded = {site.weight: site.owner for site in sites if isinstance(site, Projection)}
+        folded |= {site.bias: site.bias for site in sites if isinstance(site, Projection) and site.bias}
+        written = folded | {name: name for name in (*whole, *plan.packed) if name not in folded}
+        check_finite(compiled, {name: get_attribute(model, path) for name, path in written.items()})
     return model
+
+
+def check_finite(compiled: Runtime, merged: Mapping[str, Tensor]) -> None:
+    """Raises PeftcError `not-finite` with every weight of which a number is not finite, and is in the base model."""
+    problems = []
+    for name, tensor in merged.items():
+        lost = ~tensor.detach().isfinite()
+        if not lost.any():
+            continue
+        lost &= compiled.plan.captured.frozen(name).to(tensor.device).isfinite()
+        if count := int(lost.sum()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            problems.append(NotFinite(weight=name, count=count, dtype=dtype, learned=_learned(compiled, name)))
+    if problems:
+        raise PeftcError(*problems)
+
+
+def _learned(compiled: Runtime, name: str) -> bool:
+    """Whether all that was learned for a weight or bias is finite."""
+    sites = ((binding, binding.site) for binding in compiled.plan.bindings)
+    here = [full for b, site in sites if name in site.parameters for full in b.names.values()]
+    learned = [get_attribute(compiled, full) for full in (*here, *({name} & compiled.plan.trained.keys()))]
+    return all(bool(tensor.isfinite().all()) for tensor in learned)
 
 
 def write(compiled: Runtime, model: nn.Module, name: str, weight: Tensor) -> None:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftc.capture.bitsandbytes import PackedFile
-from peftc.files.merge import merge, write
+from peftc.files.merge import check_finite, merge, write
 from peftc.graph.ir import get_attribute
 from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.site import Projection
@@ -62,6 +62,7 @@ def repack(compiled: Runtime) -> Repacked:
             if (state := item.to_bitsandbytes(buffers)) is not None:
                 layers[name.removesuffix(".weight")] = state
             write(compiled, model, name, rounded)
+        check_finite(compiled, {name: get_attribute(model, name) for name in compiled.plan.packed})
     return Repacked(model, lost, None if settings is None else PackedFile(layers, settings))
 
 

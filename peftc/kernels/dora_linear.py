@@ -13,6 +13,9 @@ import peftc.kernels.lora_linear as lora_linear
 from peftc.kernels.common.operation import follow_autocast, on_cuda, operation
 from peftc.kernels.common.shapes import rows
 
+# A length below which the gradient of it is not read off y, from which the bias may have rounded it away.
+SHORT = 2.0**-7
+
 
 def reference(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
@@ -61,7 +64,8 @@ def dora_linear_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Those of [dx, dA_1 … dA_n, dB_1 … dB_n, dlength_1 … dlength_n] whose entry in `needs` is set.
 
-    What is inside the brackets is not kept: it is (y − bias) / length, and made again where a length is 0 (on the CPU).
+    What is inside the brackets is not kept: it is (y − bias) / length, and made again where a length is short (on the
+    CPU). Elsewhere what a bias has rounded away counts as 0, and so does the gradient of a length that is 0.
     """
     n = len(weights)
     inner_grads: list[Tensor | None] = []
@@ -75,15 +79,15 @@ def dora_linear_backward(
         flat = rows(grad)
         product = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
         if needs[1 + 2 * n + i]:
-            torch.mul(flat, rows(outputs[i]), out=product)
-            total = product.sum(0, dtype=lengths[i].dtype)
-            if biases and (bias := biases[i]) is not None:
-                total -= flat.sum(0, dtype=total.dtype) * bias
+            inner = rows(outputs[i])
+            if biases and (bias := biases[i]) is not None:  # taken off each: of the sums only their rounding would stay
+                inner = torch.sub(inner, bias.to(inner.dtype), out=product)
+            total = torch.mul(flat, inner, out=product).sum(0, dtype=lengths[i].dtype)
             total /= lengths[i]
-            if not total.is_cuda:  # which would have to wait for the answer: there it is NaN
-                dead = (lengths[i] == 0).nonzero()[:, 0]
-                if len(dead):
-                    total[dead] = _at_zero(flat[:, dead], x, hidden, weights, a, b, scales, transposed, i, dead)
+            if total.is_cuda:  # which would have to wait to know how many there are
+                total.masked_fill_(lengths[i] == 0, 0)
+            elif len(short := (lengths[i].abs() < SHORT).nonzero()[:, 0]):
+                total[short] = _of_short(flat[:, short], x, hidden, weights, a, b, scales, transposed, i, short)
             dlengths.append(total)
         inner_grads.append(torch.mul(flat, lengths[i].to(flat.dtype), out=product))
     results = lora_linear.backward(
@@ -92,15 +96,15 @@ def dora_linear_backward(
     return results + dlengths
 
 
-def _at_zero(
+def _of_short(
     grad: Tensor, x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
-    scales: list[float], transposed: bool, i: int, dead: Tensor,
+    scales: list[float], transposed: bool, i: int, short: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The gradient of lengths that are 0: their outputs' products have to be made again. grad is [rows, dead]."""
+    """The gradient of some lengths, by their outputs' products, which are made again. grad is [rows, short]."""
     start = sum(A.shape[0] for A in a[:i])
-    weight = weights[i][:, dead] if transposed else weights[i][dead].t()
+    weight = weights[i][:, short] if transposed else weights[i][short].t()
     inner = rows(x) @ weight
-    branch = rows(hidden)[:, start : start + a[i].shape[0]] @ b[i][dead].t()
+    branch = rows(hidden)[:, start : start + a[i].shape[0]] @ b[i][short].t()
     return (grad * (inner + scales[i] * branch)).sum(0, dtype=b[i].dtype)
 
 

@@ -186,7 +186,8 @@ class Plan:
         return known
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """The plan as plain data; `fresh` and `unread`, as of `Differences`, where a checkpoint has such."""
+        differences = {name: list(keys) for name, keys in vars(self.captured.differences).items() if keys}
         return {
             "model": self.sites.model,
             "trainable": self.trainable,
@@ -203,6 +204,7 @@ class Plan:
                 {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
                 for item in self.packed.values()
             ],
+            **differences,
         }
 
 

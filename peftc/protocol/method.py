@@ -229,7 +229,8 @@ class _Acting:
         self, site: Any, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """See `WeightMethod`."""
-        return weight + self.delta(site, **state).to(weight.dtype), bias
+        change = self.delta(site, **state)
+        return (weight.to(change.dtype) + change).to(weight.dtype), bias  # rounded once, where all of it is known
 
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""

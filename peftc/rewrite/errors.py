@@ -41,3 +41,20 @@ class CannotStart(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.method} has nothing to start from: {self.reason}"
+
+
+class LeavesNoNumbers(Diagnostic):
+    """A weight that would not be finite any more, less what a method takes out of it or with what it adds."""
+
+    code = "leaves-no-numbers"
+    method: str
+    weight: str
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        return f"what {self.method} leaves of {self.weight} has numbers that {self.dtype} has not"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("compile on the base in a wider precision, or with a smaller alpha",)

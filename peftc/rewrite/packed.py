@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx, nn
 
+from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import Provenance, attribute_node, get_attribute, set_tensor, value
 from peftc.planning.packed_weight import PackedWeight
 from peftc.planning.plan import Plan
+from peftc.rewrite.errors import LeavesNoNumbers
 from peftc.rewrite.splicer import Splicer
+
+HALFWAY = 2.0**15  # of what float16 has: numbers below it stay finite however a storage rounds them
 
 
 def frozen_weight(module: nn.Module, plan: Plan, name: str) -> Tensor:
@@ -43,8 +48,17 @@ def pack_as_found(module: nn.Module, plan: Plan, item: PackedWeight) -> bool:
 
 
 def pack(module: nn.Module, item: PackedWeight, weight: Tensor) -> None:
-    """Puts the packed weight into `module`; of a dense one that is still there only the shape stays."""
-    _put(module, item, item.pack(weight))
+    """Puts the packed weight into `module`; of a dense one that is still there only the shape stays.
+
+    Raises:
+        PeftcError: `leaves-no-numbers` where rounding makes a number too large for the precision of the weight.
+    """
+    buffers = item.pack(weight)
+    near = weight.dtype is torch.float16 and HALFWAY < float(weight.abs().amax()) < float("inf")
+    if near and not item.unpack(buffers).isfinite().all():
+        problem = LeavesNoNumbers(method=item.storage.name, weight=item.weight, dtype="float16", span=item.span)
+        raise PeftcError(problem)
+    _put(module, item, buffers)
 
 
 def _put(module: nn.Module, item: PackedWeight, buffers: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from peftc.graph.surroundings import physical_memory
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Here, State
 from peftc.protocol.site import Projection
-from peftc.rewrite.errors import BadStateFile, CannotStart, NoMemory
+from peftc.rewrite.errors import BadStateFile, CannotStart, LeavesNoNumbers, NoMemory
 from peftc.rewrite.packed import frozen_weight, is_packed, pack, pack_as_found
 from peftc.rewrite.weights import dense_weight, replace_rows
 
@@ -167,6 +167,10 @@ def _prepared(module: nn.Module, plan: Plan, weight: str, base: Tensor) -> Tenso
         prepared = binding.method.prepare(site, part, state, _here(plan, binding))
         if prepared is part:
             continue
+        if bool((part.isfinite() & ~prepared.isfinite()).any()):
+            dtype = str(part.dtype).removeprefix("torch.")
+            problem = LeavesNoNumbers(method=binding.method.name, weight=weight, dtype=dtype, span=binding.span)
+            raise PeftcError(problem)
         whole = whole.clone() if whole is base else whole
         replace_rows(whole, site, prepared)
     return whole

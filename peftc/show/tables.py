@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from peftc.diagnostics.diagnostic import listed
 from peftc.files.repack import Rounding
 from peftc.optimise.fuse import Fired
 from peftc.planning.memory import Memory, formatted_bytes
@@ -60,6 +61,13 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(Text(row.statement), f"{row.sites:,}", *counts)
     table.add_section()
     table.add_row("all", "", f"{plan.trainable:,}", f"{plan.share:.4%}")
+    differences = plan.captured.differences
+    told = {
+        "not in the checkpoint, drawn anew": differences.fresh,
+        "in the checkpoint alone, unused": differences.unread,
+    }
+    if lines := [f"{words}: {listed(names)}" for words, names in told.items() if names]:
+        table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     return table
 
 

@@ -71,7 +71,7 @@ def check_parts(folder: Path, dtype: str | None = None, least: int = 1) -> tuple
     checkpoint = opened(reference, dtype=dtype)
     assert checkpoint is not None
     skeleton = checkpoint.skeleton()
-    model = checkpoint.load(without=matrices(skeleton))
+    model, _ = checkpoint.load(without=matrices(skeleton))
     assert torch.equal(after_whole, torch.rand(3))
     mine, shapes = tensors(model), tensors(skeleton)
     left = [name for name, tensor in mine.items() if tensor.is_meta]
@@ -243,18 +243,6 @@ def test_relora_reads_what_it_adds_to_again(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
     same(whole, parts)
-
-
-@pytest.mark.slow
-def test_a_fresh_head_is_packed(tmp_path: Path) -> None:
-    model = hf.BertModel(hf.BertConfig(**SMALL))
-    folder = str(saved(model, tmp_path, architectures=["BertForSequenceClassification"]))
-    spec = "quantize linear with int8\napply lora(r=3) to attn.q"
-    torch.manual_seed(5)
-    base = load_model(parse_reference(folder))[0]
-    whole = peftc.compile(base, spec)
-    same(whole, seeded(folder, spec))
-    assert "classifier.weight" in whole.plan.packed
 
 
 def unreadable(_self: OnDisk, _where: Any) -> Tensor:

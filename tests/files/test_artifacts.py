@@ -97,7 +97,7 @@ def with_input(shape: list[Any], dtype: str = "float64", name: str = "x") -> dic
         {"spec": "apply dora(r=2) to attn.q, mlp.down\ntrain norm"},
         {"spec": "apply lora(r=4) to attn.q, mlp.down\ntrain norm"},
         *({field: None} for field in ("format", "spec", "model", "base", "tensors", "example")),
-        *({field: 7} for field in ("spec", "model", "reference", "base", "tensors", "example")),
+        *({field: 7} for field in ("spec", "model", "reference", "base", "frozen", "tensors", "example")),
         *({"example": example} for example in ({}, {"args": 7, "kwargs": {}}, {"args": [], "kwargs": [1]})),
         with_input([3, 6, 24], "no_such_type"),
         with_input([-1, 6, 24]),
@@ -137,6 +137,34 @@ def test_a_wrong_base_is_refused(artifact: Path) -> None:
         other.get_parameter("head.bias")[0] += 1e-9
     refused(artifact, "wrong-base", other)
     refused(artifact, "wrong-base", subject("llama").base)
+
+
+def with_other_norms() -> nn.Module:
+    """The base model of `artifact` with other numbers where the artifact has its own."""
+    other = copy.deepcopy(subject("plain").base)
+    with torch.no_grad():
+        for name in compiled("plain", SPEC).module.plan.trained:
+            other.get_parameter(name).normal_()
+    return other
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_what_the_artifact_holds_may_be_anything_in_the_base(artifact: Path) -> None:
+    expected, found = (peftc.load(artifact, base).eval() for base in (subject("plain").base, with_other_norms()))
+    assert found.plan.trained
+    for name in found.plan.trained:
+        assert torch.equal(found.get_parameter(name), expected.get_parameter(name))
+        assert not torch.equal(found.base.get_parameter(name), expected.base.get_parameter(name))
+    x = torch.linspace(-1, 1, 3 * 6 * 24, dtype=torch.float64).view(3, 6, 24)
+    assert torch.equal(found(x), expected(x))
+
+
+@pytest.mark.xdist_group("conformance-plain")
+def test_an_artifact_of_before_is_held_against_the_whole_base(artifact: Path) -> None:
+    """Its manifest has no fingerprint of what stays frozen."""
+    reseal(artifact, frozen=None)
+    peftc.load(artifact, subject("plain").base)
+    refused(artifact, "wrong-base", with_other_norms())
 
 
 @pytest.mark.xdist_group("conformance-llama")

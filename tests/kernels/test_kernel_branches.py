@@ -120,6 +120,19 @@ def test_dora_linear(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-5])
+def test_dora_whose_bias_hides_the_output(size: float) -> None:
+    """A weight and a branch next to nothing beside the bias: the gradient of the length is next to nothing, too."""
+    x, weights, biases, a, b, lengths, *rest = dora_arguments([(7, 2)], 12, learns(4, 12), False, True, None)
+    arguments = (x, [weights[0] * size], biases, a, [(b[0] * size).detach().requires_grad_()], lengths, *rest)
+    grad = normal(*x.shape[:-1], 7)
+    found, expected = (
+        torch.autograd.grad(f(*arguments)[0], lengths[0], grad)[0] for f in (ops.dora_linear, dora_linear.reference)
+    )
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() <= max(expected.abs().max(), 1e-5)
+
+
 def test_dora_of_an_output_that_nobody_uses() -> None:
     arguments = dora_arguments([(7, 2), (5, 3)], 12, learns(4, 12), False, True, None)
     learned = [arguments[0], *arguments[3], *arguments[4], *arguments[5]]
