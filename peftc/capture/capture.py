@@ -28,6 +28,7 @@ from peftc.capture.checkpoint import Checkpoint
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
+from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -89,7 +90,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
     if packed:
         kind = type(model.get_submodule(packed[0])).__name__
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
-    with timings.stage("torch.export"), _prepared(model, example):
+    with timings.stage("torch.export"), untouched(model), _prepared(model, example):
         try:
             program = torch.export.export(
                 model,
@@ -135,10 +136,8 @@ def _as_plain_graph(program: torch.export.ExportedProgram, model: nn.Module, exa
 
 @contextmanager
 def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
-    """The model as it is to be traced, and afterwards as it was: train mode, no cache, a flat signature."""
-    modes = [(module, module.training) for module in model.modules()]
+    """The model as it is to be traced: train mode, no cache, a flat signature."""
     with ExitStack() as stack:
-        stack.callback(_restore_modes, modes)
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
         if not debug.level():
@@ -150,8 +149,6 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             stack.enter_context(tracing(TracingContext(mode)))
         model.train()
         if example.config is not None:
-            if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
-                stack.callback(model.__dict__.pop, "forward", None)
             stack.enter_context(reset_model_state(model))
             settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
             stack.enter_context(patch_attributes(settings))
@@ -161,11 +158,6 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             )
             stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
         yield
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
