@@ -139,7 +139,7 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
         logits = torch.func.functional_call(model, state, kwargs={main: _faked(given[main], fake)}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
-    if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
+    if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
         shape = logits.shape if logits.shape[-1] > 1 else logits.shape[:1]
         return torch.zeros(shape, dtype=model.dtype, device=model.device)
     return torch.zeros(logits.shape[0], dtype=torch.long, device=model.device)
