@@ -49,8 +49,13 @@ class ChunkedLoss(Fusion):
                 return _miss(match, f"the head's {node.target} learns", node)
         if fake(hidden).dim() != 3:
             return _miss(match, "it has one label an example, none a token", hidden)
-        if match["reduction"] not in (None, MEAN, SUM) or match["shape"][-1] != fake(weight).shape[0]:
+        classes, shape = fake(weight).shape[0], match["shape"]
+        if match["reduction"] not in (None, MEAN, SUM) or len(shape) != 2 or shape[-1] != classes:
             return _miss(match, "it is no mean or sum over tokens", match.root)
+        if fake(match["labels"]).is_floating_point():
+            return _miss(match, "its labels are probabilities", match["labels"])
+        if bias is not None and tuple(fake(bias).shape) not in ((classes,), (1, classes), (1, 1, classes)):
+            return _miss(match, "what is added to its logits is not the same for all tokens", bias)
         if bias is not None and (match["factor"] is not None or match["divisor"] is not None):
             return _miss(match, "its logits have a bias and are scaled", bias)
         return read_elsewhere(match)

@@ -30,6 +30,7 @@ from peftc.capture.convention import has_loss
 from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
+from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -96,7 +97,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
     if (name := next((name for name, own in tensors(model).items() if own.is_inference()), None)) is not None:
         raise PeftcError(MadeForInference(model=type(model).__name__, parameter=name))
-    with timings.stage("torch.export"), _prepared(model, example), listening() as asked:
+    with timings.stage("torch.export"), untouched(model), _prepared(model, example), listening() as asked:
         try:
             program = torch.export.export(
                 model,
@@ -145,10 +146,8 @@ def _as_plain_graph(
 
 @contextmanager
 def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
-    """The model as it is to be traced, and afterwards as it was: train mode, no cache, a flat signature."""
-    modes = [(module, module.training) for module in model.modules()]
+    """The model as it is to be traced: train mode, no cache, a flat signature."""
     with ExitStack() as stack:
-        stack.callback(_restore_modes, modes)
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
         if not debug.level():
@@ -160,8 +159,6 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             stack.enter_context(tracing(TracingContext(mode)))
         model.train()
         if example.config is not None:
-            if "forward" not in model.__dict__:  # the patches leave an instance attribute that hides the class's
-                stack.callback(model.__dict__.pop, "forward", None)
             stack.enter_context(reset_model_state(model))
             settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
             stack.enter_context(patch_attributes(settings))
@@ -171,11 +168,6 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             )
             stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
         yield
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:

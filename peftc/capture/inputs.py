@@ -20,6 +20,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from peftc.capture.errors import NeedsExample
+from peftc.capture.untouched import untouched
 from peftc.diagnostics.diagnostic import PeftcError
 
 BATCH, LENGTH = 2, 8
@@ -159,13 +160,14 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
     if model.can_generate():
         return torch.ones_like(given["input_ids"])
     main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
-    with fake_mode_of(model) or FakeTensorMode() as fake, torch.no_grad():
+    fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
+    with untouched(model), fake, torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
         state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
         logits = torch.func.functional_call(model, state, kwargs={main: _faked(given[main], fake)}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
-    if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
+    if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
         shape = logits.shape if logits.shape[-1] > 1 else logits.shape[:1]
         return torch.zeros(shape, dtype=model.dtype, device=model.device)
     return torch.zeros(logits.shape[0], dtype=torch.long, device=model.device)
