@@ -201,8 +201,9 @@ def test_sites_and_methods(run: Run, model: Path) -> None:
     _, everything, _ = run("sites", model, "--all")
     assert "layers.1" in everything
     _, out, _ = run("sites", model, "--json")
-    roles = {role for site in json.loads(out)["sites"] for role in site["roles"]}
-    assert {"attn.q", "mlp.down", "head", "norm"} <= roles
+    told = json.loads(out)
+    assert {"attn.q", "mlp.down", "head", "norm"} <= {role for site in told["sites"] for role in site["roles"]}
+    assert told["absent"] == [], "each of its linear layers has a role"
 
     status, out, _ = run("methods")
     assert status == 0

@@ -17,13 +17,16 @@ else:
 
 
 def run(given: Namespace) -> None:
-    """The tree of sites with their roles."""
+    """The tree of sites with their roles, and what has none."""
     with progress(given):
         found = peftc.sites(given.model, trust_remote_code=given.trust_remote_code)
     if given.json:
-        print_json({"model": found.model, "sites": found.to_json()})
+        print_json(
+            {"model": found.model, "sites": found.to_json(), "absent": [item.to_json() for item in found.absent]}
+        )
         return
-    tables.print_all(tables.sites_tree(found, every=given.all))
+    absent = tables.absences(found, every=given.all)
+    tables.print_all(tables.sites_tree(found, every=given.all), *([absent] if absent else []))
 
 
 SITES = Command(

@@ -28,6 +28,29 @@ def feature_rows(module: fx.GraphModule, source: fx.Node, target: fx.Node, known
     return rows_of_parts(module, source, target, known, lambda result: [result])[0]
 
 
+def runs_along(module: fx.GraphModule, source: fx.Node, target: fx.Node, known: Known) -> bool:
+    """Whether `target` is made of `source`, both [..., tokens, features], by a run along the tokens.
+
+    Then the last token depends on others, and the first on itself alone: a recurrence, a scan, a causal convolution.
+    """
+    if source.meta["val"].dim() < 3 or str(source.meta["val"].shape[:-1]) != str(target.meta["val"].shape[:-1]):
+        return False
+    path = path_between(source, target)
+    key = f"{runs_along.__qualname__}\n{_shape_of_path(module, source, path)}"
+    if key not in known:
+        with torch.enable_grad():
+            start, result, weights = _run(module, source, target, path)
+            known[key] = tuple(_seen_by(start, (result * weights).select(-2, token).sum()) for token in (0, -1))
+    first, last = known[key]
+    return first == (0,) and len(last) > 1
+
+
+def _seen_by(start: torch.Tensor, part: torch.Tensor) -> tuple[int, ...]:
+    """The tokens of `start` that a number depends on."""
+    (gradient,) = torch.autograd.grad(part, start, retain_graph=True)
+    return tuple(gradient.abs().sum(-1).flatten(0, -2).sum(0).nonzero().flatten().tolist())
+
+
 def rows_of_parts(
     module: fx.GraphModule, source: fx.Node, target: fx.Node, known: Known, parts: Parts
 ) -> tuple[tuple[int, ...], ...]:

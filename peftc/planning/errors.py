@@ -5,12 +5,15 @@ from __future__ import annotations
 from peftc.diagnostics.diagnostic import Diagnostic, among, choices
 from peftc.diagnostics.source import Label, Span
 
+SHOWN = 2  # of equal notes
+
 
 class NoMatch(Diagnostic):
     code = "no-match"
     model: str
     near: tuple[str, ...]
     has: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -22,7 +25,9 @@ class NoMatch(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (f"it has: {', '.join(self.has)}",) if self.has else ()
+        more = len(self.absent) - SHOWN
+        rest = (f"and {more} more, which `peftc sites` lists",) if more > 0 else ()
+        return (*((f"it has: {', '.join(self.has)}",) if self.has else ()), *self.absent[:SHOWN], *rest)
 
 
 class SlowPattern(Diagnostic):

@@ -25,7 +25,7 @@ from peftc.planning.select import Selection
 from peftc.protocol.method import Method, Stage, kinds, methods
 from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence, Site, Sublayer
 from peftc.protocol.sites import Sites
-from peftc.roles.chains import linked
+from peftc.roles.stacks import linked
 from peftc.spec.resolve import Application, Intentions, Training
 
 

@@ -18,7 +18,7 @@ from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.language.matching import SECONDS, Clock, compiled
 from peftc.planning import errors as say
 from peftc.protocol.site import Parameters, Projection, Site
-from peftc.protocol.sites import Sites
+from peftc.protocol.sites import Absence, Sites
 from peftc.spec.groups import Group, InGroup
 
 COMPARE = {
@@ -191,13 +191,17 @@ class Selection:
             names += self.sites.parameters
         near: list[str] = []
         has: tuple[str, ...] = ()
+        absent: tuple[str, ...] = ()
         many = len(self.problems) >= MOST_NEAR
         if isinstance(selector, ast.Glob) and not many:
             near = difflib.get_close_matches(selector.pattern, names, n=3, cutoff=0.4)
         elif isinstance(selector, ast.Role) and not many:
             has = tuple(self.sites.roles())
             near = difflib.get_close_matches(selector.text, has, n=3)
-        return say.NoMatch(model=self.sites.model, near=tuple(near), has=has, span=selector.span)
+            absent = tuple(
+                f"{item.name}: {item.reason}" for item in self.sites.absent if _is_about(item, selector.parts)
+            )
+        return say.NoMatch(model=self.sites.model, near=tuple(near), has=has, absent=absent, span=selector.span)
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,12 @@ def _has_role(site: Site, parts: tuple[str, ...]) -> bool:
         return any(role.startswith(prefix) and "." not in role[len(prefix) :] for role in site.roles)
     role = ".".join(parts)
     return role in site.roles or f"{role}.attn" in site.roles
+
+
+def _is_about(absence: Absence, parts: tuple[str, ...]) -> bool:
+    """Whether the role that is absent is one that a selector means, or a part of the sublayer that it means."""
+    sublayer, _, projection = absence.role.partition(".")
+    return sublayer in parts and (parts[-1] in (sublayer, "*", projection) or sublayer == "mlp")
 
 
 def _weight(site: Site) -> str | None:

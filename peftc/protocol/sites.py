@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -43,6 +43,35 @@ def site_kinds() -> tuple[type[Site], ...]:
     return tuple(cls for _, cls in sorted(_kinds.items()))
 
 
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """A role that nothing has in the sublayer or linear layer `name`, as the search for it ended elsewhere.
+
+    It was stopped by `operation` in the module `module`, at `line` of its code; `residual`: by the residual stream. A
+    linear layer that no search came to has no `role`: it says where its own result goes, be it another linear layer.
+    """
+
+    role: str
+    name: str
+    operation: str
+    module: str = ""
+    line: str = ""
+    residual: bool = False
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        place = " of ".join(filter(None, (f"`{self.operation}`", self.module))) + (
+            f" ({self.line})" if self.line else ""
+        )
+        stop = f"the residual stream, {place}" if self.residual else place
+        return f"the search for {self.role} stopped at {stop}" if self.role else f"its result goes to {stop}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and the reason."""
+        return {**asdict(self), "reason": self.reason}
+
+
 @dataclass(frozen=True)
 class Sites:
     """Everything a model offers to selectors, in the order of the forward pass; and beside it its sequences."""
@@ -52,6 +81,7 @@ class Sites:
     parameters: dict[str, int] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     sequences: tuple[Sequence, ...] = ()
+    absent: tuple[Absence, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.items)

@@ -21,15 +21,16 @@ from torch import fx
 
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
-from peftc.graph.rows import Known, feature_rows
-from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
-from peftc.protocol.sites import Sites, site_kinds
+from peftc.graph.rows import Known, feature_rows, runs_along
+from peftc.protocol.site import Attention, Experts, Linear, Site, Sublayer
+from peftc.protocol.sites import Absence, Sites, site_kinds
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
-from peftc.roles.parameters import existing_parameters, own_name
+from peftc.roles.parameters import CONVOLUTIONS, existing_parameters, own_name
 from peftc.roles.products import Product, products
 from peftc.roles.residual import Crossing, block_sites
+from peftc.roles.search import Search
 from peftc.roles.sequences import find_sequences
 from peftc.roles.stacks import BlockPath, find_blocks
 
@@ -56,10 +57,12 @@ class _Finder:
             self.by_node[product.use.op] = product
             self.by_node[product.use.y] = product
         self.blocks = find_blocks(captured.model)
+        self.search = Search(self.module, self.flow, self.by_node, [block.path for block in self.blocks])
         self.aliases = captured.aliases
         self.known_rows: Known = {}
         self.roles: dict[tuple[str, Rows], set[str]] = defaultdict(set)
         self.modules: list[Sublayer] = []
+        self.absent: dict[tuple[str, str], Absence] = {}
         self.crossing: Crossing = {}
         self.model_name = type(captured.model).__name__
 
@@ -67,6 +70,7 @@ class _Finder:
         decoders = self._attentions()
         self._feed_forwards()
         self._head()
+        self._without_role()
         blocks = _name_stacks(self.blocks, decoders)
         linear = list(self._linear_sites())
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
@@ -80,36 +84,43 @@ class _Finder:
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
         paths = tuple(block.path for block in blocks)
-        return Sites(self.model_name, placed, sizes, paths, find_sequences(self.captured, blocks))
+        sequences = find_sequences(self.captured, blocks)
+        return Sites(self.model_name, placed, sizes, paths, sequences, tuple(self.absent.values()))
 
     def _is_product(self, node: fx.Node) -> bool:
         return node in self.by_node
 
     def _project(self, operand: fx.Node) -> Product | None:
         """The linear layer an operand comes from."""
-        found = next(nearest(operand, self.flow.predecessors, self._is_product), None)
-        return self.by_node[found] if found else None
+        found = self.search.project(operand)
+        return found if isinstance(found, Product) else None
 
     def _behind(self, product: Product) -> Iterator[Product]:
-        """A linear layer, the one that its input comes from, and so on in its block, back to the attention before."""
+        """A linear layer, the one that its input comes from, and so on in its sublayer."""
         block, found = self._block_of(product.weight), product
         yield product
         while block and (before := self._project(found.use.x)) and self._block_of(before.weight) is block:
-            if "attn.o" in self.roles.get((before.weight, None), ()):  # another attention lies before this one
-                return
             found = before
             yield found
 
-    def _meeting(self, q: Product, k: Product) -> tuple[list[Product], list[Product]] | None:
-        """The linear layers from q and from k back to the two that read one value: those of a latent attention are
-        two a side. None for cross attention, whose keys come from outside of the block.
+    def _meeting(self, q: Product | fx.Node, k: Product | fx.Node) -> tuple[list[Product], list[Product], str]:
+        """The linear layers from q and from k back to the two that read one value, and the kind of their attention.
+
+        Those of a latent attention are two a side. In cross attention keys are made of something else; where one of the
+        two is no linear layer, it says which kind it is what it is made of.
         """
+        if not isinstance(q, Product) or not isinstance(k, Product):
+            made = next((end for end in (q, k) if isinstance(end, Product)), None)
+            other = k if made is q else q
+            same = made is None or (isinstance(other, fx.Node) and self.search.is_made_of(other, made.use.x))
+            return [], [], "self" if same else "cross"
         behind = list(self._behind(q)), list(self._behind(k))
         for i, first in enumerate(behind[0], 1):
             for j, second in enumerate(behind[1], 1):
                 if first.use.x is second.use.x:
-                    return behind[0][:i], behind[1][:j]
-        return None
+                    return behind[0][:i], behind[1][:j], "self"
+        # Such as keys of an image that a convolution made smaller.
+        return [q], [], "self" if self.search.is_made_of(k.use.x, q.use.x, across=False) else "cross"
 
     def _reads_same(self, k: fx.Node, v: fx.Node) -> bool:
         first, second = self._project(k), self._project(v)
@@ -118,84 +129,88 @@ class _Finder:
     def _rows(self, source: fx.Node, target: fx.Node) -> tuple[int, ...]:
         return feature_rows(self.module, source, target, self.known_rows)
 
+    def _part(self, product: Product, operand: fx.Node) -> Rows:
+        """The rows of a linear layer that an operand is made of, where others are something else: a gate, a key."""
+        rows = self._rows(product.use.y, operand)
+        return rows if len(rows) < product.n_out else None
+
     def _attentions(self) -> set[str]:
         """Gives q, k, v, o their roles; returns the paths of blocks with cross attention."""
         decoders = set()
         for found in attentions(self.module.graph, self.flow, self._reads_same):
-            q, k, v = (self._project(operand) for operand in (found.q, found.k, found.v))
-            if q is None or k is None or v is None:
+            if found.scores in self.by_node:  # with a weight: no attention, but a router
                 continue
-            queries, keys = self._meeting(q, k) or ([q], [])
-            kind = "self" if keys else "cross"
-            if kind == "cross" and (block := self._block_of(q.weight)):
+            operands = {"q": found.q, "k": found.k, "v": found.v}
+            ends = {letter: self.search.project(operand) for letter, operand in operands.items()}
+            ends["o"] = self.search.reader(found.out)
+            made = {letter: end for letter, end in ends.items() if isinstance(end, Product)}
+            queries, keys, kind = self._meeting(ends["q"], ends["k"])
+            if kind == "cross" and "k" in made and (block := self._block_of(made["k"].weight)):
                 decoders.add(block.stack)
-                self.crossing[block.path] = found, k.use.x
-            parts: list[Rows] = []
-            for letter, product, operand in (("q", q, found.q), ("k", k, found.k), ("v", v, found.v)):
-                fused = sum(other.use.op is product.use.op for other in (q, k, v)) > 1
-                parts.append(self._rows(product.use.y, operand) if fused else None)
-                self.roles[product.weight, parts[-1]] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
-            facts = attention_facts(self.module, found, k, v, parts, self.known_rows)
-            self._attention_module(found, queries[::-1], [*keys[::-1], k, v], kind, facts)
+                self.crossing[block.path] = found, made["k"].use.x
+            parts = {letter: self._part(made[letter], operands[letter]) for letter in operands if letter in made}
+            for letter, product in made.items():
+                self.roles[product.weight, parts.get(letter)] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
+            for letter in (each for each in ends if each not in made):
+                self._is_absent(f"attn.{letter}", module_path(found.out), ends[letter])
+            if len(made) == len(ends):
+                facts = attention_facts(self.module, found, made["k"], made["v"], list(parts.values()), self.known_rows)
+                self._attention_module(queries[::-1], [*keys[::-1], made["k"], made["v"]], made["o"], kind, facts)
         return decoders
 
+    def _is_absent(self, role: str, name: str, end: fx.Node | Product) -> None:
+        """Notes that a search for `role`, of the sublayer or linear layer `name`, ended at `end`."""
+        self.absent.setdefault((role, name), self.search.absence(role, name, end))
+
     def _attention_module(
-        self,
-        found: AttentionPattern,
-        queries: list[Product],
-        others: list[Product],
-        kind: str,
-        facts: dict[str, Any] | None,
+        self, queries: list[Product], others: list[Product], o: Product, kind: str, facts: dict[str, Any] | None
     ) -> None:
-        """Adds the sublayer from the first of `queries` to the linear layer behind the attention."""
-        hit = next(nearest(found.out, self.flow.successors, self._is_product), None)
-        if hit is None:
-            return
-        o = self.by_node[hit]
-        self.roles[o.weight, None] |= {"attn.o", f"{kind}.attn.o"}
+        """Adds the sublayer from the first of `queries` to `o`, the linear layer behind the attention."""
         make = partial(Attention, **facts, cross=kind == "cross") if facts else Sublayer
         roles, members = frozenset({"attn", f"{kind}.attn"}), [*queries, *others, o]
         self._add_module("attn", roles, queries[0], o, members, make)
 
     def _feed_forwards(self) -> None:
-        """Gives up, gate and down their roles."""
+        """Gives up, gate and down their roles, in what is added to the residual stream."""
         attention = {weight for weight, _ in self.roles}
         for down in self.products:
             if down.weight in attention or self._block_of(down.weight) is None:
                 continue
             sources = self._activated_sources(down)
-            if sources:
+            if isinstance(sources, fx.Node):
+                if self.search.joins(down.use.y):
+                    self._is_absent("mlp.up", self._own(down)[1], sources)
+            elif sources and self.search.joins(down.use.y, across=True):
                 self.roles[down.weight, None].add("mlp.down")
                 self._up_and_gate(down, sources)
                 self._add_module("mlp", frozenset({"mlp"}), sources[0], down, [*sources, down])
 
-    def _activated_sources(self, down: Product) -> list[Product]:
-        """The linear layers of one common input that reach `down` through an activation, else none."""
-        seen, queue, activated = {down.use.x}, [down.use.x], False
-        sources: list[Product] = []
-        while queue:
-            node = queue.pop()
-            if (product := self.by_node.get(node)) is not None:
-                if sources and sources[0].use.x is not product.use.x:
-                    return []
-                sources.append(product)
-                continue
-            if node.op == "placeholder" or node.target in (
-                aten.embedding.default,
-                aten.scaled_dot_product_attention.default,
-            ):
-                return []
-            activated |= node.target in ACTIVATIONS
-            for other in self.flow.predecessors(node):
-                if other not in seen and other.op != "get_attr":
-                    seen.add(other)
-                    queue.append(other)
-        return sorted(sources, key=self.products.index) if activated and sources else []
+    def _activated_sources(self, down: Product) -> list[Product] | fx.Node:
+        """The linear layers of one common input that reach `down` through an activation, else none; or the node that
+        stopped the search for them.
+
+        A convolution over the grid of an image, which is all that stands in between, is a part of the layer.
+        """
+        ends = self.search.ends(down.use.x)
+        while len(ends) == 1 and ends[0].target in CONVOLUTIONS and value(ends[0]).dim() == 4:
+            ends = self.search.ends(ends[0].all_input_nodes[0])
+        if stop := next((node for node in ends if node not in self.by_node), None):
+            return stop
+        sources = sorted({self.by_node[node] for node in ends}, key=self.products.index)
+        if any(source.use.x is not sources[0].use.x for source in sources):
+            return []
+        if any(runs_along(self.module, source.use.y, down.use.x, self.known_rows) for source in sources):
+            return down.use.x
+        return sources if self._activations(down, sources) else []
+
+    def _activations(self, down: Product, sources: list[Product]) -> list[fx.Node]:
+        """The activations next to `down` between it and its sources."""
+        starts = [source.use.y for source in sources]
+        return list(nearest(down.use.x, self._stopping_at(starts), lambda node: node.target in ACTIVATIONS))
 
     def _up_and_gate(self, down: Product, sources: list[Product]) -> None:
         """Of two factors the gate is the one that passes through the activation."""
-        starts = [source.use.y for source in sources]
-        activations = list(nearest(down.use.x, self._stopping_at(starts), lambda node: node.target in ACTIVATIONS))
+        activations = self._activations(down, sources)
         gates = {
             id(source)
             for activation in activations
@@ -266,6 +281,21 @@ class _Finder:
             if self._block_of(product.weight) is None:
                 self.roles[product.weight, None].add("head")
 
+    def _without_role(self) -> None:
+        """Says of each linear layer in a block that has no role what is done with its result."""
+        for product in self.products:
+            name = self._own(product)[1]
+            given = any(weight == product.weight for weight, _ in self.roles)
+            if not given and self._block_of(product.weight) and ("mlp.up", name) not in self.absent:
+                ends = self.search.readers(product.use.y) or self.module.graph.find_nodes(op="output")
+                other = next((node for node in ends if node not in self.by_node), None)
+                self._is_absent("", name, other or self.by_node[ends[0]])
+
+    def _own(self, product: Product) -> tuple[str, str]:
+        """The layer's own name for its weight, and the layer's name."""
+        owner = own_name(product.weight, module_path(product.use.op), self.aliases)
+        return owner, owner.removesuffix(".weight")
+
     def _block_of(self, parameter: str) -> BlockPath | None:
         return next((block for block in self.blocks if parameter.startswith(f"{block.path}.")), None)
 
@@ -285,10 +315,9 @@ class _Finder:
     def _linear_site(self, weight: str, rows: Rows, uses: list[Product]) -> Site:
         first = uses[0]
         roles = frozenset(self.roles.get((weight, rows), set()))
-        owner = own_name(weight, module_path(first.use.op), self.aliases)
+        owner, whole = self._own(first)
         path = owner.removesuffix(".weight") if owner.endswith(".weight") else owner.rpartition(".")[0]
         label = sorted(role.rsplit(".", 1)[-1] for role in roles)[0] if rows else ""
-        whole = owner.removesuffix(".weight")
         name = f"{whole}[{label}]" if rows else whole
         n_out = len(rows) if rows else first.n_out
         bias = first.bias

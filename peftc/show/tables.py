@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from io import StringIO
 from typing import Any
@@ -24,12 +26,13 @@ from peftc.protocol.method import Method, kinds, methods
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Configured, registered
 from peftc.protocol.site import Site
-from peftc.protocol.sites import Sites
+from peftc.protocol.sites import Absence, Sites
 from peftc.protocol.storage import Storage, storages
 
 # Stages of a command that are not compiling, and the one that is torch.export and nothing else.
 NOT_COMPILING = ("check", "load", "save", "merge")
 EXPORT = "torch.export"
+_LAYER = re.compile(r"\.\d+\b")  # the first number in a path
 
 
 def report(plan: Plan, fired: Iterable[Fired] = ()) -> str:
@@ -264,6 +267,18 @@ def sites_tree(sites: Sites, *, every: bool) -> Tree:
         if site.name != site.block:
             parent.add(_site_line(site))
     return tree
+
+
+def absences(sites: Sites, *, every: bool) -> Table | None:
+    """What has no role and why, one row for those that differ in the numbers of their layers alone, unless `every`."""
+    rows: dict[tuple[str, ...], list[Absence]] = defaultdict(list)
+    for found in sites.absent:
+        texts = found.name, found.reason
+        rows[texts if every else tuple(_LAYER.sub("", text, count=1) for text in texts)].append(found)
+    table = Table("no role", "why")
+    for first, *more in rows.values():
+        table.add_row(first.name + (f"  (one of {len(more) + 1})" if more else ""), first.reason)
+    return table if rows else None
 
 
 def _layers(sites: Sites) -> set[tuple[int, str]]:
