@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from peftc.capture.capture import capture
+from peftc.capture.checkpoints.references import load_model, parse_reference
 from peftc.capture.inputs import Example, example_inputs
-from peftc.capture.references import load_model, parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline

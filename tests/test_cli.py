@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftc
 from paths import ROOT
-from peftc.capture.references import load_model, parse_reference
+from peftc.capture.checkpoints.references import load_model, parse_reference
 from peftc.cli import COMMANDS, main
 from peftc.language.parse import parse_file
 from peftc.spec.resolve import resolve

@@ -25,9 +25,9 @@ from transformers.exporters.exporter_dynamo import patch_forward_signature, rese
 from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.assumptions import Asked, Assumptions, listening
-from peftc.capture.checkpoint import Checkpoint
+from peftc.capture.checkpoints.checkpoint import Checkpoint
+from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
-from peftc.capture.differences import NO_DIFFERENCES, Differences
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of
 from peftc.capture.untouched import untouched

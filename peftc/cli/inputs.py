@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers.utils import logging as transformers_logging
 
-    from peftc.capture import references
+    from peftc.capture.checkpoints import references
     from peftc.driver import calibration
     from peftc.spec import check
     from peftc.spec.resolve import Intentions
 else:
     transformers_logging = Lazy("transformers.utils.logging")
-    references = Lazy("peftc.capture.references")
+    references = Lazy("peftc.capture.checkpoints.references")
     calibration = Lazy("peftc.driver.calibration")
     check = Lazy("peftc.spec.check")
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.capture.convention import LOSS_INPUTS, Convention, loss_node, without_loss
-from peftc.capture.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import BadCalibration

@@ -8,8 +8,8 @@ from typing import Literal, overload
 from torch import nn
 
 from peftc.files.artifact import save
+from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
-from peftc.files.peft_folder import save_pretrained
 from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
 from peftc.show.tables import report

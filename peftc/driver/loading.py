@@ -14,19 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftc.capture.capture import Captured, over
-from peftc.capture.checkpoint import Checkpoint
-from peftc.capture.differences import Differences
-from peftc.capture.errors import UntrainedHead
+from peftc.capture.checkpoints.checkpoint import Checkpoint
+from peftc.capture.checkpoints.differences import Differences
+from peftc.capture.checkpoints.errors import UntrainedHead
+from peftc.capture.checkpoints.references import Reference, opened, parse_reference, read_model, readable
+from peftc.capture.checkpoints.streaming import OpenCheckpoint
 from peftc.capture.inputs import Example, example_inputs
-from peftc.capture.references import Reference, opened, parse_reference, read_model, readable
-from peftc.capture.streaming import OpenCheckpoint
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
 from peftc.driver.compiled import CompiledModule
-from peftc.files import artifact, peft_folder
+from peftc.files import artifact
 from peftc.files.errors import BadArtifact
+from peftc.files.hf_peft import folder as peft_folder
 from peftc.graph.ir import get_attribute
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan

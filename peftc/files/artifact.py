@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftc import language as ast
-from peftc.capture.checkpoint import digest
+from peftc.capture.checkpoints.checkpoint import digest
+from peftc.capture.checkpoints.ondisk import read_tensors
+from peftc.capture.checkpoints.references import parse_reference
 from peftc.capture.inputs import Example, example_inputs, fake_mode_of
-from peftc.capture.ondisk import read_tensors
-from peftc.capture.references import parse_reference
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source

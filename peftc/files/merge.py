@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftc.capture.bitsandbytes import PackedFile
+from peftc.capture.checkpoints.bitsandbytes import PackedFile
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.files.errors import BadOutput, CannotMerge, NotFinite
 from peftc.files.folder import replacing

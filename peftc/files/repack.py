@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from peftc.capture.bitsandbytes import PackedFile
+from peftc.capture.checkpoints.bitsandbytes import PackedFile
 from peftc.files.merge import check_finite, merge, write
 from peftc.graph.ir import get_attribute
 from peftc.planning.packed_weight import PackedWeight

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from peftc.capture.ondisk import read_tensors
+from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor, tensors, value
 from peftc.graph.surroundings import physical_memory

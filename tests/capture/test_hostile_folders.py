@@ -17,10 +17,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
-from peftc.capture import untrusted
 from peftc.capture.capture import capture
+from peftc.capture.checkpoints import untrusted
+from peftc.capture.checkpoints.references import load_model, opened, parse_reference
 from peftc.capture.inputs import example_inputs
-from peftc.capture.references import load_model, opened, parse_reference
 from peftc.cli import main
 
 CONFIG: dict[str, Any] = {

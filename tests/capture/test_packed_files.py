@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 import peftc
 from marks import first_is_quick
-from peftc.capture.bitsandbytes import Packed
-from peftc.capture.references import load_model, parse_reference
+from peftc.capture.checkpoints.bitsandbytes import Packed
+from peftc.capture.checkpoints.references import load_model, parse_reference
 from peftc.files.merge import save_merged
 from peftc.files.repack import Rounding, repack
 from peftc.graph.ir import get_attribute

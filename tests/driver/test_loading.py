@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 import peftc
 from checkpoints import write_llama
 from paths import ROOT, SUPPORT
-from peftc.capture.checkpoint import Checkpoint
-from peftc.capture.ondisk import OnDisk
-from peftc.capture.references import load_model, opened, parse_reference
+from peftc.capture.checkpoints.checkpoint import Checkpoint
+from peftc.capture.checkpoints.ondisk import OnDisk
+from peftc.capture.checkpoints.references import load_model, opened, parse_reference
 from zoo import ENCODER, GROUPED, TOKENS, ZOO
 
 # How a checkpoint differs from the model: prefixes, fused and stacked weights, transposed ones, ties, a fresh head.

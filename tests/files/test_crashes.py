@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 import peftc
 from crashes import failures, kills
-from peftc.files import artifact, peft_folder
+from peftc.files import artifact
 from peftc.files import folder as folders
 from peftc.files.folder import COMMITTED, current, write_folder
+from peftc.files.hf_peft import folder as peft_folder
 from peftc.files.merge import save_merged
 from subjects import compiled
 from zoo import ZOO

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 import peftc
-from peftc.capture.bitsandbytes import Packed
+from peftc.capture.checkpoints.bitsandbytes import Packed
 from peftc.files.merge import save_merged
 from peftc.files.repack import Rounding, repack
 from peftc.protocol import params

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import peftc
 from marks import first_is_quick
-from peftc.files.peft_spec import IDLE, NAMING, of_kind
+from peftc.files.hf_peft.spec import IDLE, NAMING, of_kind
 from zoo import ZOO, inputs
 
 TWO = ["q_proj", "v_proj"]

@@ -11,7 +11,7 @@ from peft.tuners.ia3.model import IA3Model
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from peftc.files.peft_names import FEEDFORWARD, Names, key_for, saying
+from peftc.files.hf_peft.names import FEEDFORWARD, Names, key_for, saying
 from peftc.language import matching
 from zoo import ZOO
 

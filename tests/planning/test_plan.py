@@ -15,8 +15,8 @@ import golden
 import peftc
 from paths import EXAMPLES, GOLDEN
 from peftc.capture.capture import capture
+from peftc.capture.checkpoints.references import load_model, parse_reference
 from peftc.capture.inputs import example_inputs
-from peftc.capture.references import load_model, parse_reference
 from peftc.planning.plan import Plan
 from peftc.planning.planner import make_plan
 from peftc.roles.assign import find_sites

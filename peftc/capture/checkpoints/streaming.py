@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
-from peftc.capture.bitsandbytes import by_bitsandbytes, gathered
-from peftc.capture.checkpoint import Checkpoint
-from peftc.capture.differences import Differences
-from peftc.capture.ondisk import on_disk
+from peftc.capture.checkpoints.bitsandbytes import by_bitsandbytes, gathered
+from peftc.capture.checkpoints.checkpoint import Checkpoint
+from peftc.capture.checkpoints.differences import Differences
+from peftc.capture.checkpoints.ondisk import on_disk
 from peftc.graph.ir import set_tensor
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftc.capture.ondisk import Readable, on_disk
+from peftc.capture.checkpoints.ondisk import Readable, on_disk
 from peftc.protocol.fourbit import FACTS
 from peftc.protocol.storage import Buffer, storages
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from peftc.capture.ondisk import check_header
+from peftc.capture.checkpoints.ondisk import check_header
 from peftc.diagnostics.reading import read_file
 
 MOST_CONFIG, MOST_INDEX = 4 << 20, 64 << 20  # bytes; an index has a line for every tensor

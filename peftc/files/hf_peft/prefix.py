@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact, CannotExport
-from peftc.files.peft_prompt import TENSOR, embeddings, task_of
-from peftc.files.peft_spec import applied, of_kind
+from peftc.files.hf_peft.prompt import TENSOR, embeddings, task_of
+from peftc.files.hf_peft.spec import applied, of_kind
 from peftc.graph.ir import get_attribute
 from peftc.language import Statement
 from peftc.planning.plan import Plan

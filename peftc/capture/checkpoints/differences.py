@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from peftc.capture.errors import MissingWeights, OtherShape
+from peftc.capture.checkpoints.errors import MissingWeights, OtherShape
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 
 

@@ -29,9 +29,9 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peftc.capture.bitsandbytes import Packed
-from peftc.capture.errors import ChangedCheckpoint, OtherShape
-from peftc.capture.ondisk import OnDisk, Readable
+from peftc.capture.checkpoints.bitsandbytes import Packed
+from peftc.capture.checkpoints.errors import ChangedCheckpoint, OtherShape
+from peftc.capture.checkpoints.ondisk import OnDisk, Readable
 from peftc.diagnostics.diagnostic import PeftcError
 
 WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # as safetensors calls them

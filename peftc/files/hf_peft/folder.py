@@ -16,15 +16,15 @@ import regex
 import safetensors.torch
 from torch import Tensor, nn
 
-from peftc.capture.ondisk import read_tensors
+from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.folder import current, steadily, write_folder
-from peftc.files.peft_modules import ModulesReader, modules_folder, unfit
-from peftc.files.peft_prefix import KIND, has_prefix, prefix_folder, read_prefix
-from peftc.files.peft_prompt import PROMPTS, has_prompt, prompt_folder, read_prompt
-from peftc.files.peft_spec import NAMING, of_kind, spec_of, unknown
+from peftc.files.hf_peft.modules import ModulesReader, modules_folder, unfit
+from peftc.files.hf_peft.prefix import KIND, has_prefix, prefix_folder, read_prefix
+from peftc.files.hf_peft.prompt import PROMPTS, has_prompt, prompt_folder, read_prompt
+from peftc.files.hf_peft.spec import NAMING, of_kind, spec_of, unknown
 from peftc.language import Spec
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.site import Projection

@@ -20,11 +20,11 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import cached_file
 
-from peftc.capture.bitsandbytes import by_bitsandbytes
-from peftc.capture.differences import NO_DIFFERENCES, Differences
-from peftc.capture.errors import BadReference, NoWeights
-from peftc.capture.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
-from peftc.capture.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
+from peftc.capture.checkpoints.bitsandbytes import by_bitsandbytes
+from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
+from peftc.capture.checkpoints.errors import BadReference, NoWeights
+from peftc.capture.checkpoints.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
+from peftc.capture.checkpoints.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.surroundings import physical_memory
 

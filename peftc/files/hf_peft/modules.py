@@ -13,10 +13,10 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.files import peft_experts as expertfolders
 from peftc.files.errors import BadArtifact, CannotExport
-from peftc.files.peft_names import FEEDFORWARD, Names, key_for, saying
-from peftc.files.peft_spec import applied, of_kind
+from peftc.files.hf_peft import experts as expertfolders
+from peftc.files.hf_peft.names import FEEDFORWARD, Names, key_for, saying
+from peftc.files.hf_peft.spec import applied, of_kind
 from peftc.graph.ir import get_attribute, module_path
 from peftc.language import Statement
 from peftc.planning.plan import Binding, Plan

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact
-from peftc.files.peft_spec import applied, of_kind, trained
+from peftc.files.hf_peft.spec import applied, of_kind, trained
 from peftc.graph.ir import get_attribute
 from peftc.language import Statement
 from peftc.planning.plan import Plan
