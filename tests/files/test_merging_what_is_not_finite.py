@@ -72,7 +72,6 @@ def test_the_sum_is_too_large(dtype: torch.dtype, number: float, most: str) -> N
         (f"quantize linear with nf4\n{LORA}", ("up.lora",), {"up.weight"}),
         (f"quantize linear with int8\n{LORA}", ("up.lora",), {"up.weight"}),
     ],
-    ids=str,
 )
 def test_each_way_into_a_weight(spec: str, parts: tuple[str, ...], names: set[str]) -> None:
     assert refused(filled(made(spec), float("nan"), *parts)).keys() == names
