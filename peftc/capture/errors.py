@@ -8,6 +8,7 @@ from peftc.diagnostics.diagnostic import Diagnostic, among
 class NeedsExample(Diagnostic):
     code = "needs-example"
     model: str
+    tried: str = ""
 
     @property
     def title(self) -> str:
@@ -15,7 +16,10 @@ class NeedsExample(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ("pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more",)
+        return (
+            *((f"tried with some that others take: {self.tried}",) if self.tried else ()),
+            "pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more",
+        )
 
 
 class CannotCapture(Diagnostic):

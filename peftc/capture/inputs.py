@@ -93,7 +93,7 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
     if isinstance(model, PreTrainedModel):
         if example is not None and not isinstance(example, Mapping):
             raise PeftcError(NeedsExample(model=type(model).__name__))
-        given = _inputs_of(model) if example is None else _by_name(example)
+        given = _made_for(model) if example is None else _by_name(example)
         return _with_conventions(model, given)
     if example is None:
         raise PeftcError(NeedsExample(model=type(model).__name__))
@@ -121,6 +121,16 @@ def _two_rows(tensor: Any) -> Any:
     if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[0] == 1:
         return torch.cat([tensor, tensor])
     return tensor
+
+
+def _made_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    try:
+        return _inputs_of(model)
+    except PeftcError:
+        raise
+    except Exception as error:  # its config lacks what is asked of it, or its forward fails
+        tried = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PeftcError(NeedsExample(model=type(model).__name__, tried=tried)) from error
 
 
 def _inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
