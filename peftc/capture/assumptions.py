@@ -12,10 +12,11 @@ from __future__ import annotations
 import linecache
 import math
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import sympy
@@ -30,7 +31,7 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.convention import LOSS_INPUTS
 from peftc.capture.errors import OtherSizes
-from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.graph.ir import expression, fake_mode
 
 TORCH = Path(torch.__file__).parent
@@ -61,6 +62,7 @@ class Question:
 
 
 Asked = dict[ShapeEnv, dict[Question, None]]
+LOCK = RLock()  # one listens at a time: what is asked is heard for all shape environments
 
 
 @contextmanager
@@ -68,19 +70,21 @@ def listening() -> Iterator[Asked]:
     """Yields what is asked of the sizes of each shape environment, while it is asked."""
     heard: Asked = {}
     plumbing = frozenset(uninteresting_files())
-    answer = ShapeEnv.evaluate_expr
 
-    def evaluate_expr(self: ShapeEnv, asked: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
-        said = answer(self, asked, *args, **kwargs)
-        if asked.free_symbols:
-            frame = sys._getframe(1)
-            while frame.f_code.co_filename in plumbing and frame.f_back is not None:
-                frame = frame.f_back
-            holds = {sympy.true: asked, sympy.false: sympy.Not(asked)}.get(said, sympy.Eq(asked, said))
-            heard.setdefault(self, {})[Question(holds, frame.f_code.co_filename, frame.f_lineno)] = None
-        return said
+    def listened(answer: Callable[..., sympy.Basic]) -> Callable[..., sympy.Basic]:
+        def evaluate_expr(self: ShapeEnv, asked: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
+            said = answer(self, asked, *args, **kwargs)
+            if asked.free_symbols:
+                frame = sys._getframe(1)
+                while frame.f_code.co_filename in plumbing and frame.f_back is not None:
+                    frame = frame.f_back
+                holds = {sympy.true: asked, sympy.false: sympy.Not(asked)}.get(said, sympy.Eq(asked, said))
+                heard.setdefault(self, {})[Question(holds, frame.f_code.co_filename, frame.f_lineno)] = None
+            return said
 
-    with patch_attributes([(ShapeEnv, "evaluate_expr", lambda _old: evaluate_expr)]):
+        return evaluate_expr
+
+    with LOCK, patch_attributes([(ShapeEnv, "evaluate_expr", listened)]):
         yield heard
 
 
@@ -179,27 +183,33 @@ class Assumptions:
         ]
 
     def as_code(self, given: Iterable[str], longer: Mapping[str, int]) -> tuple[Any, Any, Any]:
-        """Which sizes of inputs are which numbers; where the symbols are read off, and how much is beyond each.
+        """Which sizes of inputs are which numbers; where the other sizes are read off, and how much is beyond each.
 
-        The third is the function of the symbols that answers all that the model asked.
+        The third is a function of these other sizes that answers all that was asked, and whether they fit each other.
         """
         fixed: list[tuple[str, int, int]] = []
         read: dict[sympy.Symbol, tuple[str, int, int]] = {}
+        fitting: list[sympy.Basic] = []
         for name in given:
+            more = longer.get(name, 0)
             for place, size in enumerate(self.inputs[name]):
                 if isinstance(size, int):
                     fixed.append((name, place, size))
-                elif size in self.symbols:
-                    more = longer.get(name, 0) if place == 1 else 0
-                    read[size] = max(read.get(size, (name, place, 0)), (name, place, more), key=lambda one: one[2])
-        return tuple(fixed), tuple(read.values()), self._answer(tuple(read), True)
+                    continue
+                symbol = size if size in self.symbols and size not in read else sympy.Symbol(f"{name}_{place}")
+                read[symbol] = (name, place, more if place == 1 else 0)
+                if symbol is not size:
+                    fitting.append(sympy.Eq(size, symbol))
+        known = tuple(read)
+        asked = [question.holds for which in (True, False) for question in self._asked(known, which)]
+        return tuple(fixed), tuple(read.values()), _function(known, fitting + asked)
 
     def _answer(self, known: tuple[sympy.Symbol, ...], of_model: bool) -> Any:
         """A function of the known symbols' values that answers all that was asked."""
         key = (known, of_model)
         if key not in self.functions:
             asked = [question.holds for question in self._asked(known, of_model)]
-            self.functions[key] = sympy.lambdify(list(known), asked, modules=[{"math": math}], printer=PythonPrinter())
+            self.functions[key] = _function(known, asked)
         return self.functions[key]
 
     def _spelt(self, size: Any) -> str:
@@ -223,13 +233,13 @@ class Assumptions:
 class SizeCheck:
     """Holds calls to what the capture of a graph took for granted, each set of sizes once.
 
-    `captured` and `longer` are as `Assumptions.check` takes them.
+    `captured` and `longer` are as `Assumptions.check` takes them. `known`: what was wrong with which sizes.
     """
 
     assumptions: Assumptions
     captured: fx.Graph
     longer: Mapping[str, int]
-    known: dict[tuple[Any, ...], PeftcError | None] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], tuple[Diagnostic, ...]] = field(default_factory=dict)
     traced: dict[bool, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -243,12 +253,13 @@ class SizeCheck:
         shapes = {name: value.shape for name, value in given.items() if isinstance(value, torch.Tensor)}
         sizes = (*shapes.keys(), *shapes.values())
         if sizes not in self.known:
-            self.known[sizes] = None
             try:
                 self.assumptions.check(shapes, self.captured, self.longer)
-            except PeftcError as error:
-                self.known[sizes] = error
-        return self.known[sizes]
+            except PeftcError as error:  # whose traceback holds the inputs
+                self.known[sizes] = error.diagnostics
+            else:
+                self.known[sizes] = ()
+        return PeftcError(*self.known[sizes]) if self.known[sizes] else None
 
     def seen(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a call in the sizes in which the model sees them."""
@@ -260,18 +271,23 @@ class SizeCheck:
     def holds_traced(self, given: Mapping[str, Any]) -> bool:
         """Whether the sizes are those that the capture was for, in code that `torch.compile` can trace.
 
-        Of what operations ask it knows nothing.
+        What operations ask must be answered as it was: that shapes come out as captured cannot be looked up here.
         """
-        fixed, read, answer = self.traced[len(given) == len(self.assumptions.inputs)]
+        fixed, read, answer = self.traced[all(name in given for name in LOSS_INPUTS)]
         return all(given[name].shape[place] == size for name, place, size in fixed) and all(
             answer(*[given[name].shape[place] + more for name, place, more in read])
         )
 
 
+def _function(symbols: tuple[sympy.Symbol, ...], asked: list[sympy.Basic]) -> Any:
+    """A function of the symbols' values that answers all that is asked."""
+    return sympy.lambdify(list(symbols), asked, modules=[{"math": math}], printer=PythonPrinter())
+
+
 def _comes_out_otherwise(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int], given: Container[str]) -> str:
     """Where the graph computes a tensor at `sizes` that has not the shape it was captured with; "" if nowhere.
 
-    What is made of inputs that are not `given` is left out.
+    What is made of inputs that are not `given`, and what the body of a higher-order operator makes, is left out.
     """
     known: dict[fx.Node, Any] = {}
     same: dict[str, Any] = {}  # equal blocks ask the same

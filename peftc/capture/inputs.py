@@ -53,7 +53,7 @@ class Example:
 
         There is none where the inputs are not tensors, each with a name or a place.
         """
-        values = [value.detach() if isinstance(value, torch.Tensor) else value for value in given.values()]
+        values = list(_apart(given.values()))
         if not all(isinstance(value, torch.Tensor) for value in (*self.args, *self.kwargs.values(), *values)):
             return
         args, rest = tuple(values[: len(self.args)]), dict(zip(given, values, strict=True))
@@ -100,20 +100,20 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
     if isinstance(example, dict):
         return Example(kwargs=_by_name(example))
     args = example if isinstance(example, tuple | list) else (example,)
-    return Example(args=tuple(_apart(args)))
+    return Example(args=tuple(map(_two_rows, _apart(args))))
 
 
 def _by_name(example: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(example, _apart(example.values()), strict=True))
+    return dict(zip(example, map(_two_rows, _apart(example.values())), strict=True))
 
 
 def _apart(given: Iterable[Any]) -> Iterator[Any]:
-    """Two rows of each, and no tensor twice: of two inputs that are one object torch.export makes one in the graph."""
+    """No tensor twice: of two inputs that are one object torch.export makes one in the graph."""
     seen: set[int] = set()
     for item in given:
         twice = isinstance(item, torch.Tensor) and id(item) in seen
         seen.add(id(item))
-        yield _two_rows(item.clone() if twice else item)
+        yield item.clone() if twice or (isinstance(item, torch.Tensor) and item.is_inference()) else item
 
 
 def _two_rows(tensor: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from peftc.capture.assumptions import SizeCheck
 from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.capture.convention import LOSS_INPUTS, Convention, loss_node, without_loss
 from peftc.diagnostics.diagnostic import PeftcError
@@ -106,7 +107,7 @@ def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, tuple[T
     compiled.eval()
     plan = compiled.plan
     _has_loss(compiled.history["capture"], plan)
-    for given in _given(plan, batches):
+    for given in _given(plan, compiled.history["capture"], batches):
         compiled(**given).loss.backward()
     return [
         {
@@ -155,7 +156,7 @@ def _second_moments(
     unlabelled = without_loss(module.graph, plan.captured.result)
     watch = Watch(module, graph=unlabelled)
     with torch.no_grad():
-        for given in _given(plan, batches, labels=unlabelled is None):
+        for given in _given(plan, module.graph, batches, labels=unlabelled is None):
             if MASK in given:
                 watch.mask = given[MASK].bool().flatten()
             watch.run(*(tensor for name, tensor in given.items() if unlabelled is None or name not in LOSS_INPUTS))
@@ -187,7 +188,7 @@ def _squared_gradients(
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        for given in _given(plan, batches):
+        for given in _given(plan, module.graph, batches):
             for example in _examples(given):
                 for name, gradient in zip(weights, _gradients(module, example, [*weights.values()]), strict=True):
                     sums[name] += gradient.float().square()
@@ -222,11 +223,12 @@ def _has_loss(graph: fx.Graph, plan: Plan) -> None:
         raise PeftcError(BadCalibration(reason=f"{plan.sites.model} returns no loss to take gradients of"))
 
 
-def _given(plan: Plan, batches: Batches, *, labels: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Each batch as the graph's inputs, by name and in their order. `labels`: whether they must be there."""
+def _given(plan: Plan, captured: fx.Graph, batches: Batches, *, labels: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Each batch as the inputs of the `captured` graph, by name and in order. `labels`: whether they must be there."""
     convention = Convention(plan.captured.inputs, plan.captured.result)
     device = next(plan.captured.module.parameters()).device
     expected = dict(zip(convention.inputs, plan.input_values, strict=True))
+    sizes = SizeCheck(plan.captured.assumptions, captured, {})
     empty = True
     for batch in batches:
         empty = False
@@ -243,6 +245,8 @@ def _given(plan: Plan, batches: Batches, *, labels: bool = True) -> Iterator[dic
             raise PeftcError(BadCalibration(reason=f"a batch has no {', '.join(missing)}"))
         for name, tensor in given.items():
             _fits(name, tensor, expected[name])
+        if (refusal := sizes.refusal(given)) is not None:
+            raise refusal
         yield {name: tensor.to(device) for name, tensor in given.items()}
     if empty:
         raise PeftcError(BadCalibration(reason="there are no batches"))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
 
-from peftc.capture.capture import capture
+from peftc.capture.capture import capture, over
+from peftc.capture.checkpoints.streaming import weightless
 from peftc.capture.inputs import Example
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
@@ -26,6 +28,7 @@ from peftc.driver import calibration
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.passes import PASSES, Pass, Work, run
 from peftc.graph.ir import get_attribute, set_tensor
+from peftc.graph.surroundings import ordinary_tensors
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
@@ -65,6 +68,7 @@ def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding,
         captured = plan.captured
         twin = plan_model(captured.model, plan.intentions, captured.example, Timings())
         compiled = build(calibration.probing(twin), Timings())
+        compiled.__dict__["capture_again"] = None  # of the spec, which has no probes
         wanting = [binding for binding in plan.bindings if binding.method.data is Data.STATE_GRADIENTS]
         return data | dict(zip(wanting, calibration.probed(compiled, batches), strict=True))
 
@@ -113,22 +117,43 @@ def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModul
         given: inputs by name, for whose sizes its graph is not.
 
     Returns:
-        None where the model cannot be captured with them.
+        None where the model cannot be captured with them, or where the spec would mean something else there.
     """
-    with torch.inference_mode(False), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
-        for example in compiled.plan.captured.example.like(compiled.sizes.seen(given)):
+    base, checkpoint = compiled.base, compiled.plan.captured.checkpoint
+    model = base if checkpoint is None else weightless(cast(PreTrainedModel, base), checkpoint)
+    home = next((tensor.device for tensor in model.parameters()), compiled.device)
+    seen = {name: _at_home(value, home) for name, value in compiled.sizes.seen(given).items()}
+    with ordinary_tensors(), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
+        for example in compiled.plan.captured.example.like(seen):
             try:
-                plan = plan_model(compiled.base, compiled.plan.intentions, example, Timings())
+                plan = plan_model(model, compiled.plan.intentions, example, Timings())
+                if not _alike(plan, compiled.plan):
+                    continue
+                if checkpoint is not None:
+                    plan = replace(plan, captured=over(plan.captured, base, checkpoint))
                 for full in (full for item in plan.packed.values() for full in item.buffers):
-                    set_tensor(plan.captured.module, full, get_attribute(compiled, full))
-                state = {name: get_attribute(compiled, name) for name in (*plan.tensors, *plan.trained)}
+                    set_tensor(plan.captured.module, full, _at_home(get_attribute(compiled, full), home))
+                names = (*plan.tensors, *plan.trained)
+                state = {name: _at_home(get_attribute(compiled, name), home) for name in names}
                 other = build(plan, Timings(), state, fuse=compiled.fused)
             except PeftcError as error:
                 debug.tell(1, [f"not captured for other sizes: {error}"])
                 continue
             if other.sizes.refusal(given) is None:
-                return other
+                return other.to(compiled.device) if home != compiled.device else other
     return None
+
+
+def _at_home(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans of a spec come to the same tensors: on another side of a branch there may be other sites."""
+    return all(
+        found.keys() == wanted.keys()
+        for found, wanted in ((one.tensors, other.tensors), (one.trained, other.trained), (one.packed, other.packed))
+    )
 
 
 def _begun(plan: Plan, **known: Any) -> Work:

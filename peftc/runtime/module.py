@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,9 @@ from peftc.runtime.unfrozen import Watch
 
 # Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
 MOST_GRAPHS = 8
+
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
+LOCK = RLock()  # one captures at a time
 
 Stages = list[tuple[str, fx.Graph]]
 
@@ -133,23 +137,41 @@ class Runtime(Holder):
 
     def _other(self, given: dict[str, Any], refusal: PeftcError) -> Callable[[dict[str, Any], Any], Any]:
         """The way through a graph of the same model and tensors that was captured for the sizes of `given`."""
-        for other in self.others:
-            if given.keys() <= set(other.convention.inputs) and other.sizes.refusal(given) is None:
-                break
-        else:
-            if self.capture_again is None or len(self.others) == MOST_GRAPHS - 1:
+        if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in self.parameters()):
+            raise refusal  # who shards a model does it by the blocks of one graph
+        with LOCK:
+            known = (
+                other
+                for other in self.others
+                if given.keys() <= set(other.convention.inputs) and other.sizes.refusal(given) is None
+            )
+            other = next(known, None) or self._captured_again(given)
+            if other is None:
                 raise refusal
-            if (made := self.capture_again(self, given)) is None:
-                raise refusal
-            self.others.append(other := made)
+            self._share(other)
+        order = [name for name in other.convention.inputs if name in given]
+        return lambda given, tokens: other._run({name: given[name] for name in order}, tokens)
+
+    def _captured_again(self, given: dict[str, Any]) -> Runtime | None:
+        if self.capture_again is None or len(self.others) == MOST_GRAPHS - 1:
+            return None
+        if (made := self.capture_again(self, given)) is not None:
+            self.others.append(made)
+        return made
+
+    def _share(self, other: Runtime) -> None:
+        """Gives `other` this one's tensors, modes and hooks."""
         theirs = tensors(other)
         for name in self.shared & theirs.keys():
             if theirs[name] is not (tensor := get_attribute(self, name)):
                 set_tensor(other, name, tensor)
-        other.train(self.training)
         other.__dict__["logits_in_training"] = self.logits_in_training
-        order = [name for name in other.convention.inputs if name in given]
-        return lambda given, tokens: other._run({name: given[name] for name in order}, tokens)
+        mine = dict(self.named_modules())
+        for path, module in other.named_modules():
+            if path in mine:
+                module.training = mine[path].training
+            if path in mine and path:  # of the whole the caller's own call runs them
+                module.__dict__.update({name: mine[path].__dict__[name] for name in HOOKS})
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced again where requires_grad differs
     def _check_traced(self) -> None:
@@ -186,6 +208,7 @@ class Runtime(Holder):
         } | {name: self.__dict__[name] for name in ("sizes", "shared", "capture_again")}
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
+        memo[id(self.others)] = []
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
         copied.__dict__.update(shared, others=[])

@@ -1,5 +1,7 @@
 """A captured graph is used for the sizes that it was captured for; for others there is another graph, or a refusal."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +127,76 @@ def test_a_graph_for_other_sizes_takes_packed_weights_and_prompts() -> None:
 def _tokens(length: int) -> dict[str, Tensor]:
     ids = torch.randint(3, 99, (2, length), generator=torch.Generator().manual_seed(length))
     return {"input_ids": ids, "labels": ids}
+
+
+class TwoSided(nn.Module):
+    """Longer inputs go through another layer, too."""
+
+    def __init__(self, *, short: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.short = short
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.first(x)
+        return self.second(h) if bool(x.shape[1] > 6) is not self.short else h
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_where_the_spec_would_mean_other_layers_a_call_is_refused(short: bool) -> None:
+    compiled = peftc.compile(TwoSided(short=short), SPEC, example=torch.randn(2, 4, 8))
+    compiled(torch.randn(3, 4, 8))
+    with pytest.raises(peftc.PeftcError, match="other-sizes"):
+        compiled(torch.randn(2, 9, 8))
+
+
+def test_hooks_and_modes_of_blocks_hold_in_every_graph() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True) for _ in range(2)]
+    compiled = peftc.compile(nn.Sequential(*layers), SPEC, example=torch.randn(2, 4, 8)).eval()
+    calls: list[nn.Module] = []
+    compiled.get_submodule("0").register_forward_hook(lambda block, *_: calls.append(block))
+    x = torch.randn(2, 9, 8)
+    first = compiled(x)
+    torch.testing.assert_close(compiled(x), first)
+    compiled.get_submodule("1").train()
+    assert not torch.equal(compiled(x), first)
+    compiled(torch.randn(2, 4, 8))
+    assert len(calls) == 4
+
+
+def test_a_graph_is_captured_in_any_surroundings() -> None:
+    model, compiled = _compiled(ASKS["a window"][0])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(torch.randint(8, (2, 12)))
+    x = torch.randint(8, (2, 13))
+    torch.testing.assert_close(compiled(x), model(x))
+    plain = nn.Sequential(nn.Linear(8, 8))
+    with torch.inference_mode():
+        linear = peftc.compile(plain, SPEC, example=torch.randn(2, 4, 8))
+        linear(torch.randn(2, 5, 8))
+    linear(torch.randn(2, 5, 8)).sum().backward()
+
+
+def test_what_was_refused_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "MOST_GRAPHS", 1)
+    _, compiled = _compiled(ASKS["a window"][0])
+    x = torch.randint(8, (2, 12))
+    seen = weakref.ref(x)
+    for _ in range(2):
+        with pytest.raises(peftc.PeftcError, match="other-sizes"):
+            compiled(x)
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+def test_calibration_is_held_to_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Asks(ASKS["a window"][0])
+    spec, example = 'apply lora(r=2, init="eva") to linear', torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(peftc.PeftcError, match="other-sizes"):
+        peftc.compile(model, spec, example=example, calibration=[torch.zeros(2, 12, dtype=torch.long)])
 
 
 def test_numbers_of_any_length_share_one_graph() -> None:

@@ -185,6 +185,13 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     return twin
 
 
+def weightless(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The skeleton again of a model whose weights are read but for those that `checkpoint` still has."""
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    _fake_parameters(twin, checkpoint)
+    return twin
+
+
 def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """As `from_pretrained` does: from the checkpoint, else by the model's own initialisation, which leaves the rest."""
     for parameter in model.parameters():
