@@ -53,7 +53,7 @@ class Example:
 
         There is none where the inputs are not tensors, each with a name or a place.
         """
-        values = list(_apart(given.values()))
+        values = list(_apart(item.detach() if isinstance(item, torch.Tensor) else item for item in given.values()))
         if not all(isinstance(value, torch.Tensor) for value in (*self.args, *self.kwargs.values(), *values)):
             return
         args, rest = tuple(values[: len(self.args)]), dict(zip(given, values, strict=True))
