@@ -119,8 +119,9 @@ def _positions(work: Work) -> Positions:
 
 
 def _attention(work: Work) -> None:
-    """Learned keys and values."""
-    for binding in work.bindings(Stage.ATTENTION):
+    """Learned keys and values: first those in front, then those whose effect is gated, then those attended apart."""
+    ordered = sorted(work.bindings(Stage.ATTENTION), key=lambda b: (b.method.attends_apart, b.method.has_gate))
+    for binding in ordered:
         attend(work.splicer, binding, work.given["positions"], "attention methods")
 
 

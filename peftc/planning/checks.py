@@ -68,6 +68,19 @@ def same_method_twice(draft: Draft) -> Iterator[Diagnostic]:
         )
 
 
+def gated_twice(draft: Draft) -> Iterator[Diagnostic]:
+    """Two gates over keys under one softmax: what either lets through would depend on the other."""
+    first: dict[str, Binding] = {}
+    for binding in draft.bindings:
+        if binding.method.stage is Stage.ATTENTION and binding.method.has_gate:
+            earlier = first.setdefault(binding.site.name, binding)
+            if earlier is not binding:
+                reason = f"{earlier.method.label} has a gate there, and keys of two gates would share one softmax"
+                yield say.Refused(
+                    method=binding.method.name, site=binding.site.name, reason=reason, others=0, span=binding.span
+                )
+
+
 def tied_apart(draft: Draft) -> Iterator[Diagnostic]:
     """A tied tensor trains only when all of its readers were named."""
     trainings = enumerate(draft.intentions.trainings)
@@ -127,7 +140,7 @@ def cannot_agree(draft: Draft) -> Iterator[Diagnostic]:
 
 
 CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
-    same_method_twice, tied_apart, weight_claimed, no_position_left, no_gradient, cannot_agree,
+    same_method_twice, gated_twice, tied_apart, weight_claimed, no_position_left, no_gradient, cannot_agree,
 )  # fmt: skip
 
 

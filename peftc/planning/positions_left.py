@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from peftc.diagnostics.diagnostic import Diagnostic
@@ -11,10 +12,18 @@ from peftc.protocol.site import Attention, Sequence
 
 
 def _taken(bindings: Iterable[Binding]) -> int:
-    """The positions before the input's first: those of prompts, and of the longest prefix."""
+    """The positions before the input's first: those of prompts, and of the longest prefixes."""
     found = list(bindings)
     own = [b for b in found if isinstance(b.site, Attention) and not b.site.cross and b.site.stack != "decoder"]
-    return extension(found) + max((b.method.takes_positions(b.site) for b in own), default=0)
+    return extension(found) + max(_prefixes(own).values(), default=0)
+
+
+def _prefixes(bindings: Iterable[Binding]) -> Counter[str]:
+    """The positions that prefixes take, by attention."""
+    taken: Counter[str] = Counter()
+    for binding in bindings:
+        taken[binding.site.name] += binding.method.takes_positions(binding.site)
+    return taken
 
 
 def room(plan: Plan) -> tuple[str, int] | None:
@@ -25,8 +34,16 @@ def room(plan: Plan) -> tuple[str, int] | None:
 
 
 def too_long(bindings: Iterable[Binding]) -> Iterator[Diagnostic]:
-    """An error at the first prompt with which all so far leave no position for the input."""
+    """An error at the first prefix or prompt with which all so far leave no position for the input."""
     found = list(bindings)
+    prefixes: list[Binding] = []
+    for binding in found:
+        if isinstance(binding.site, Attention) and not binding.site.cross and binding.site.positions is not None:
+            prefixes.append(binding)
+            taken = _prefixes(prefixes)[binding.site.name]
+            if taken >= binding.site.positions:
+                yield NoPositions(taken=taken, positions=binding.site.positions, span=binding.span)
+                return
     so_far = [binding for binding in found if not isinstance(binding.site, Sequence)]
     for binding in found:
         if isinstance(binding.site, Sequence) and binding.site.positions is not None:

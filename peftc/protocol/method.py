@@ -268,6 +268,11 @@ class _Acting:
         """
         raise NotImplementedError
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether it lets through a part of what another method does."""
+        return type(self).gate is not _Acting.gate
+
     def takes_positions(self, site: Any) -> int:
         """See `AttentionMethod`."""
         return 0

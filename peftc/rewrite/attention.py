@@ -71,24 +71,29 @@ class Attender:
 
     def attend(self) -> None:
         apart = self.method.attends_apart
-        gated = type(self.method).gate is not Method.gate
-        plain = self._plain() if gated else None
-        changed = self.pattern.out
+        plain = self._plain() if self.method.has_gate else None
         if self.pattern.scores is None:
             self._fused_apart() if apart else self._fused_in_front()
         else:
             keys, values = self._keys_and_values(self.pattern.scores)
-            spelt = SpeltOut(self.pattern, self.site, keys, values, self.positions, self.method.windowed, self.stamp)
+            current = self.splicer.current
+            spelt = SpeltOut(self.binding, self.pattern, keys, values, self.positions, current, self.stamp)
             if apart:
                 self._rewritten(spelt.apart())
             else:
-                changed = spelt.in_front()
+                spelt.in_front()
+        if not apart:
+            self.positions.take(self.site, self.method.takes_positions(self.site))
         if plain is not None:
-            self._gated(plain, changed)
+            self._gated(plain, self._result())
+
+    def _result(self) -> fx.Node:
+        """What the attention gives, with all that was done to it before."""
+        return self.splicer.current.get(self.pattern.out, self.pattern.out)
 
     def _plain(self) -> fx.Node:
         """The attention's result once more, for what is about to be done to it not to change."""
-        start, out = self.pattern.softmax, self.pattern.out
+        start, out = self.pattern.softmax, self._result()
         copies: dict[fx.Node, fx.Node] = {}
         for node in [out] if start is None else [start, *path_between(start, out)]:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: copies.get(given, given))
@@ -109,6 +114,7 @@ class Attender:
         result = self._spliced(function, args, max(plain, changed), changed, "gated")
         for reader in readers:
             reader.replace_input_with(changed, result)
+        self.splicer.current[self.pattern.out] = result
 
     # The fused operation
 
@@ -126,7 +132,9 @@ class Attender:
             mask = self._spliced(partial(_causal, count), [q, k], node.prev, node, f"causal {count}")
             set_argument(node, "is_causal", False)
         elif mask is not None:
-            mask = self.positions.widened(mask, self.site, count, self.method.windowed, self.stamp)
+            takes = self.method.takes_positions(self.site)
+            there = value(k).shape[-2]
+            mask = self.positions.widened(mask, there, self.site, count, takes, self.method.windowed, self.stamp)
         for name, now in {"key": keys, "value": values, "attn_mask": mask}.items():
             set_argument(node, name, now)
 
@@ -156,7 +164,7 @@ class Attender:
 
     def _rewritten(self, attended: fx.Node) -> None:
         """Replaces the attention's result by what the method makes of it and of what it attended to apart."""
-        y = self.pattern.out
+        y = self._result()
         names = self.method.asks(self.binding.names)
         extra = self._operands(names)
 
@@ -169,6 +177,7 @@ class Attender:
         result = self._spliced(function, [attended, y, *extra.values()], max(attended, y), y, "rewritten")
         for reader in readers:
             reader.replace_input_with(y, result)
+        self.splicer.current[self.pattern.out] = result
 
     def _heads(self, given: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._extended(given)

@@ -84,10 +84,10 @@ class Lengthened:
                 for reader in readers:
                     reader.replace_input_with(node, now)
 
-    def in_front(self, node: fx.Node, count: int) -> fx.Node:
-        """[..., tokens, keys] -> [..., tokens, count]: what it says of the last `count` keys before the text."""
-        rows = self._text_rows(node)
-        return self._call(aten.slice.Tensor, (rows, -1, self.by - count, self.by), rows, node)
+    def in_front(self, node: fx.Node, count: int, taken: int) -> fx.Node:
+        """[..., tokens, keys] -> [..., tokens, count]: what it says of `count` keys, `taken` others before the text."""
+        rows, end = self._text_rows(node), self.by - taken
+        return self._call(aten.slice.Tensor, (rows, -1, end - count, end), rows, node)
 
     def with_front(self, node: fx.Node, count: int) -> fx.Node:
         """[..., tokens, keys] -> [..., tokens, count + keys]."""
@@ -136,10 +136,16 @@ class Positions:
     counting: Counting
     longer: dict[Any, Lengthened] = field(default_factory=dict)
     masks: dict[Hashable, fx.Node] = field(default_factory=dict)
+    narrow: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the model's own mask, of each made wider
+    taken: dict[str, int] = field(default_factory=dict)  # positions right before the text, by attention
 
-    def of(self, site: Attention) -> Lengthened | None:
-        """The longer values of the site's own sequence; None where nothing of it moves."""
-        return None if site.cross else self.longer.get(tokens_of(site))
+    def of(self, site: Attention, takes: int) -> Lengthened | None:
+        """The longer values of the site's own sequence; None for keys there that take no positions of it."""
+        return self.longer.get(tokens_of(site)) if takes and not site.cross else None
+
+    def take(self, site: Attention, takes: int) -> None:
+        """What comes after stands in front of these positions."""
+        self.taken[site.name] = self.taken.get(site.name, 0) + takes
 
     def speaks_of_positions(self, mask: fx.Node, windowed: bool) -> bool:
         """Whether a mask or bias has something of its own to say of tokens in front of the text.
@@ -151,17 +157,27 @@ class Positions:
             return False
         return self.counting.is_bias(mask) or (windowed and mask in self.counting.counted)
 
-    def widened(self, mask: fx.Node, site: Attention, count: int, windowed: bool, stamp: Provenance) -> fx.Node:
-        """The mask [..., tokens, keys] of a fused attention with `count` keys in front, made once for all readers."""
-        longer = self.of(site)
-        moves = longer is not None and self.speaks_of_positions(mask, windowed)
-        key = (mask, count, moves)
+    def widened(
+        self, mask: fx.Node, keys: Any, site: Attention, count: int, takes: int, windowed: bool, stamp: Provenance
+    ) -> fx.Node:
+        """The mask [..., tokens, keys] of a fused attention with `count` keys in front, made once for all readers.
+
+        Of the `keys` there, those of earlier methods are some; `takes` of the new ones are positions of the sequence.
+        """
+        own, taken = self.narrow.get(mask, mask), self.taken.get(site.name, 0)
+        longer = self.of(site, takes)
+        moves = longer is not None and self.speaks_of_positions(own, windowed)
+        key = (mask, expression(keys), count, taken, moves)
         if key not in self.masks:
-            if longer is not None and moves:
-                self.masks[key] = longer.with_front(mask, count)
+            if longer is None or not moves:
+                wide = self._seen_by_all(mask, keys, count, stamp)
+            elif own is mask:
+                wide = longer.with_front(mask, count)
             else:
-                assert site.pattern is not None
-                self.masks[key] = self._seen_by_all(mask, value(site.pattern.k).shape[-2], count, stamp)
+                front = longer.in_front(own, count, taken)
+                wide = made(self.graph, aten.cat.default, ([front, mask], -1), max(front, mask), mask, stamp)
+            self.masks[key] = wide
+            self.narrow[wide] = own
         return self.masks[key]
 
     def _seen_by_all(self, mask: fx.Node, keys: Any, count: int, stamp: Provenance) -> fx.Node:
@@ -177,21 +193,22 @@ class Positions:
 def make_room(graph: fx.Graph, plan: Plan, pass_name: str) -> Positions:
     """Moves the positions of every sequence that a method takes the first places of.
 
-    All the layers count alike, so the statement that takes the most places decides; those that take fewer stand
+    All the layers count alike, so the attention that takes the most places decides; those that take fewer stand
     right before the text. A sequence of a fixed length (an image's patches) has no such room: its positions stay.
     """
     every = [site for site in plan.sites if isinstance(site, Attention)]
     positions = Positions(graph, Counting(graph))
-    takes: dict[Any, list[tuple[int, Attention, Span]]] = defaultdict(list)
+    takes: dict[Any, dict[str, tuple[int, Attention, Span]]] = defaultdict(dict)
     for binding in plan.bindings:
         site = binding.site
         if isinstance(site, Attention) and not site.cross and (count := binding.method.takes_positions(site)):
-            takes[tokens_of(site)].append((count, site, binding.span))
+            earlier, _, span = takes[tokens_of(site)].get(site.name, (0, site, binding.span))
+            takes[tokens_of(site)][site.name] = (earlier + count, site, span)
     for tokens, takers in takes.items():
         if not isinstance(tokens, int):
-            by, first, span = max(takers, key=operator.itemgetter(0))
+            by, first, span = max(takers.values(), key=operator.itemgetter(0))
             longer = Lengthened(graph, tokens, by, Provenance(pass_name, first.name, span))
-            _shift(longer, [site for _, site, _ in takers], every, positions.counting)
+            _shift(longer, [site for _, site, _ in takers.values()], every, positions.counting)
             positions.longer[tokens] = longer
     return positions
 

@@ -14,8 +14,9 @@ from torch import fx
 
 from peftc.graph.ir import Provenance, computed, expression, is_tensor, value
 from peftc.graph.rows import path_between
+from peftc.planning.plan import Binding
 from peftc.protocol.site import Attention, AttentionPattern
-from peftc.rewrite.positions import Positions, made
+from peftc.rewrite.positions import Lengthened, Positions, made
 from peftc.roles.counting import tokens_of
 from peftc.roles.flow import SCORES
 
@@ -29,9 +30,12 @@ class SpeltOut:
     """One attention, and keys [..., width, count] and values [..., count, width] for it."""
 
     def __init__(
-        self, pattern: AttentionPattern, site: Attention, keys: fx.Node, values: fx.Node, positions: Positions,
-        windowed: bool, stamp: Provenance,
+        self, binding: Binding, pattern: AttentionPattern, keys: fx.Node, values: fx.Node, positions: Positions,
+        current: dict[fx.Node, fx.Node], stamp: Provenance,
     ) -> None:  # fmt: skip
+        """`current`: what the softmax over the attention's own keys and its result have become by earlier methods."""
+        site = binding.site
+        assert isinstance(site, Attention)
         assert pattern.scores is not None
         assert pattern.softmax is not None
         self.scores, self.softmax, self.out = pattern.scores, pattern.softmax, pattern.out
@@ -39,42 +43,53 @@ class SpeltOut:
         self.tokens = tokens_of(site)
         self.keys, self.values = keys, values
         self.count = int(value(keys).shape[-1])
-        self.positions, self.site, self.windowed, self.stamp = positions, site, windowed, stamp
+        self.positions, self.site, self.method, self.stamp = positions, site, binding.method, stamp
+        self.current = current
         self.last = self.softmax.prev
 
-    def in_front(self) -> fx.Node:
-        """One softmax over both: [scores of the added keys, the attention's own scores]. Returns the new result."""
-        own, behind = self._own(), path_between(self.softmax, self.out)
-        added = self._scores(own, in_front=True)
+    def in_front(self) -> None:
+        """One softmax over both: [scores of the added keys, the attention's own scores]."""
+        scores, text, out = self._all_scores(), self._text(), self._result()
+        behind = path_between(text, self.out)
+        added = self._scores(scores[-1], in_front=True)
         readers = list(self.softmax.users)
-        self.softmax.update_arg(0, self._made(aten.cat.default, ([added, own], -1), self.softmax))
+        self.softmax.update_arg(0, self._made(aten.cat.default, ([added, *scores], -1), self.softmax))
         self.softmax.meta["val"] = computed(self.softmax)
         self.last = self.softmax
-        text = self._made(aten.slice.Tensor, (self.softmax, -1, self.count, None), self.softmax)
+        rest = self._made(aten.slice.Tensor, (self.softmax, -1, self.count, None), self.softmax)
         for reader in readers:
-            reader.replace_input_with(self.softmax, text)
+            reader.replace_input_with(self.softmax, rest)
+        if text is self.softmax:
+            self.current[self.softmax] = text = rest
         front = self._made(aten.slice.Tensor, (self.softmax, -1, 0, self.count), self.softmax)
-        readers = list(self.out.users)
-        self.last = self.out
+        readers = list(out.users)
+        self.last = out
         product = self._weighted({text: front}, behind)
-        result = self._made(aten.add.Tensor, (self.out, product), self.out)
+        result = self._made(aten.add.Tensor, (out, product), self.out)
         for reader in readers:
-            reader.replace_input_with(self.out, result)
-        return result
+            reader.replace_input_with(out, result)
+        self.current[self.out] = result
 
     def apart(self) -> fx.Node:
         """A softmax of their own over the added keys, and its product with their values; nothing is dropped out."""
-        own, behind = self._own(), path_between(self.softmax, self.out)
+        own, text = self._all_scores()[-1], self._text()
         added = self._scores(own, in_front=False)
         self.last = self.out
-        copies = {own: added}
-        copies[self.softmax] = self._copied(self.softmax, copies)
-        return self._weighted(copies, behind, dropout=False)
+        softmax = self._made(self.softmax.target, (added, *self.softmax.args[1:]), self.softmax, self.softmax.kwargs)
+        return self._weighted({text: softmax}, path_between(text, self.out), dropout=False)
 
-    def _own(self) -> fx.Node:
-        own = self.softmax.args[0]
-        assert isinstance(own, fx.Node)
-        return own
+    def _all_scores(self) -> list[fx.Node]:
+        """What the softmax reads: the scores of keys put in front before, and last the attention's own."""
+        read: Any = self.softmax.args[0]
+        return list(read.args[0]) if self.softmax in self.current else [read]
+
+    def _text(self) -> fx.Node:
+        """What the softmax gives to the attention's own keys."""
+        return self.current.get(self.softmax, self.softmax)
+
+    def _result(self) -> fx.Node:
+        """What the attention gives, with the keys that were put in front before."""
+        return self.current.get(self.out, self.out)
 
     def _scores(self, own: fx.Node, *, in_front: bool) -> fx.Node:
         """q times the added keys, and all that is done to the attention's own scores, of which `own` is the last.
@@ -106,15 +121,23 @@ class SpeltOut:
 
     def _columns(self, operand: fx.Node) -> fx.Node | None:
         """What a mask or bias says of the added keys, where that is something."""
-        longer = self.positions.of(self.site)
-        speaks = longer is not None and self.positions.speaks_of_positions(operand, self.windowed)
-        return longer.in_front(operand, self.count) if longer and speaks else None
+        longer = self._longer()
+        operand = self.positions.narrow.get(operand, operand)
+        speaks = longer is not None and self.positions.speaks_of_positions(operand, self.method.windowed)
+        taken = self.positions.taken.get(self.site.name, 0)
+        return longer.in_front(operand, self.count, taken) if longer and speaks else None
+
+    def _longer(self) -> Lengthened | None:
+        return self.positions.of(self.site, self.method.takes_positions(self.site))
 
     def _move(self, operand: fx.Node, reader: fx.Node) -> None:
-        """What it says of the text's own keys then counts on, too."""
-        longer = self.positions.of(self.site)
+        """What it says of the text's own keys then counts on, too: once, whatever else comes in front."""
+        longer = self._longer()
         assert longer is not None
-        reader.replace_input_with(operand, longer.for_text(operand))
+        if operand not in self.positions.narrow:
+            moved = longer.for_text(operand)
+            self.positions.narrow[moved] = operand
+            reader.replace_input_with(operand, moved)
 
     def _product(self, *, in_front: bool) -> fx.Node:
         """q times the added keys, with the bias that one kind of product adds."""

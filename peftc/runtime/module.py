@@ -50,7 +50,7 @@ class Runtime(Holder):
     entries: Entries
     sizes: SizeCheck
     others: list[Runtime]
-    shared: frozenset[str]
+    in_common: frozenset[str]
     fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
@@ -68,7 +68,7 @@ class Runtime(Holder):
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
             sizes=_sizes(plan, history[0][1]),
             others=[],
-            shared=_kept(plan),
+            in_common=_kept(plan),
             fused=fired is not None,
             capture_again=None,
             logits_in_training=fired is None,
@@ -162,7 +162,7 @@ class Runtime(Holder):
     def _share(self, other: Runtime) -> None:
         """Gives `other` this one's tensors, modes and hooks."""
         theirs = tensors(other)
-        for name in self.shared & theirs.keys():
+        for name in self.in_common & theirs.keys():
             if theirs[name] is not (tensor := get_attribute(self, name)):
                 set_tensor(other, name, tensor)
         other.__dict__["logits_in_training"] = self.logits_in_training
@@ -205,7 +205,7 @@ class Runtime(Holder):
         shared = {
             name: self.__dict__[name]
             for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "fused")
-        } | {name: self.__dict__[name] for name in ("sizes", "shared", "capture_again")}
+        } | {name: self.__dict__[name] for name in ("sizes", "in_common", "capture_again")}
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         memo[id(self.others)] = []

@@ -323,3 +323,55 @@ def test_positions_that_the_caller_gives_count_on_from_behind_the_prefix(name: s
     told.load_state_dict(by_itself.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(told(**given).logits, by_itself(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+# ---- Several at one attention ----------------------------------------------------------------------------------------
+
+SHORT, COPIES = "apply prefix(length=3) to attn", "apply mixture(prefix(length=4), n=2, consistency=0) to attn"
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("lines", [(SHORT, COPIES), (COPIES, SHORT)], ids=["short first", "copies first"])
+@pytest.mark.parametrize("name", ["vit", "llama", "bert", "bloom"])
+def test_two_prefixes_are_one_with_the_later_in_front(name: str, lines: tuple[str, str], fuse: bool) -> None:
+    """Under one softmax, at the positions of one, whether the attention is one operation or spelt out."""
+    model = without_dropout(ZOO[name]())
+    two = peftc.compile(model, "\n".join(lines), fuse=fuse).eval()
+    one = peftc.compile(model, "apply prefix(length=7) to attn", fuse=fuse).eval()
+    state, whole = two.trainable_parameters(), one.trainable_parameters()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.normal_()
+        for path, tensor in whole.items():
+            copies = state[path.replace(".prefix.", ".mixture_prefix.method.")].mean(0)
+            rows = [state[path], copies] if lines[0] == COPIES else [copies, state[path]]
+            tensor.copy_(torch.cat(rows))
+        batch = inputs(model, batch=3)
+        if "attention_mask" in batch:
+            batch["attention_mask"][0, :2] = 0
+        torch.testing.assert_close(two(**batch).logits[1:], one(**batch).logits[1:])
+
+
+def test_what_is_attended_apart_or_gated_reads_no_prefix_of_another_statement() -> None:
+    """In whatever order the file has them; Bloom's attention is spelt out."""
+    model = without_dropout(ZOO["bloom"]())
+    lines = [SHORT, "apply gated(prefix(length=2)) to attn", "apply llama_adapter(length=5) to attn"]
+    results = []
+    for order in (lines, lines[::-1]):
+        compiled = peftc.compile(model, "\n".join(order))
+        with torch.no_grad():
+            for path, tensor in sorted(compiled.trainable_parameters().items()):
+                tensor.copy_(torch.linspace(-1, 1, tensor.numel()).cos().roll(len(path)).reshape(tensor.shape))
+            results.append(compiled(**inputs(model)).logits)
+    torch.testing.assert_close(*results)
+
+
+def test_prefixes_that_leave_no_position_together_and_two_gates_are_refused() -> None:
+    model = ZOO["gpt2"]()
+    long = "apply prefix(length=40) to attn\napply mixture(prefix(length=30), consistency=0) to attn"
+    with pytest.raises(peftc.PeftcError, match="70 of the model's 64 positions are taken"):
+        peftc.plan(model, long)
+    gates = "apply gated(prefix) to attn\napply gated(mixture(prefix, consistency=0)) to attn"
+    with pytest.raises(peftc.PeftcError, match="keys of two gates would share one softmax"):
+        peftc.plan(model, gates)
