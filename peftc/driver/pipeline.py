@@ -122,7 +122,7 @@ def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModul
     base, checkpoint = compiled.base, compiled.plan.captured.checkpoint
     model = base if checkpoint is None else weightless(cast(PreTrainedModel, base), checkpoint)
     home = next((tensor.device for tensor in model.parameters()), compiled.device)
-    seen = {name: _at_home(value, home) for name, value in compiled.sizes.seen(given).items()}
+    seen = {name: _at_home(value, home) for name, value in compiled.size_check.seen(given).items()}
     with ordinary_tensors(), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
         for example in compiled.plan.captured.example.like(seen):
             try:
@@ -135,11 +135,11 @@ def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModul
                     set_tensor(plan.captured.module, full, _at_home(get_attribute(compiled, full), home))
                 names = (*plan.tensors, *plan.trained)
                 state = {name: _at_home(get_attribute(compiled, name), home) for name in names}
-                other = build(plan, Timings(), state, fuse=compiled.fused)
+                other = build(plan, Timings(), state, fuse=compiled.is_fused)
             except PeftcError as error:
                 debug.tell(1, [f"not captured for other sizes: {error}"])
                 continue
-            if other.sizes.refusal(given) is None:
+            if other.size_check.refusal(given) is None:
                 return other.to(compiled.device) if home != compiled.device else other
     return None
 

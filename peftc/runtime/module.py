@@ -48,10 +48,10 @@ class Runtime(Holder):
 
     fired: tuple[Fired, ...]
     entries: Entries
-    sizes: SizeCheck
-    others: list[Runtime]
-    in_common: frozenset[str]
-    fused: bool
+    size_check: SizeCheck
+    other_graphs: list[Runtime]
+    tensors_in_common: frozenset[str]
+    is_fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
     def __init__(
@@ -66,10 +66,10 @@ class Runtime(Holder):
             fired=fired or (),
             base=plan.captured.model,
             convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
-            sizes=_sizes(plan, history[0][1]),
-            others=[],
-            in_common=_kept(plan),
-            fused=fired is not None,
+            size_check=_sizes(plan, history[0][1]),
+            other_graphs=[],
+            tensors_in_common=_kept(plan),
+            is_fused=fired is not None,
             capture_again=None,
             logits_in_training=fired is None,
         )
@@ -120,9 +120,9 @@ class Runtime(Holder):
             tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
             given = self.convention.bind(args, kwargs)
             if torch.compiler.is_dynamo_compiling():
-                if not self.sizes.holds_traced(given):
+                if not self.size_check.holds_traced(given):
                     raise PeftcError(NotWhenTraced())
-            elif not torch.compiler.is_compiling() and (refusal := self.sizes.refusal(given)) is not None:
+            elif not torch.compiler.is_compiling() and (refusal := self.size_check.refusal(given)) is not None:
                 return self._other(given, refusal)(given, tokens)
             return self._run(given, tokens)
 
@@ -142,8 +142,8 @@ class Runtime(Holder):
         with LOCK:
             known = (
                 other
-                for other in self.others
-                if given.keys() <= set(other.convention.inputs) and other.sizes.refusal(given) is None
+                for other in self.other_graphs
+                if given.keys() <= set(other.convention.inputs) and other.size_check.refusal(given) is None
             )
             other = next(known, None) or self._captured_again(given)
             if other is None:
@@ -153,16 +153,16 @@ class Runtime(Holder):
         return lambda given, tokens: other._run({name: given[name] for name in order}, tokens)
 
     def _captured_again(self, given: dict[str, Any]) -> Runtime | None:
-        if self.capture_again is None or len(self.others) == MOST_GRAPHS - 1:
+        if self.capture_again is None or len(self.other_graphs) == MOST_GRAPHS - 1:
             return None
         if (made := self.capture_again(self, given)) is not None:
-            self.others.append(made)
+            self.other_graphs.append(made)
         return made
 
     def _share(self, other: Runtime) -> None:
         """Gives `other` this one's tensors, modes and hooks."""
         theirs = tensors(other)
-        for name in self.in_common & theirs.keys():
+        for name in self.tensors_in_common & theirs.keys():
             if theirs[name] is not (tensor := get_attribute(self, name)):
                 set_tensor(other, name, tensor)
         other.__dict__["logits_in_training"] = self.logits_in_training
@@ -194,7 +194,7 @@ class Runtime(Holder):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         keep_packed(self, packed)
         if self.device != before:
-            self.others.clear()
+            self.other_graphs.clear()
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
                     move_constants(module, before, self.device)
@@ -204,14 +204,14 @@ class Runtime(Holder):
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
         shared = {
             name: self.__dict__[name]
-            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "fused")
-        } | {name: self.__dict__[name] for name in ("sizes", "in_common", "capture_again")}
+            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused")
+        } | {name: self.__dict__[name] for name in ("size_check", "tensors_in_common", "capture_again")}
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
-        memo[id(self.others)] = []
+        memo[id(self.other_graphs)] = []
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared, others=[])
+        copied.__dict__.update(shared, other_graphs=[])
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__

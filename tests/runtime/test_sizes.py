@@ -58,8 +58,8 @@ def test_other_sizes_than_the_captured_ones_give_the_models_result(asked: str) -
     for shape in LENGTHS:
         x = torch.randint(8, shape)
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-12, msg=f"at {shape}")
-    assert (len(compiled.others) > 0) is (others > 0)
-    assert len(compiled.others) <= others
+    assert (len(compiled.other_graphs) > 0) is (others > 0)
+    assert len(compiled.other_graphs) <= others
 
 
 @pytest.mark.parametrize("asked", ["a window", "a number", "chunks"])
@@ -90,13 +90,13 @@ def test_all_graphs_of_a_model_train_the_same_tensors() -> None:
         (compiled(x) - target).pow(2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(compiled.others) == 1
-    (other,) = compiled.others
+    assert len(compiled.other_graphs) == 1
+    (other,) = compiled.other_graphs
     assert all(other.get_parameter(name) is p for name, p in compiled.trainable_parameters().items())
     assert not torch.equal(merged(x), model(x))
     copied = compiled.__deepcopy__({})
     torch.testing.assert_close(copied(x), compiled(x))
-    assert copied.others[0] is not other
+    assert copied.other_graphs[0] is not other
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_a_graph_for_other_sizes_takes_packed_weights_and_prompts() -> None:
             torch.testing.assert_close(
                 at_five.train(training)(**given).loss, at_ten.train(training)(**given).loss, rtol=1e-6, atol=1e-6
             )  # the fused operations are the same, their order of sums not
-    assert [len(compiled.others) for compiled in (at_five, at_ten)] == [1, 1]
+    assert [len(compiled.other_graphs) for compiled in (at_five, at_ten)] == [1, 1]
 
 
 def _tokens(length: int) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ def test_numbers_of_any_length_share_one_graph() -> None:
     for shape in ((2, 6), (2, 9), (3, 4), (1, 13)):
         x = torch.randn(*shape, 5, dtype=torch.double)
         torch.testing.assert_close(compiled(x), model.eval()(x))
-    assert len(compiled.others) <= 2
+    assert len(compiled.other_graphs) <= 2
 
 
 def test_what_torch_compile_traces_is_refused() -> None:
