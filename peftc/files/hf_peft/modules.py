@@ -63,7 +63,11 @@ def modules_folder(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]
         config["target_parameters"] = stacks
     if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
-    _check_names(compiled, config, said)
+    try:
+        _check_names(compiled, config, said)
+    except TimeoutError:
+        reason = "matching its names against the modules takes too long"
+        raise PeftcError(CannotExport(reason=reason, span=bindings[0].span)) from None
     return config, tensors
 
 
