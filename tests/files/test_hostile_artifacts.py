@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import peftc
 from peftc.driver.calibration import read_batches
 from peftc.files.hf_peft import folder as peft_folder
+from peftc.files.hf_peft.modules import unfit
+from peftc.protocol.site import Projection
 
 BASE = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
 EXAMPLE = torch.ones(2, 6)
@@ -216,6 +218,40 @@ def test_batches_that_are_no_file(tmp_path: Path, spoil: Callable[[Path], None])
     spoil(tmp_path / "batches.safetensors")
     with pytest.raises(peftc.PeftcError, match="bad-calibration"):
         read_batches(tmp_path / "batches.safetensors")
+
+
+class Picky(nn.Linear):
+    """It wants batches of sequences."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch, _, width = input.shape
+        return super().forward(input.reshape(batch, -1, width))
+
+
+class SpeltOut(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t() + self.bias
+
+
+def projection(model: nn.Module) -> Projection:
+    (site,) = (site for site in peftc.sites(model, example=torch.ones(2, 3, 6)) if isinstance(site, Projection))
+    return site
+
+
+@pytest.mark.parametrize(("kind", "fits"), [(Picky, False), (SpeltOut, True)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_of_a_class_of_their_own(kind: type[nn.Linear], fits: bool, device: str) -> None:
+    """On the meta device as well, where what is read from a checkpoint later stands until then."""
+    model = nn.Sequential(kind(6, 6))
+    site = projection(model)
+    assert (unfit(model.to(device), site) is None) is fits
+
+
+def test_names_that_take_too_long_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = peftc.compile(BASE, 'apply lora(r=2) to "0"\napply lora(r=3) to "2"', example=EXAMPLE)
+    monkeypatch.setattr("peftc.files.hf_peft.names.SECONDS", 0.0)
+    with pytest.raises(peftc.PeftcError, match="cannot-export"):
+        compiled.save_pretrained(tmp_path)
 
 
 # --- around a compile ---------------------------------------------------------------------------------------------
