@@ -50,7 +50,7 @@ def compile(
             that start from data: FISH, EVA, SNIP.
         fuse: compute together what belongs together, and keep for the backward pass only what is dear to compute
             again. Without it the graph runs operation by operation as its passes wrote it: slower, the same numbers.
-        dtype: float32, float16 or bfloat16 for a reference; its checkpoint's own by default.
+        dtype: float32, float16, bfloat16 or float64 for a reference; its checkpoint's own by default.
         trust_remote_code: Python code that a folder or hub id comes with may run. Nothing else allows it.
         timings: collects seconds by stage.
 
@@ -81,6 +81,7 @@ def graphs(
     passes: Sequence[Pass] = PASSES,
     *,
     example: Any = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     timings: Timings | None = None,
 ) -> pipeline.Graphs:
@@ -91,6 +92,7 @@ def graphs(
         spec: as for `compile`.
         passes: such as `peftc.driver.passes.up_to` gives; all by default.
         example: as for `compile`.
+        dtype: as for `compile`.
         trust_remote_code: as for `compile`.
         timings: collects seconds by stage.
 
@@ -100,7 +102,7 @@ def graphs(
     timings = timings or Timings()
     intentions = intend(spec)
     _has_data(intentions, None)
-    plan = _loaded(model, intentions, example, timings, trust_remote_code=trust_remote_code)
+    plan = _loaded(model, intentions, example, timings, dtype=dtype, trust_remote_code=trust_remote_code)
     return pipeline.graphs(plan, passes, timings)
 
 
@@ -136,7 +138,7 @@ def plan(
         model: as for `compile`; also a bare `config.json`.
         spec: as for `compile`.
         example: as for `compile`.
-        dtype: float32, float16 or bfloat16 for a reference; its config's own by default.
+        dtype: float32, float16, bfloat16 or float64 for a reference; its config's own by default.
         trust_remote_code: as for `compile`.
         timings: collects seconds by stage.
 

@@ -188,14 +188,16 @@ class AdaLoRA(WeightMethod):
         if set(tensors) != set(NAMES):
             return None
         r = config.get("init_r", 12)  # theirs may have an r, too, which is never used
-        kept = torch.tensor((config.get("rank_pattern") or {}).get(f"{module}.lora_E", [True] * r))
+        given = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+        kept = torch.tensor(given) if given is not None else torch.ones(len(tensors["lora_E"]), dtype=torch.bool)
         state = {}
         for theirs, ours in NAMES.items():
             left, dim = tensors[theirs], 1 if ours == "P" else 0
-            shape = (*left.shape[:dim], r, *left.shape[dim + 1 :])
-            if not kept.all() and (len(kept) != r or left.shape[dim] != kept.sum()):
-                raise ValueError(f"its rank_pattern leaves {int(kept.sum())} of init_r={r} at {module}, not {theirs}'s")
-            if left.shape[dim] == kept.sum():
+            if given is not None:
+                if len(kept) != r or left.shape[dim] != kept.sum():
+                    left_of = f"leaves {int(kept.sum())} of init_r={r}"
+                    raise ValueError(f"its rank_pattern {left_of} at {module}, not {theirs}'s")
+                shape = (*left.shape[:dim], r, *left.shape[dim + 1 :])
                 left = left.new_zeros(shape).index_copy(dim, kept.nonzero()[:, 0], left)
             state[ours] = left
         theirs_too = {"target": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "steps": "total_step",

@@ -26,9 +26,12 @@ from peftc.diagnostics.diagnostic import PeftcError
 if TYPE_CHECKING:
     from torch import nn
 
+    from peftc import api
     from peftc.bench import bench, table
+    from peftc.driver import loading
     from peftc.show import tables
 else:
+    api, loading = Lazy("peftc.api"), Lazy("peftc.driver.loading")
     bench = Lazy("peftc.bench.bench")
     table = Lazy("peftc.bench.table")
     tables = Lazy("peftc.show.tables")
@@ -40,7 +43,11 @@ def run(given: Namespace) -> int:
         spec = checked_spec(given, timings)
         with timings.stage("load"):
             batches = calibration_batches(given)
-            model, example = load_model(given, dtype=given.dtype)
+            loaded = load_model(given, dtype=given.dtype)
+        model, example = loaded.model, loaded.example
+        if loaded.differences.fresh:
+            loading.knowing(given.model, api.plan(model, spec, example=example), loaded.differences)
+        with timings.stage("load"):
             _move(model, given.device)
         found = bench.bench(
             model, spec, example=example, calibration=batches, batch=given.batch, seq=given.seq,

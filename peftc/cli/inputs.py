@@ -8,6 +8,7 @@ from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc.capture.checkpoints.errors import PRECISIONS
 from peftc.cli.command import Argument, Lazy
 from peftc.diagnostics import debug
 from peftc.diagnostics.timings import Timings
@@ -39,7 +40,7 @@ TRUST = Argument(
     help="let Python code run that the model's folder or hub id comes with; without it, such a model is refused",
 )
 RANDOM_WEIGHTS = Argument("--random-weights", action="store_true", help="initialise instead of reading weights")
-DTYPE = Argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base model")
+DTYPE = Argument("--dtype", choices=PRECISIONS, help="precision of the base model")
 CALIBRATION = Argument(
     "--calibration",
     metavar="FILE",
@@ -66,20 +67,21 @@ def calibration_batches(given: Namespace) -> list[dict[str, Any]] | None:
     return calibration.read_batches(Path(given.calibration)) if given.calibration else None
 
 
-def model_to_compile(given: Namespace, timings: Timings, dtype: str | None = None) -> tuple[nn.Module | str, Any]:
+def model_to_compile(given: Namespace, timings: Timings, dtype: str | None) -> tuple[nn.Module | str, Any]:
     """The reference itself, which `peftc.compile` reads in its own way, or a model of random weights; its example."""
     quieten()
     if not given.random_weights:
         return given.model, None
     with timings.stage("load"):
-        return load_model(given, dtype=dtype)
+        loaded = load_model(given, dtype=dtype)
+    return loaded.model, loaded.example
 
 
-def load_model(given: Namespace, *, dtype: str | None) -> tuple[nn.Module, Any]:
-    """The model and its example."""
+def load_model(given: Namespace, *, dtype: str | None) -> references.Loaded:
+    """The model, its example, and how its checkpoint differs from it."""
     quieten()
     reference = references.parse_reference(given.model, trust_remote_code=given.trust_remote_code)
-    return references.load_model(reference, random_weights=given.random_weights, dtype=dtype)
+    return references.read_model(reference, random_weights=given.random_weights, dtype=dtype)
 
 
 def quieten() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL, RANDOM_WEIGHTS, SPEC, TRUST, model_to_compile
+from peftc.cli.inputs import DTYPE, JSON, MODEL, RANDOM_WEIGHTS, SPEC, TRUST, model_to_compile
 from peftc.cli.output import progress, write_text
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ def run(given: Namespace) -> None:
     asked = passes.up_to(given.after)
     steps = passes.PASSES if given.html else asked  # a page has every pass
     with progress(given) as timings:
-        model, example = model_to_compile(given, timings)
-        trusted = given.trust_remote_code
-        graphs = api.graphs(model, Path(given.spec), steps, example=example, trust_remote_code=trusted, timings=timings)
+        model, example = model_to_compile(given, timings, given.dtype)
+        graphs = api.graphs(
+            model, Path(given.spec), steps, example=example,
+            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings,
+        )  # fmt: skip
     wanted: dict[show.Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(graphs.plan.sites.blocks), None)
     chosen: dict[show.Format, str] = {kind: path for kind, path in wanted.items() if path}
@@ -54,6 +56,7 @@ SHOW = Command(
         Argument("--whole", action="store_true", help="the whole model, a node a block"),
         Argument("--detail", action="store_true", help="keep views and casts"),
         RANDOM_WEIGHTS,
+        DTYPE,
         TRUST,
     ),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftc.capture.capture import Captured, over
+from peftc.capture.capture import over
 from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import Differences
 from peftc.capture.checkpoints.errors import UntrainedHead
@@ -72,7 +72,7 @@ def load_and_plan(
     with timings.stage("load"):
         found = read_model(reference, dtype=dtype)
     plan = pipeline.plan_model(found.model, intentions, make_example(found.model, found.example), timings)
-    return _knowing(reference, plan, plan.captured, found.differences)
+    return knowing(reference.text, plan, found.differences)
 
 
 def _leaving_what_is_packed(
@@ -85,19 +85,19 @@ def _leaving_what_is_packed(
     with timings.stage("load"), readable(reference):
         model, differences = opened.load(without=plan.packed)
     _tell(opened.checkpoint, len(plan.packed), timings)
-    return _knowing(reference, plan, over(plan.captured, model, opened.checkpoint), differences)
+    return knowing(reference.text, replace(plan, captured=over(plan.captured, model, opened.checkpoint)), differences)
 
 
-def _knowing(reference: Reference, plan: Plan, captured: Captured, differences: Differences) -> Plan:
-    """The plan over what was read of a checkpoint, and of how that differs from the model.
+def knowing(reference: str, plan: Plan, differences: Differences) -> Plan:
+    """The plan, and in it how the checkpoint that was read differs from the model; `reference` names it to the user.
 
     Raises:
         PeftcError: `untrained-head` where what was drawn for the want of a tensor would stay as it was drawn.
     """
-    learns = {alias for name in plan.trained for alias in captured.aliases[name]}
+    learns = {alias for name in plan.trained for alias in plan.captured.aliases[name]}
     if random := tuple(name for name in differences.fresh if name not in learns):
-        raise PeftcError(UntrainedHead(reference=reference.text, model=plan.sites.model, weights=random))
-    return replace(plan, captured=replace(captured, differences=differences))
+        raise PeftcError(UntrainedHead(reference=reference, model=plan.sites.model, weights=random))
+    return replace(plan, captured=replace(plan.captured, differences=differences))
 
 
 def _tell(checkpoint: Checkpoint, count: int, timings: Timings) -> None:

@@ -10,7 +10,8 @@ from typing import TypeVar
 import regex
 
 T = TypeVar("T")
-SECONDS = 1.0  # that all matching for one specification, or one folder, may take
+SECONDS = 1.0  # that all matching for one specification may take
+LONGEST = 1 << 17  # characters of one pattern of a folder's: making it cannot be stopped, and takes about a second
 # A brace that is no repeat: itself in Python, while `regex` reads some of them as "about like this". What is escaped or
 # in a set of characters goes by.
 _BRACE = re.compile(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\])|\{(?!\d+(?:,\d*)?\}|,\d*\})", re.DOTALL)
@@ -22,10 +23,27 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 
 
 class Clock:
-    """The time that is left for matching."""
+    """The time that is left for matching, of some seconds in all."""
 
-    def __init__(self) -> None:
-        self.left = SECONDS
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.left = seconds
+
+    def compiled(self, pattern: str) -> regex.Pattern[str]:
+        """As `compiled`, whose time counts, too.
+
+        Raises:
+            TimeoutError: when the time is over.
+            ValueError: where the pattern is too long to begin.
+        """
+        if self.left <= 0:
+            raise TimeoutError
+        if len(pattern) > LONGEST:
+            raise ValueError(f"a pattern of {len(pattern):,} characters, where peftc takes {LONGEST:,}")
+        began = time.monotonic()
+        try:
+            return compiled(pattern)
+        finally:
+            self.left -= time.monotonic() - began
 
     def found(self, pattern: regex.Pattern[str], name: str) -> bool:
         """Whether `pattern` is found in `name`.

@@ -126,6 +126,34 @@ def test_an_index_that_points_outside(folder: Path, name: str) -> None:
     assert "not in the folder" in refused(folder)
 
 
+def test_an_index_that_nobody_reads(folder: Path) -> None:
+    """Its shards may be elsewhere; those that are read may not."""
+    stray = {"metadata": {}, "weight_map": {"x": "pytorch_model-00001-of-00002.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(stray))
+    assert opened(parse_reference(str(folder)))
+    assert load_model(parse_reference(str(folder)))
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert load_model(parse_reference(str(folder)), meta=True)
+    assert "model-00001" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "auto", "torch.float32"])
+def test_a_precision_that_is_none(folder: Path, dtype: str) -> None:
+    for ask in (peftc.plan, peftc.compile):
+        with pytest.raises(peftc.PeftcError, match="unknown-precision") as raised:
+            ask(str(folder), "apply lora to attn.q", dtype=dtype)
+        assert "float32, float16, bfloat16, float64" in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_precision_that_save_writes(folder: Path, dtype: torch.dtype) -> None:
+    base = load_model(parse_reference(str(folder)))[0].to(dtype)
+    base.save_pretrained(folder)  # type: ignore[operator]
+    peftc.compile(str(folder), "apply lora(r=2) to attn.q").save(folder.parent / "artifact")
+    assert next(peftc.load(folder.parent / "artifact").base.parameters()).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -262,7 +290,8 @@ def test_code_in_a_folder_does_not_run(with_code: Path, capsys: pytest.CaptureFi
 
 def test_code_in_a_folder_runs_by_the_user_s_word(with_code: Path) -> None:
     reference = parse_reference(str(with_code), trust_remote_code=True)
-    for model in (load_model(reference)[0], load_model(reference, meta=True)[0]):
+    bare = parse_reference(str(with_code / "config.json"), trust_remote_code=True)
+    for model in (load_model(reference)[0], load_model(reference, meta=True)[0], load_model(bare, meta=True)[0]):
         assert type(model).__name__ == "OwnModel"
     checkpoint = opened(reference)
     assert checkpoint is not None

@@ -173,6 +173,13 @@ def test_a_layer_of_the_base_model_is_no_head(tmp_path: Path) -> None:
     assert "bert.pooler.dense.weight" in str(refused(folder, "train head")[0])
 
 
+def test_a_bench_refuses_a_new_head_that_stays_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, spec = classifier(tmp_path / "model"), tmp_path / "spec.peft"
+    spec.write_text(LORA)
+    assert main(["bench", str(spec), folder]) == 1
+    assert "untrained-head" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, spec = classifier(tmp_path / "model"), tmp_path / "spec.peft"

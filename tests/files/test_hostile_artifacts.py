@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.driver.calibration import read_batches
+from peftc.files.hf_peft import folder as peft_folder
+from peftc.files.hf_peft.modules import unfit
+from peftc.protocol.site import Projection
 
 BASE = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
 EXAMPLE = torch.ones(2, 6)
@@ -142,12 +146,112 @@ def test_adapters_with_odd_settings(tmp_path: Path, text: str) -> None:
         peftc.load_peft(BASE, tmp_path)
 
 
+def adapter(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def obeyed(folder: Path) -> dict[str, Tensor]:
+    found = peft_folder.read(BASE, folder)
+    return found.state(peftc.plan(BASE, found.spec, example=EXAMPLE))
+
+
+def adapter_refused(folder: Path) -> str:
+    with pytest.raises(peftc.PeftcError) as raised:
+        obeyed(folder)
+    assert [problem.code for problem in raised.value.diagnostics] == ["bad-artifact"]
+    return str(raised.value)
+
+
+LORA = {"base_model.model.0.lora_A.weight": torch.ones(2, 6), "base_model.model.0.lora_B.weight": torch.ones(6, 2)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "(" * 3000 + "0" + ")" * 3000},
+        {"target_modules": ["0"], "rank_pattern": {"(" * 3000 + "0" + ")" * 3000: 2}},
+        {"target_modules": ["0"], "rank_pattern": [2]},
+        {"target_modules": ["0"], "r": float("inf")},
+        {"target_modules": "0" * 200_000},
+    ],
+)
+def test_settings_that_cannot_be_obeyed(tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter_refused(adapter(tmp_path, LORA, peft_type="LORA", **settings))
+
+
+@pytest.mark.parametrize("count", [10, 20_000])
+def test_making_patterns_takes_its_time(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftc.files.hf_peft.names.SECONDS", 0.5)
+    patterns = {f"no_such_layer_{number}": 3 for number in range(count)}
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["0"], "rank_pattern": patterns}
+    folder = adapter(tmp_path, LORA, **settings)
+    if count > 10:
+        assert "takes too long" in adapter_refused(folder)
+    else:
+        assert obeyed(folder)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "shape"),
+    [(-1, -8, (2, 16)), (0, 8, (2, 0)), (1_000_000, 0, (2, 0)), (1_000_000, 1, (0, 2_000_000)), (1, -1, (2, 2))],
+)
+def test_prefixes_of_absurd_sizes(tmp_path: Path, layers: int, width: int, shape: tuple[int, int]) -> None:
+    sizes = {"num_layers": layers, "token_dim": width, "num_attention_heads": 2, "num_virtual_tokens": shape[0]}
+    kind = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
+    adapter_refused(adapter(tmp_path, {"prompt_embeddings": torch.ones(shape)}, **kind, **sizes))
+
+
+@pytest.mark.parametrize("pattern", [None, {"0.lora_E": [True, True]}])
+def test_a_rank_beyond_the_tensors(tmp_path: Path, pattern: Any) -> None:
+    """It is compared before anything is made in its size: that would take terabytes."""
+    shapes = {"lora_A": (2, 6), "lora_B": (6, 2), "lora_E": (2, 1)}
+    tensors = {f"base_model.model.0.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    settings = {"init_r": 1 << 42, "target_modules": ["0"], "total_step": 9, "rank_pattern": pattern}
+    adapter_refused(adapter(tmp_path, tensors, peft_type="ADALORA", **settings))
+
+
 @pytest.mark.parametrize("spoil", [fifo, sparse, endless, a_folder])
 def test_batches_that_are_no_file(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "batches.safetensors")
     spoil(tmp_path / "batches.safetensors")
     with pytest.raises(peftc.PeftcError, match="bad-calibration"):
         read_batches(tmp_path / "batches.safetensors")
+
+
+class Picky(nn.Linear):
+    """It wants batches of sequences."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch, _, width = input.shape
+        return super().forward(input.reshape(batch, -1, width))
+
+
+class SpeltOut(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t() + self.bias
+
+
+def projection(model: nn.Module) -> Projection:
+    (site,) = (site for site in peftc.sites(model, example=torch.ones(2, 3, 6)) if isinstance(site, Projection))
+    return site
+
+
+@pytest.mark.parametrize(("kind", "fits"), [(Picky, False), (SpeltOut, True)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_of_a_class_of_their_own(kind: type[nn.Linear], fits: bool, device: str) -> None:
+    """On the meta device as well, where what is read from a checkpoint later stands until then."""
+    model = nn.Sequential(kind(6, 6))
+    site = projection(model)
+    assert (unfit(model.to(device), site) is None) is fits
+
+
+def test_names_that_take_too_long_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = peftc.compile(BASE, 'apply lora(r=2) to "0"\napply lora(r=3) to "2"', example=EXAMPLE)
+    monkeypatch.setattr("peftc.files.hf_peft.names.SECONDS", 0.0)
+    with pytest.raises(peftc.PeftcError, match="cannot-export"):
+        compiled.save_pretrained(tmp_path)
 
 
 # --- around a compile ---------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from peftc.diagnostics.diagnostic import Diagnostic, among, listed
 
+PRECISIONS = ("float32", "float16", "bfloat16", "float64")  # that a model can be asked for in, as torch calls them
+
 
 class BadReference(Diagnostic):
     code = "bad-reference"
@@ -78,6 +80,19 @@ class OtherShape(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("config.json is of another model than the weights: get the checkpoint again, or mend it",)
+
+
+class UnknownPrecision(Diagnostic):
+    code = "unknown-precision"
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        return f"a model cannot be read as {self.dtype}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"dtype is one of {', '.join(PRECISIONS)}; without it, the checkpoint's own",)
 
 
 class NoWeights(Diagnostic):

@@ -22,13 +22,13 @@ from transformers.utils.hub import cached_file
 
 from peftc.capture.checkpoints.bitsandbytes import by_bitsandbytes
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
-from peftc.capture.checkpoints.errors import BadReference, NoWeights
+from peftc.capture.checkpoints.errors import PRECISIONS, BadReference, NoWeights, UnknownPrecision
 from peftc.capture.checkpoints.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
 from peftc.capture.checkpoints.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.surroundings import physical_memory
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in PRECISIONS}
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
@@ -86,7 +86,7 @@ def _parsed(text: str, trusted: bool) -> Reference:
     if path.suffix in (".gguf", ".json"):
         if not path.is_file():
             raise PeftcError(BadReference(reference=text, reason="there is no such file"))
-        return Reference(text, "gguf" if path.suffix == ".gguf" else "config", path)
+        return Reference(text, "gguf" if path.suffix == ".gguf" else "config", path, trusted=trusted)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PeftcError(BadReference(reference=text, reason="the folder has no config.json"))
@@ -129,11 +129,12 @@ def read_model(
 
     Raises:
         PeftcError: `bad-reference` when it cannot be read, `no-weights` for a bare config without `random_weights`,
-            `missing-weights` or `other-shape` where the checkpoint is of another model.
+            `missing-weights` or `other-shape` where the checkpoint is of another model, `unknown-precision` for another
+            dtype.
     """
     if reference.runs_code:
         model, example = _from_factory(reference)
-        return Loaded(model.to(DTYPES[dtype]) if dtype else model, example)
+        return Loaded(model if (kind := _asked(dtype)) is None else model.to(kind), example)
     with readable(reference):
         return _from_transformers(reference, meta, random_weights, dtype)
 
@@ -226,7 +227,7 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
         source, extra = str(path or reference.text), {}
     config = _config(reference, source, **extra)
     cls = _class_for(config, reference, source)
-    kind = DTYPES[dtype] if dtype else getattr(config, "dtype", None) or torch.float32
+    kind = _asked(dtype) or getattr(config, "dtype", None) or torch.float32
     if meta or random_weights:
         # A checkpoint's quantisation says how its weights are stored, not what the model is.
         config.__dict__.pop("quantization_config", None)
@@ -256,14 +257,31 @@ def _config(reference: Reference, source: str, **extra: str) -> Any:
     """The config that a reference has, once its folder is known to be harmless."""
     if reference.kind == "config":
         check_config(Path(source), trusted=reference.trusted)
+        if reference.trusted:
+            return _config_with_code(Path(source))
     elif reference.kind == "folder":
         found = reference.path or Path(cached_file(source, "config.json") or "").parent
         check_folder(found, trusted=reference.trusted)
     return transformers.AutoConfig.from_pretrained(source, trust_remote_code=reference.trusted, **extra)
 
 
+def _config_with_code(path: Path) -> Any:
+    """A bare config whose code, if it names any, lies beside it."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(path.parent), trust_remote_code=True, _configuration_file=path.name
+    )
+    config._name_or_path = str(path)
+    return config
+
+
+def _asked(dtype: str | None) -> torch.dtype | None:
+    if dtype and dtype not in DTYPES:
+        raise PeftcError(UnknownPrecision(dtype=str(dtype)))
+    return DTYPES[dtype] if dtype else None
+
+
 def _precision(dtype: str | None) -> torch.dtype | str:
-    return DTYPES[dtype] if dtype else "auto"
+    return _asked(dtype) or "auto"
 
 
 def _is_config_of(config: Any, cls: type[transformers.PreTrainedModel]) -> bool:
@@ -277,7 +295,8 @@ def _class_for(config: Any, reference: Reference, source: str) -> Any:
     """
     own = getattr(config, "auto_map", None) or {}
     if reference.trusted and (name := next((own[name] for name in AUTO_CLASSES if name in own), None)):
-        return get_class_from_dynamic_module(name, source)
+        beside = source if reference.kind != "config" else str(Path(source).parent)
+        return get_class_from_dynamic_module(name, beside)
     for name in getattr(config, "architectures", None) or ():
         cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and _is_config_of(config, cls):

@@ -91,7 +91,7 @@ def _check_settings(settings: dict[str, Any], trusted: bool) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """The files that an index names lie beside it, whatever the index says."""
+    """The files that an index names lie beside it, if anywhere: which of several indices is read, it does not know."""
     files = _read(path, MOST_INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{path.name} has no usable weight_map")
@@ -99,8 +99,8 @@ def _check_index(path: Path) -> None:
         way = PurePosixPath(name)
         if way.is_absolute() or ".." in way.parts or "\\" in name or "\0" in name:
             raise ValueError(f"{path.name} names {name!r}, which is not in the folder")
-        if not (path.parent / name).is_file():
-            raise ValueError(f"{path.name} names {name!r}, and there is no such regular file")
+        if (path.parent / name).exists() and not (path.parent / name).is_file():
+            raise ValueError(f"{path.name} names {name!r}, which is no regular file")
 
 
 @contextmanager

@@ -6,13 +6,13 @@ A folder of HF PEFT holds one method on whole modules. What does not fit that is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import regex
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -82,19 +82,29 @@ def read(model: nn.Module, folder: Path) -> Adapter:
         raise PeftcError(bad(reason=f"its peft_type={kind} is none that peftc has"))
     if option := unknown(config, set.union(*read)):
         raise PeftcError(bad(reason=f"its {option} is none that peftc has"))
-    try:
+    with _obeyed(bad, config):
         if kind in PROMPTS:
             statements, state = read_prompt(model, folder, config, tensors)
         elif kind == KIND:
             statements, state = read_prefix(folder, config, tensors)
         else:
             statements, state = ModulesReader(model, bad, config).read(tensors)
-        return Adapter(spec_of(f"{folder.name}/{CONFIG}", statements), state)
-    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
-        raise PeftcError(bad(reason=f"its settings are damaged ({type(error).__name__}: {error})")) from None
+        spec = spec_of(f"{folder.name}/{CONFIG}", statements)
+    return Adapter(spec, _obeyed(bad, config)(state))
+
+
+@contextmanager
+def _obeyed(bad: Callable[..., BadArtifact], config: dict[str, Any]) -> Iterator[None]:
+    """What obeying settings may raise, as a PeftcError `bad-artifact`: an odd value ends in any of Python's errors."""
+    try:
+        yield
+    except PeftcError:
+        raise
     except TimeoutError:
         patterns = ", ".join(sorted(name for name in config if name in NAMING or name.endswith("_pattern")))
         raise PeftcError(bad(reason=f"matching its {patterns} takes too long")) from None
+    except Exception as error:
+        raise PeftcError(bad(reason=f"its settings are damaged ({type(error).__name__}: {error})")) from None
 
 
 def _problems(compiled: Runtime) -> list[CannotExport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
@@ -63,7 +64,11 @@ def modules_folder(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]
         config["target_parameters"] = stacks
     if any(isinstance(binding.site, Linear) and binding.site.transposed for binding in bindings):
         config["fan_in_fan_out"] = True  # not all of HF PEFT's methods know the word
-    _check_names(compiled, config, said)
+    try:
+        _check_names(compiled, config, said)
+    except TimeoutError:
+        reason = "matching its names against the modules takes too long"
+        raise PeftcError(CannotExport(reason=reason, span=bindings[0].span)) from None
     return config, tensors
 
 
@@ -116,11 +121,30 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward) and not module._forward_hooks and not module._forward_pre_hooks:
         return True
+    try:
+        return _computes_a_line(_with_numbers(module))
+    except Exception:  # whatever its own code wants of its input, it is more than that
+        return False
+
+
+def _computes_a_line(module: nn.Linear | Conv1D) -> bool:
     weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[1], generator=generator).to(weight)
     with torch.no_grad():
         return torch.allclose(module(x), linear(x, weight, module.bias), rtol=1e-4, atol=1e-5)
+
+
+def _with_numbers(module: nn.Linear | Conv1D) -> nn.Linear | Conv1D:
+    """The module, or, where its weight was left in the checkpoint, one that is like it, of other numbers."""
+    if not module.weight.is_meta:
+        return module
+    twin = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return twin
 
 
 class ModulesReader:

@@ -7,40 +7,43 @@ and a pattern's key one for the end of it, unless it starts with `^`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+import regex
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftc.language.matching import Clock, compiled
+from peftc.language.matching import Clock
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")  # the first of them is left out of all linear layers of a classifier of sequences
 FEEDFORWARD = "feedforward_modules"
+SECONDS = 3.0  # that making a folder's patterns, of which there may be one for each module, and matching them may take
 
 
 class Names:
     """What a folder's settings mean by names, on one model.
 
-    Every method raises TimeoutError where matching takes too long in all, and regex.error where a pattern is none.
+    Every method raises TimeoutError where patterns take too long in all, ValueError or regex.error where one is none.
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
-        self._model, self._config, self._clock = model, config, Clock()
+        self._model, self._config, self._clock = model, config, Clock(SECONDS)
+        self._patterns: dict[str, regex.Pattern[str]] = {}
 
     def modules(self) -> set[str]:
         """The modules that `target_modules` chooses, less those that other settings leave out."""
         targets, names = self._config.get("target_modules"), [name for name, _ in self._model.named_modules() if name]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             targets = self._all_linear()
-        left_out = self._config.get("exclude_modules") or []
-        return {name for name in names if self._chooses(targets or [], name) and not self._fits(left_out, name)}
+        chosen, left_out = _chosen_by(targets), _chosen_by(self._config.get("exclude_modules"))
+        return {name for name in names if self._chooses(chosen, name) and not self._fits(left_out, name)}
 
     def parameters(self) -> list[str]:
         """The parameters that `target_parameters` chooses, in the model's order."""
-        targets = self._config.get("target_parameters") or []
+        targets = frozenset(map(str, self._config.get("target_parameters") or []))
         return [name for name, _ in self._model.named_parameters() if ends_with(name, targets)]
 
     def settings(self, name: str, patterns: Mapping[str, str]) -> dict[str, Any]:
@@ -48,7 +51,7 @@ class Names:
         own = dict(self._config)
         for setting, pattern in patterns.items():
             for key, value in (self._config.get(pattern) or {}).items():
-                if self._clock.timed(compiled(rf"(.*\.)?({key})$").match, name):
+                if self._clock.timed(self._compiled(rf"(.*\.)?({key})$").match, name):
                     own[setting] = value
                     break
         if FEEDFORWARD in own:  # by letters, where targets go by whole names
@@ -59,7 +62,12 @@ class Names:
             own[FEEDFORWARD] = self._fits(inner, name) if by_pattern else name.endswith(tuple(inner))
         return own
 
-    def _chooses(self, targets: str | list[str], name: str) -> bool:
+    def _compiled(self, pattern: str) -> regex.Pattern[str]:
+        if pattern not in self._patterns:
+            self._patterns[pattern] = self._clock.compiled(pattern)
+        return self._patterns[pattern]
+
+    def _chooses(self, targets: str | Set[str], name: str) -> bool:
         if isinstance(targets, str) or name in targets:
             return self._fits(targets, name)
         return ends_with(name, targets) and self._in_layers(name)
@@ -71,13 +79,13 @@ class Names:
         containers = self._config.get("layers_pattern") or []
         containers = [containers] if isinstance(containers, str) else containers
         for start in [rf"(?:^|.*?\.){container}" for container in containers] or [r".*?\.[^.]*"]:
-            if found := self._clock.timed(compiled(rf"{start}\.(?P<idx>\d+)\.").match, name):
+            if found := self._clock.timed(self._compiled(rf"{start}\.(?P<idx>\d+)\.").match, name):
                 return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
         return False
 
-    def _fits(self, targets: str | list[str], name: str) -> bool:
+    def _fits(self, targets: str | Set[str], name: str) -> bool:
         if isinstance(targets, str):
-            return bool(self._clock.timed(compiled(targets).fullmatch, name))
+            return bool(self._clock.timed(self._compiled(targets).fullmatch, name))
         return ends_with(name, targets)
 
     def _all_linear(self) -> list[str]:
@@ -91,9 +99,14 @@ class Names:
         return [name for name, module in layers if module is not head]
 
 
-def ends_with(name: str, targets: Iterable[str]) -> bool:
+def ends_with(name: str, targets: Set[str]) -> bool:
     """Whether `name` is one of `targets`, or lies in a module by one of these names."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in targets for start in range(len(parts)))
+
+
+def _chosen_by(targets: Any) -> str | Set[str]:
+    return targets if isinstance(targets, str) else frozenset(map(str, targets or []))
 
 
 def saying(model: nn.Module, modules: Iterable[str], *, by_letters: bool = False) -> str | list[str]:
@@ -101,10 +114,11 @@ def saying(model: nn.Module, modules: Iterable[str], *, by_letters: bool = False
 
     `by_letters`: as IA3's `feedforward_modules` are matched, which end a name anywhere.
     """
-    wanted = sorted({*modules})
+    ends = {*modules}
+    wanted = sorted(ends)
     names = [name for name, _ in model.named_modules()]
-    chosen = {name for name in names if (name.endswith(tuple(wanted)) if by_letters else ends_with(name, wanted))}
-    return wanted if chosen == {*wanted} else "|".join(map(re.escape, wanted))
+    chosen = {name for name in names if (name.endswith(tuple(wanted)) if by_letters else ends_with(name, ends))}
+    return wanted if chosen == ends else "|".join(map(re.escape, wanted))
 
 
 def key_for(module: str) -> str:

@@ -85,12 +85,14 @@ def read_prefix(
         if config.get(name) not in own:
             raise bad(f"its {name}={config.get(name)} is none that peftc has with a prefix")
     layers, width, heads = (config[name] for name in ("num_layers", "token_dim", "num_attention_heads"))
+    for name in ("num_layers", "token_dim"):
+        if config[name] < 1:
+            raise bad(f"its {name}={config[name]} is none of a prefix")
     if flat.shape[1] != 2 * layers * width:
         raise bad(f"its {TENSOR} is {tuple(flat.shape)}, where num_layers={layers} and token_dim={width} say otherwise")
-    parts = flat.chunk(2 * layers, 1)
-    pairs = [dict(zip(PARTS, parts[start : start + 2], strict=True)) for start in range(0, 2 * layers, 2)]
+    first = dict(zip(PARTS, flat[:, : 2 * width].chunk(2, 1), strict=True))
     name, (settings, _) = next(
-        (cls.name, found) for cls in of_kind(KIND) if (found := cls.from_peft(config, "", pairs[0]))
+        (cls.name, found) for cls in of_kind(KIND) if (found := cls.from_peft(config, "", first))
     )
 
     def state(plan: Plan) -> dict[str, Tensor]:
@@ -99,10 +101,7 @@ def read_prefix(
         for site in (binding.site for binding in plan.bindings):
             if isinstance(site, Attention) and (site.kv_heads, site.kv_heads * site.key_width) != (heads, width):
                 raise bad(f"its num_attention_heads={heads} of token_dim={width} are not those of {site.name}")
-        return {
-            binding.names[part]: tensor
-            for binding, pair in zip(plan.bindings, pairs, strict=True)
-            for part, tensor in pair.items()
-        }
+        names = [binding.names[part] for binding in plan.bindings for part in PARTS]
+        return dict(zip(names, flat.chunk(2 * layers, 1), strict=True))
 
     return [applied(name, settings, role="attn")], state

@@ -111,7 +111,8 @@ def embeddings(config: dict[str, Any], tensors: dict[str, Tensor], bad: Callable
         raise bad(f"it has no {TENSOR}")
     found, length = tensors[TENSOR], config.get("num_virtual_tokens")
     parts = config.get("num_transformer_submodules") or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
-    if not isinstance(length, int) or not isinstance(parts, int) or found.dim() != 2 or len(found) != length * parts:
+    rows = length * parts if isinstance(length, int) and isinstance(parts, int) else 0
+    if found.dim() != 2 or not found.numel() or len(found) != rows:
         says = f"num_virtual_tokens={length} and num_transformer_submodules={parts}"
         raise bad(f"its {TENSOR} is {tuple(found.shape)}, where the settings say {says}")
     return found

@@ -22,7 +22,7 @@ IDLE = frozenset({
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "use_effective_conv2d",
 })  # fmt: skip
-# Which modules are meant: `peft_names` reads these.
+# Which modules are meant: `hf_peft/names.py` reads these.
 NAMING = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"})
 # Of others, what is as good as nothing. These starts of LoRA leave the base model's weights alone.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
