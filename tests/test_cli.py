@@ -309,7 +309,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         ("plan", "{spec}", "{model}"),
         ("compile", "{spec}", "{model}", "-o", "{output}"),
         pytest.param(("compile", "{packed}", "{model}"), marks=pytest.mark.slow),
-        ("show", "{spec}", "{model}"),
+        ("show", "{spec}", "{model}", "--dtype", "bfloat16"),
         pytest.param(("bench", "{spec}", "{model}", "--repeats", "1", "--seq", "8"), marks=pytest.mark.slow),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
