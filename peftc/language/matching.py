@@ -25,8 +25,9 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 class Clock:
     """The time that is left for matching, of some seconds in all."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self.left = seconds
+    def __init__(self, seconds: float | None = None) -> None:
+        """`seconds`: those of one specification if None."""
+        self.left = SECONDS if seconds is None else seconds
 
     def compiled(self, pattern: str) -> regex.Pattern[str]:
         """As `compiled`, whose time counts, too.

@@ -11,8 +11,8 @@ from peft.tuners.ia3.model import IA3Model
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from peftc.files.hf_peft import names as hf_names
 from peftc.files.hf_peft.names import FEEDFORWARD, Names, key_for, saying
-from peftc.language import matching
 from zoo import ZOO
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_what_is_said_means_these_modules_alone(by_letters: bool) -> None:
 
 def test_all_matches_together_have_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not each of them: there are as many as modules."""
-    monkeypatch.setattr(matching, "SECONDS", 0.05)
+    monkeypatch.setattr(hf_names, "SECONDS", 0.05)
     names = Names(ZOO["llama"](), {"target_modules": "(.*)" * 9})
     names._clock.timed(lambda *_, **__: time.sleep(0.06), "")
     with pytest.raises(TimeoutError):
