@@ -116,6 +116,20 @@ class Transformed(Diagnostic):
         return ("loss.backward() and torch.autograd.grad work; for others: peftc.compile(..., fuse=False)",)
 
 
+class TakenName(Diagnostic):
+    code = "taken-name"
+    model: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} has a part called '{self.name}', by which name a compiled model has something of its own"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("give it another name, or compile a module that holds the model as a part of any other name",)
+
+
 class NotWhenTraced(Diagnostic):
     code = "other-sizes"
 

@@ -22,7 +22,7 @@ from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
 from peftc.runtime.devices import keep_packed, move_constants, refuse_casts
 from peftc.runtime.entries import Code, Entries
-from peftc.runtime.errors import NoPickle, NotWhenTraced, OnlyOnTheBase, OnTheBase, Transformed
+from peftc.runtime.errors import NoPickle, NotWhenTraced, OnlyOnTheBase, OnTheBase, TakenName, Transformed
 from peftc.runtime.generate import greedy
 from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
@@ -57,7 +57,14 @@ class Runtime(Holder):
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
     ) -> None:
-        """`fired`: what the fusions did; None where nothing is to be fused."""
+        """`fired`: what the fusions did; None where nothing is to be fused.
+
+        Raises:
+            PeftcError: `taken-name` where a part of the model would hide something of this, or be hidden.
+        """
+        own = {*dir(type(self)), *Holder.__annotations__, *Runtime.__annotations__}
+        if taken := sorted(own & {name.partition(".")[0] for name in tensors(root)}):
+            raise PeftcError(*(TakenName(model=plan.sites.model, name=name) for name in taken))
         super().__init__(root, graph, class_name=plan.sites.model)
         # Plain values, set past nn.Module: the base model must not become a submodule.
         self.__dict__.update(

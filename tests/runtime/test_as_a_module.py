@@ -182,3 +182,14 @@ def test_fsdp2_trains_with_the_same_loss(tmp_path: Path, spec: str) -> None:
     torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
         sharded_process, (str(tmp_path), spec, expected), nprocs=2
     )
+
+
+@pytest.mark.parametrize("name", ["base", "config", "plan", "size_check"])
+def test_a_part_of_a_name_that_is_taken_is_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 4))
+    with pytest.raises(peftc.PeftcError, match="taken-name"):
+        peftc.compile(model, "apply lora(r=2) to linear", example=torch.randn(2, 4))
+    held = peftc.compile(nn.Sequential(model), "apply lora(r=2) to linear", example=torch.randn(2, 4)).eval()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(held(x), model(x))
