@@ -75,6 +75,10 @@ class TooManyMistakes(Diagnostic):
     def title(self) -> str:
         return f"these are the first {self.limit} mistakes, and there are more"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("mend these first: others often follow from them",)
+
 
 class PeftcError(Exception):
     """What peftc raises for a mistake of the user: all the diagnostics that could be found at once, if not too many."""

@@ -180,6 +180,10 @@ class TooManyWords(Diagnostic):
     def title(self) -> str:
         return f"more than {self.limit:,} words and signs in one specification, with all the files that it uses"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ('name many modules by one pattern or role, such as "layers.*.mlp" or mlp.*',)
+
 
 # --- Parameters, slices, comparisons -------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ class Runtime(Holder):
                 if not self.size_check.holds_traced(given):
                     raise PeftcError(NotWhenTraced())
             elif not torch.compiler.is_compiling() and (refusal := self.size_check.refusal(given)) is not None:
-                return self._other(given, refusal)(given, tokens)
+                return self._other(given, refusal)._run(given, tokens)
             return self._run(given, tokens)
 
         signature = self.convention.signature
@@ -142,8 +142,8 @@ class Runtime(Holder):
     def _run(self, given: dict[str, Any], tokens: Any) -> Any:
         return self.entries.choose(self, given, tokens).run(self, given, tokens)
 
-    def _other(self, given: dict[str, Any], refusal: PeftcError) -> Callable[[dict[str, Any], Any], Any]:
-        """The way through a graph of the same model and tensors that was captured for the sizes of `given`."""
+    def _other(self, given: dict[str, Any], refusal: PeftcError) -> Runtime:
+        """The same model and tensors with a graph that was captured for the sizes of `given`."""
         if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in self.parameters()):
             raise refusal  # who shards a model does it by the blocks of one graph
         with LOCK:
@@ -156,8 +156,7 @@ class Runtime(Holder):
             if other is None:
                 raise refusal
             self._share(other)
-        order = [name for name in other.convention.inputs if name in given]
-        return lambda given, tokens: other._run({name: given[name] for name in order}, tokens)
+        return other
 
     def _captured_again(self, given: dict[str, Any]) -> Runtime | None:
         if self.capture_again is None or len(self.other_graphs) == MOST_GRAPHS - 1:

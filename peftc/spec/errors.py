@@ -305,6 +305,10 @@ class EmptyBudget(Diagnostic):
     def title(self) -> str:
         return f"whatever the model, this says the same of {self.quantity}: {self.bound}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("give a limit that one model keeps and another does not, or leave the line out",)
+
 
 class EmptySlice(Diagnostic):
     code = "bad-slice"
@@ -319,3 +323,7 @@ class NamesTooDeep(Diagnostic):
     @property
     def title(self) -> str:
         return f"names within names, more than {self.limit} deep"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("join in one let what is spread over many, such as: let all = attn.*, mlp.*",)

@@ -181,7 +181,7 @@ class Keeper(nn.Module):
         self.by_length: dict[int, list[Any]] = {}
         self.kinds = {"none"}
         self.pair: tuple[list[Any], str] = ([], "")
-        self.inner.log = self.log  # type: ignore[assignment]
+        self.inner.__dict__["log"] = self.log
         self.count = torch.zeros(4)
         self.register_buffer("total", torch.zeros(4))
         self.totals = [self.total]

@@ -288,11 +288,12 @@ class Outer(nn.Module):
     def __init__(self, layer: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.block, self.xfc = nn.ModuleDict({"fc": nn.Linear(8, 8)}), nn.Linear(8, 8)
-        self.fc = layer(8, 8)
+        self.fc: Any = layer(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.block["fc"](x).relu()
-        return torch.as_tensor(self.xfc(self.fc(x).relu()))
+        y: Tensor = self.xfc(self.fc(x).relu())
+        return y
 
 
 class Scaled(nn.Linear):
@@ -327,7 +328,8 @@ class Attending(nn.Module):
 
 class Functional(Outer):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.xfc(F.linear(x, self.fc.weight).relu()))  # type: ignore[arg-type]
+        y: Tensor = self.xfc(F.linear(x, self.fc.weight).relu())
+        return y
 
 
 class Bare(nn.Module):
@@ -347,7 +349,7 @@ def hooked() -> nn.Module:
 
 def tied() -> nn.Module:
     model = Outer()
-    model.xfc.weight, model.xfc.bias = model.fc.weight, model.fc.bias  # type: ignore[assignment]
+    model.xfc.weight, model.xfc.bias = model.fc.weight, model.fc.bias
     return model
 
 

@@ -192,7 +192,7 @@ def test_what_was_refused_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen() is None
 
 
-def test_calibration_is_held_to_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_is_held_to_the_sizes() -> None:
     model = Asks(ASKS["a window"][0])
     spec, example = 'apply lora(r=2, init="eva") to linear', torch.zeros(2, 6, dtype=torch.long)
     with pytest.raises(peftc.PeftcError, match="other-sizes"):

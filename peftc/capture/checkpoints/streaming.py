@@ -31,8 +31,13 @@ def streams(cls: type[PreTrainedModel], config: Any) -> bool:
 
     Not where the class loads itself in a way of its own, or another library than bitsandbytes packed the checkpoint.
     """
-    usual = cls.from_pretrained.__func__ is PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    return usual and (getattr(config, "quantization_config", None) is None or by_bitsandbytes(config))
+    is_plain = getattr(config, "quantization_config", None) is None
+    return _loader(cls) is _loader(PreTrainedModel) and (is_plain or by_bitsandbytes(config))
+
+
+def _loader(cls: type[PreTrainedModel]) -> Any:
+    """`from_pretrained` as a function that takes what stands for the class."""
+    return cls.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,8 @@ def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **opti
     if is_packed:
         config = copy.deepcopy(config)
         del config.quantization_config
-    from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     try:
-        from_pretrained(_Stopping(cls), source, config=config, ignore_mismatched_sizes=True, **options)
+        _loader(cls)(_Stopping(cls), source, config=config, ignore_mismatched_sizes=True, **options)
     except _Opened as opened:
         model, state, files, settings = opened.args
     if state is not None or not files or not all(file.endswith(".safetensors") for file in files):
@@ -115,10 +119,9 @@ def read_as_a_whole(
         ValueError: as of `from_pretrained`, and where a tensor cannot be made of what the checkpoint has for it.
         PeftcError: where the checkpoint does not fit the model, as `Differences.between`.
     """
-    from_pretrained = cls.from_pretrained.__func__  # type: ignore[attr-defined]
-    usual = from_pretrained is PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    standing = _Checking(cls) if _loader(cls) is _loader(PreTrainedModel) else cls
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that is wrong, and not the first alone
-    model, info = from_pretrained(_Checking(cls) if usual else cls, source, **told, **options)
+    model, info = _loader(cls)(standing, source, **told, **options)
     keys = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     return model, Differences.between(model, called, *keys)
 
