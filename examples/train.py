@@ -78,7 +78,7 @@ def blocks(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
 
 def completion(model: peftc.CompiledModule, tokenizer: PreTrainedTokenizerBase) -> str:
     prompt = tokenizer(PROMPT, return_tensors="pt").to(model.device)
-    tokens = model.generate(prompt["input_ids"], prompt["attention_mask"], max_new_tokens=30)
+    tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 

@@ -18,6 +18,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
 from peftc.driver.passes import PASSES, Pass
+from peftc.driver.planned import plan_model
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
@@ -148,7 +149,7 @@ def plan(
     intentions = intend(spec)
     module, given = as_model(model, trust_remote_code=trust_remote_code, meta=True, dtype=dtype)
     inputs = example_inputs(module, given if example is None else example)
-    return pipeline.plan_model(module, intentions, inputs, timings or Timings())
+    return plan_model(module, intentions, inputs, timings or Timings())
 
 
 @ordinary_tensors()

@@ -59,8 +59,8 @@ def one_capture_a_kind_of_model(request: pytest.FixtureRequest, monkeypatch: pyt
     """Compiling a model like an earlier one starts from what was captured then, but where a test is about capture."""
     from captures import captured_once
     from peftc import api
-    from peftc.driver import pipeline
+    from peftc.driver import planned
 
     if request.node.get_closest_marker("captures") is None:
-        for module in (api, pipeline):
+        for module in (api, planned):
             monkeypatch.setattr(module, "capture", captured_once)

@@ -59,6 +59,11 @@ class Captured:
     differences: Differences = NO_DIFFERENCES
 
     @property
+    def past(self) -> tuple[str, ...]:
+        """The inputs that are keys and values of tokens before those that are given."""
+        return self.example.past
+
+    @property
     def has_loss(self) -> bool:
         """Whether the model returns a loss, as it does with labels."""
         return has_loss(self.result)
@@ -162,9 +167,9 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
             stack.enter_context(reset_model_state(model))
             settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
             stack.enter_context(patch_attributes(settings))
-            forward, constants = model.forward, example.constants
+            forward = model.forward
             stack.enter_context(
-                patch_attributes([(model, "forward", lambda _old: lambda **given: forward(**given, **constants))])
+                patch_attributes([(model, "forward", lambda _old: lambda **given: example.called(forward, given))])
             )
             stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
     leaves = output.args[0]
     assert isinstance(leaves, tuple)
     output.args = (leaves[1:],)
-    _size_by_others(pruned)
+    size_by_others(pruned, {node for node in pruned.find_nodes(op="placeholder") if node.target in LOSS_INPUTS})
     drop_unread(pruned)
     for node in pruned.find_nodes(op="placeholder"):
         if node.target in LOSS_INPUTS:
@@ -132,17 +133,17 @@ def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
     return pruned
 
 
-def _size_by_others(graph: fx.Graph) -> None:
-    """A size that is read off the labels, such as how many examples there are, is read off an input that shares it."""
+def size_by_others(graph: fx.Graph, instead_of: Container[fx.Node]) -> None:
+    """A size that is read off some inputs, such as how many examples there are, is read off another that shares it."""
     known: dict[Any, tuple[fx.Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         given = node.meta.get("val")
-        if node.target not in LOSS_INPUTS and isinstance(given, Tensor):
+        if node not in instead_of and isinstance(given, Tensor):
             for place, size in enumerate(given.shape):
                 known.setdefault(_symbol(size), (node, place))
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         source, size = node.args[0], _symbol(node.meta.get("val"))
-        if isinstance(source, fx.Node) and source.target in LOSS_INPUTS and size is not None:
+        if source in instead_of and size is not None:
             node.args = known.get(size, node.args)
 
 

@@ -7,7 +7,7 @@ what the labels look like is read off the logits, never off the class's name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
@@ -47,6 +47,15 @@ class Example:
     constants: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     sizes: Sizes = Sizes.USUAL
+
+    @property
+    def past(self) -> tuple[str, ...]:
+        """The names of inputs that are keys and values of earlier tokens."""
+        return ()
+
+    def called(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """What is traced: a model's own `forward` on inputs by name."""
+        return forward(**given, **self.constants)
 
     def like(self, given: Mapping[str, Any]) -> Iterator[Example]:
         """Examples of the sizes of other inputs, the most general first.
@@ -173,8 +182,8 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
     fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
     with untouched(model), fake, torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
-        state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
-        logits = torch.func.functional_call(model, state, kwargs={main: _faked(given[main], fake)}).logits
+        state: dict[str, torch.Tensor] = {name: faked(tensor, fake) for name, tensor in tensors}
+        logits = torch.func.functional_call(model, state, kwargs={main: faked(given[main], fake)}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
     if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
@@ -189,7 +198,8 @@ def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
     return found
 
 
-def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """The same tensor without numbers."""
     return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 

@@ -25,6 +25,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
 from peftc.driver.compiled import CompiledModule
+from peftc.driver.planned import plan_model
 from peftc.files import artifact
 from peftc.files.errors import BadArtifact
 from peftc.files.hf_peft import folder as peft_folder
@@ -62,7 +63,7 @@ def load_and_plan(
         PeftcError: as `read_model` and `pipeline.plan_model`; `untrained-head`.
     """
     if isinstance(model, nn.Module):
-        return pipeline.plan_model(model, intentions, make_example(model, None), timings)
+        return plan_model(model, intentions, make_example(model, None), timings)
     reference = parse_reference(str(model), trust_remote_code=trust_remote_code)
     if intentions.packings:
         checkpoint = None if whole else opened(reference, dtype=dtype)
@@ -71,7 +72,7 @@ def load_and_plan(
         debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
     with timings.stage("load"):
         found = read_model(reference, dtype=dtype)
-    plan = pipeline.plan_model(found.model, intentions, make_example(found.model, found.example), timings)
+    plan = plan_model(found.model, intentions, make_example(found.model, found.example), timings)
     return knowing(reference.text, plan, found.differences)
 
 
@@ -81,7 +82,7 @@ def _leaving_what_is_packed(
     """The plan over a model whose packed weights were not read: they are the checkpoint's, for the passes to read."""
     with readable(reference):
         skeleton = opened.skeleton()
-    plan = pipeline.plan_model(skeleton, intentions, make_example(skeleton, None), timings)
+    plan = plan_model(skeleton, intentions, make_example(skeleton, None), timings)
     with timings.stage("load"), readable(reference):
         model, differences = opened.load(without=plan.packed)
     _tell(opened.checkpoint, len(plan.packed), timings)
@@ -154,7 +155,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
         PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
     """
     adapter = peft_folder.read(model, Path(folder))
-    plan = pipeline.plan_model(model, resolve(adapter.spec), example_inputs(model), Timings())
+    plan = plan_model(model, resolve(adapter.spec), example_inputs(model), Timings())
     return _built(Path(folder), plan, adapter.state(plan))
 
 

@@ -10,7 +10,7 @@ what it may change. `run` holds it to that, and lets the verifier look at the gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,7 @@ class Work:
 
     plan: Plan
     splicer: Splicer
-    state: dict[str, Tensor] | None = None
+    state: Mapping[str, Tensor] | None = None
     data: Mapping[Binding, Any] | None = None
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -166,6 +166,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("tidy", _tidy),
     Pass("fusions", _fusions, gives="fired"),
 )
+
+# Where nothing is to be fused the last pass leaves everything as it is.
+UNFUSED = (*PASSES[:-1], replace(PASSES[-1], run=lambda _work: ()))
 
 
 def run(work: Work, passes: Sequence[Pass], timings: Timings) -> Iterator[tuple[str, fx.Graph]]:

@@ -11,35 +11,26 @@ The model that a reference names is loaded before (`loading.py`); a step of the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from transformers import PreTrainedModel
+from torch import Tensor, fx
 
-from peftc.capture.capture import capture, over
-from peftc.capture.checkpoints.streaming import weightless
-from peftc.capture.inputs import Example
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import calibration
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.passes import PASSES, Pass, Work, run
-from peftc.graph.ir import get_attribute, set_tensor
+from peftc.driver.decoding import decoder
+from peftc.driver.passes import PASSES, UNFUSED, Pass, Work, run
+from peftc.driver.planned import Again, plan_model
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
 from peftc.planning.plan import Binding, Plan
-from peftc.planning.planner import make_plan
 from peftc.protocol.method import Data
-from peftc.roles.assign import find_sites
 from peftc.runtime.module import Runtime
-from peftc.spec.resolve import Intentions
-
-# Where nothing is to be fused the last pass leaves everything as it is.
-UNFUSED = (*PASSES[:-1], replace(PASSES[-1], run=lambda _work: ()))
 
 
 @dataclass(frozen=True)
@@ -48,15 +39,6 @@ class Graphs:
 
     plan: Plan
     history: dict[str, fx.Graph]
-
-
-def plan_model(model: nn.Module, intentions: Intentions, example: Example, timings: Timings) -> Plan:
-    """The stages that need shapes only; they run as well on the meta device."""
-    captured = capture(model, example, timings)
-    with timings.stage("sites"):
-        sites = find_sites(captured)
-    with timings.stage("plan"):
-        return make_plan(captured, sites, intentions)
 
 
 def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding, Any]:
@@ -85,7 +67,7 @@ def graphs(plan: Plan, passes: Sequence[Pass], timings: Timings) -> Graphs:
 def build(
     plan: Plan,
     timings: Timings,
-    state: dict[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
     fuse: bool = True,
 ) -> CompiledModule:
@@ -105,7 +87,7 @@ def build(
             mark(work.module, plan.recomputed)
     with timings.stage("emit"):
         compiled = CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)
-    compiled.__dict__["capture_again"] = captured_again
+    compiled.__dict__.update(capture_again=captured_again, make_continuation=decoder)
     return compiled
 
 
@@ -119,41 +101,20 @@ def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModul
     Returns:
         None where the model cannot be captured with them, or where the spec would mean something else there.
     """
-    base, checkpoint = compiled.base, compiled.plan.captured.checkpoint
-    model = base if checkpoint is None else weightless(cast(PreTrainedModel, base), checkpoint)
-    home = next((tensor.device for tensor in model.parameters()), compiled.device)
-    seen = {name: _at_home(value, home) for name, value in compiled.size_check.seen(given).items()}
+    again = Again(compiled)
+    seen = {name: again.at_home(value) for name, value in compiled.size_check.seen(given).items()}
     with ordinary_tensors(), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
         for example in compiled.plan.captured.example.like(seen):
             try:
-                plan = plan_model(model, compiled.plan.intentions, example, Timings())
-                if not _alike(plan, compiled.plan):
+                if (plan := again.plan(example)) is None:
                     continue
-                if checkpoint is not None:
-                    plan = replace(plan, captured=over(plan.captured, base, checkpoint))
-                for full in (full for item in plan.packed.values() for full in item.buffers):
-                    set_tensor(plan.captured.module, full, _at_home(get_attribute(compiled, full), home))
-                names = (*plan.tensors, *plan.trained)
-                state = {name: _at_home(get_attribute(compiled, name), home) for name in names}
-                other = build(plan, Timings(), state, fuse=compiled.is_fused)
+                other = build(plan, Timings(), again.state(plan), fuse=compiled.is_fused)
             except PeftcError as error:
                 debug.tell(1, [f"not captured for other sizes: {error}"])
                 continue
             if other.size_check.refusal(given) is None:
-                return other.to(compiled.device) if home != compiled.device else other
+                return other.to(compiled.device) if again.home != compiled.device else other
     return None
-
-
-def _at_home(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _alike(one: Plan, other: Plan) -> bool:
-    """Whether two plans of a spec come to the same tensors: on another side of a branch there may be other sites."""
-    return all(
-        found.keys() == wanted.keys()
-        for found, wanted in ((one.tensors, other.tensors), (one.trained, other.trained), (one.packed, other.packed))
-    )
 
 
 def _begun(plan: Plan, **known: Any) -> Work:

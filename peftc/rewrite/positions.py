@@ -41,12 +41,16 @@ def made(
 
 @dataclass
 class Lengthened:
-    """Values of a graph as they would be with `by` more tokens in front of the sequence whose length is `tokens`."""
+    """Values of a graph as they would be with `by` more tokens in front of the sequence whose length is `tokens`.
+
+    Where only the last of them are new, `before` is how many are not: with more in front, more were before.
+    """
 
     graph: fx.Graph
     tokens: Any
     by: int
     stamp: Provenance
+    before: Any = 0
     known: dict[fx.Node, fx.Node] = field(default_factory=dict)
     asked: dict[fx.Node, bool] = field(default_factory=dict)
 
@@ -78,7 +82,7 @@ class Lengthened:
         """Positions that the caller gives for the text count on, too."""
         inputs = self.graph.find_nodes(op="placeholder")
         for node in inputs:
-            if str(node.target) == GIVEN and self.tokens in map(expression, value(node).shape):
+            if str(node.target) == GIVEN and self.tokens - self.before in map(expression, value(node).shape):
                 readers = list(node.users)
                 now = self._call(aten.add.Tensor, (node, self.by), inputs[-1], node)
                 for reader in readers:
@@ -104,7 +108,7 @@ class Lengthened:
 
     def _is_length(self, node: fx.Node) -> bool:
         size = node.meta.get("val")
-        return isinstance(size, torch.SymInt) and expression(size) == self.tokens
+        return isinstance(size, torch.SymInt) and expression(size) in (self.tokens, self.before)
 
     def _made(self, node: fx.Node) -> fx.Node:
         if self._is_length(node):
@@ -207,10 +211,18 @@ def make_room(graph: fx.Graph, plan: Plan, pass_name: str) -> Positions:
     for tokens, takers in takes.items():
         if not isinstance(tokens, int):
             by, first, span = max(takers.values(), key=operator.itemgetter(0))
-            longer = Lengthened(graph, tokens, by, Provenance(pass_name, first.name, span))
+            before = _before(graph, plan, tokens)
+            longer = Lengthened(graph, tokens, by, Provenance(pass_name, first.name, span), before)
             _shift(longer, [site for _, site, _ in takers.values()], every, positions.counting)
             positions.longer[tokens] = longer
     return positions
+
+
+def _before(graph: fx.Graph, plan: Plan, tokens: Any) -> Any:
+    """How many of the `tokens` were read by earlier calls, whose keys a cache gives."""
+    past = plan.captured.past
+    found = {expression(value(node).shape[2]) for node in graph.find_nodes(op="placeholder") if node.target in past}
+    return next((before for before in found if tokens.has(before)), 0)
 
 
 def _shift(longer: Lengthened, sites: list[Attention], every: list[Attention], counting: Counting) -> None:

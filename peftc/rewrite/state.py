@@ -32,7 +32,7 @@ IN_FOLDER = "adapter.safetensors"
 def materialise(
     module: fx.GraphModule,
     plan: Plan,
-    state: dict[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
 ) -> None:
     """Gives `module` every tensor that `plan` promises: the methods' state and trained copies of parameters.
@@ -77,7 +77,7 @@ def _begin(
     plan: Plan,
     binding: Binding,
     made: dict[str, Tensor],
-    state: dict[str, Tensor] | None,
+    state: Mapping[str, Tensor] | None,
     data: Mapping[Binding, Any] | None,
 ) -> None:
     """Fills the binding's tensors and puts them in place; `made`, by full name, are those of the bindings before."""

@@ -75,10 +75,15 @@ def _heads(
 
 
 def _folded(pattern: AttentionPattern, y: fx.Node) -> int:
-    """How many heads share k's leading dimension with the batch, at the sizes of the capture's example."""
-    k = value(pattern.k)
-    tokens = hint(k.shape[-1 if pattern.scores else -2])
-    return int(hint(k.shape[0]) * tokens // prod(hint(size) for size in value(y).shape[:-1]))
+    """How many heads share the operands' leading dimension with the batch, at the sizes of the capture's example.
+
+    Of the keys' tokens a cache may give some: then those of the queries are the tokens of the layer's output `y`.
+    """
+    examples = prod(hint(size) for size in value(y).shape[:-1])
+    q, k = value(pattern.q), value(pattern.k)
+    keys = hint(k.shape[-1 if pattern.scores else -2])
+    tokens = hint(q.shape[-2]) if examples % keys else keys
+    return int(hint(k.shape[0]) * tokens // examples)
 
 
 def _groups(

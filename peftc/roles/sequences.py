@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftc.capture.cached import KEPT
 from peftc.capture.capture import Captured
 from peftc.graph.ir import is_tensor, module_path, value
 from peftc.protocol.site import Sequence
@@ -136,7 +137,7 @@ class _TokenSequence:
                 yield name, IGNORED
             elif name == POSITIONS and value(node).dim() == 2:
                 continue
-            elif name != LABELS and self._counts(node):
+            elif name not in (LABELS, KEPT) and self._counts(node):
                 self.obstacles.append(f"what its input {name} is for a prompt is not known")
 
     def _counts(self, node: fx.Node) -> bool:

@@ -161,7 +161,55 @@ class CannotGenerate(Diagnostic):
 
     @property
     def title(self) -> str:
-        return f"{self.model} does not continue text, or was captured without an attention mask"
+        return f"{self.model} does not continue text"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("a model that does has a language modeling head, such as AutoModelForCausalLM gives it",)
+
+
+class OtherCache(Diagnostic):
+    code = "other-cache"
+    model: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        return f"a compiled {self.model} cannot go on from a cache of the kind {self.kind}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("it keeps every token, as transformers.DynamicCache() does: pass such a one, or none",)
+
+
+class OtherMask(Diagnostic):
+    code = "other-sizes"
+    model: str
+    name: str
+    given: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} is called with {self.name} {list(self.given)} where it is to be {list(self.wanted)}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("the mask has an entry for each token that was read before, and for each that is new",)
+
+
+class NotCaptured(Diagnostic):
+    code = "not-captured"
+    model: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        return f"a compiled {self.model} has no {self.name.removeprefix('output_').replace('_', ' ')} to return"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"leave {self.name} out, or ask what .merge() returns for them",)
 
 
 class BadSchedule(Diagnostic):

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
+from peftc.capture.cached import CACHES
 from peftc.capture.convention import Convention
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
@@ -22,8 +23,17 @@ from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
 from peftc.runtime.devices import keep_packed, move_constants, refuse_casts
 from peftc.runtime.entries import Code, Entries
-from peftc.runtime.errors import NoPickle, NotWhenTraced, OnlyOnTheBase, OnTheBase, TakenName, Transformed
-from peftc.runtime.generate import greedy
+from peftc.runtime.errors import (
+    CannotGenerate,
+    NoPickle,
+    NotWhenTraced,
+    OnlyOnTheBase,
+    OnTheBase,
+    TakenName,
+    Transformed,
+)
+from peftc.runtime.generation.decoder import Decoder
+from peftc.runtime.generation.text import continued, view
 from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
 from peftc.runtime.shelves import arrange
@@ -53,6 +63,8 @@ class Runtime(Holder):
     tensors_in_common: frozenset[str]
     is_fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
+    make_continuation: Callable[[Runtime], Decoder | None] | None
+    continues_by: Decoder | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -78,6 +90,8 @@ class Runtime(Holder):
             tensors_in_common=_kept(plan),
             is_fused=fired is not None,
             capture_again=None,
+            make_continuation=None,
+            continues_by=None,
             logits_in_training=fired is None,
         )
         keep_unread(root, self)
@@ -122,6 +136,8 @@ class Runtime(Holder):
         def forward(self: Runtime, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self._check_use()
+                if self._continues(args, kwargs):
+                    return continued(self, args, kwargs)
             elif torch.compiler.is_dynamo_compiling():
                 self._check_traced()
             tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
@@ -299,9 +315,46 @@ class Runtime(Holder):
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
         return Schedule(self)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
-        """Greedy continuation of a left-padded batch, [B, S] -> [B, S + new]. Runs the whole sequence each step."""
-        return greedy(self, input_ids, attention_mask, max_new_tokens)
+    # Generation
+
+    def can_generate(self) -> bool:
+        """Whether the model continues text."""
+        return bool(getattr(self.base, "can_generate", bool)())
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's, unless another was set."""
+        return self.__dict__.get("own_generation_config", getattr(self.base, "generation_config", None))
+
+    def continuation(self) -> Decoder:
+        """What continues text; made when it is first asked for, for which the model is captured once more.
+
+        Raises:
+            PeftcError: `cannot-generate` for a model that does not.
+        """
+        if not self.can_generate() or self.make_continuation is None:
+            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
+        with LOCK:
+            if self.continues_by is None:
+                self.__dict__["continues_by"] = self.make_continuation(self)
+        if self.continues_by is None:
+            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
+        return self.continues_by
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with all that it takes; nothing is dropped out, whatever the mode.
+
+        Raises:
+            PeftcError: `cannot-generate` for a model that does not continue text.
+        """
+        with self.continuation().holding(self):
+            return view(self).generate(*args, **kwargs)
+
+    def _continues(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is one with a cache, or of a decoder alone."""
+        return kwargs.get("labels") is None and (
+            bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in (*CACHES, "encoder_outputs"))
+        )
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:

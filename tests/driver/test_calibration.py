@@ -20,7 +20,7 @@ import peftc
 from peftc.capture.inputs import example_inputs
 from peftc.cli import main
 from peftc.diagnostics.timings import Timings
-from peftc.driver import calibration, pipeline
+from peftc.driver import calibration, planned
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Binding
 from peftc.rewrite.weights import dense_weight
@@ -52,7 +52,7 @@ def base(name: str) -> Any:
 
 @cache
 def _plan(name: str, spec: str) -> Any:
-    return pipeline.plan_model(base(name), intend(spec), example_inputs(base(name)), Timings())
+    return planned.plan_model(base(name), intend(spec), example_inputs(base(name)), Timings())
 
 
 def observed(name: str, spec: str, batches: Iterable[Any]) -> dict[Binding, Any]:

@@ -19,7 +19,8 @@ from paths import GOLDEN
 from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import PASSES, Pass, Work, alone, run, up_to
-from peftc.driver.pipeline import build, plan_model
+from peftc.driver.pipeline import build
+from peftc.driver.planned import plan_model
 from peftc.graph.ir import set_tensor, tensors
 from peftc.graph.printing import as_text, diff, shape_text
 from peftc.planning.plan import Plan

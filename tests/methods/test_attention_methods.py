@@ -263,7 +263,7 @@ def test_generation_goes_on_behind_a_prefix(name: str) -> None:
     batch = inputs(model)
     ids, mask = batch["input_ids"], batch["attention_mask"].clone()
     mask[0, :2] = 0  # the prefix's keys are not turned, so that padding behind it would part it from the text
-    found = ours.generate(ids, mask, max_new_tokens=3)
+    found = ours.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
     for row in range(len(ids)):
         bare = ids[row][mask[row].bool()][None]
         for _ in range(3):

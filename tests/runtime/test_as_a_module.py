@@ -124,7 +124,9 @@ def test_greedy_text_of_a_left_padded_batch_is_the_base_models(name: str) -> Non
     batch["attention_mask"][1, :1] = 0
     batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
     expected = base.generate(**batch, max_new_tokens=6, do_sample=False)  # type: ignore[operator]
-    actual = peftc.compile(base, LORA).generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=6)
+    actual = peftc.compile(base, LORA).generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6
+    )
     assert torch.equal(actual, expected)
 
 
@@ -140,7 +142,7 @@ def test_greedy_text_of_smollm2_is_the_base_models() -> None:
     batch = dict(tokenizer(prompts, padding=True, return_tensors="pt"))
     expected = base.generate(**batch, max_new_tokens=12, do_sample=False)
     model = peftc.compile(base, "apply lora(r=16, alpha=32) to attn.*, mlp.*")
-    actual = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=12)
+    actual = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12)
     assert tokenizer.batch_decode(actual) == tokenizer.batch_decode(expected)
 
 

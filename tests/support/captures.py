@@ -19,7 +19,14 @@ captures: dict[Hashable, Captured] = {}
 def captured_once(model: nn.Module, example: Example, *more: Any) -> Captured:
     """`capture`, once for each kind of model and shape of inputs; each caller gets a graph of its own."""
     kind = kind_of(model)
-    key = kind, str(shapes(example.args)), str(shapes(example.kwargs)), str(example.constants), str(example.config)
+    key = (
+        kind,
+        type(example),
+        str(shapes(example.args)),
+        str(shapes(example.kwargs)),
+        str(example.constants),
+        str(example.config),
+    )
     if key not in captures:
         captures[key] = capture(model, example, *more)
     known = captures[key]  # it holds the model, whose id is nobody else's then

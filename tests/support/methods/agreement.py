@@ -32,6 +32,8 @@ from zoo import ZOO, inputs
 
 torch.set_num_threads(1)
 
+POSITIONS = 512
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -68,14 +70,20 @@ class Answer:
 
 @cache
 def base(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of the zoo without dropout, whose masks the four would draw apart; captured once."""
+    """A model of the zoo without dropout, whose masks the four would draw apart, and with room for any prompts."""
     given = ZOO[name]()
     config = copy.deepcopy(given.config)
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-    model: nn.Module = type(given)(config)
-    model.load_state_dict(given.state_dict())
+    if hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = POSITIONS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = type(given)(config)
+    own = {name: tensor.shape for name, tensor in model.named_parameters()}
+    state = {name: tensor for name, tensor in given.state_dict().items() if tensor.shape == own.get(name)}
+    model.load_state_dict(state, strict=False)
     return model.to(dtype)
 
 
