@@ -15,7 +15,7 @@ from peftc.capture.convention import fields_of
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.driver.passes import UNFUSED, Pass, Work, run
+from peftc.driver.passes import PASSES, Pass, Work, run
 from peftc.driver.planned import Again
 from peftc.graph.ir import tensors
 from peftc.graph.surroundings import ordinary_tensors
@@ -54,12 +54,12 @@ def _decoder(again: Again, example: CachedExample) -> Decoder | None:
     compiled = again.compiled
     seq2seq = bool(compiled.config.is_encoder_decoder)
     front = 0 if seq2seq else extension(compiled.plan.bindings)  # what stands before an encoder's text is encoded
-    made = _programs(again, example, UNFUSED)
+    made = _programs(again, example, PASSES)
     if made is None:
         return None
     module, found = made
     if front and example.cached.parameter:
-        without = tuple(replace(step, run=lambda _work: None) if step.name == PROMPTS else step for step in UNFUSED)
+        without = tuple(replace(step, run=lambda _work: None) if step.name == PROMPTS else step for step in PASSES)
         rest = _programs(again, example, without)
         assert rest is not None
         found = replace(found, go_on=rest[1].go_on)

@@ -15,10 +15,20 @@ from torch import fx
 
 from peftc.capture.cached import ENCODED, LOGITS, Cached
 from peftc.graph.ir import PROVENANCE
-from peftc.optimise.decoding.inference import for_inference
+from peftc.optimise.decoding.attention import drop_whole_slices, share_keys
+from peftc.optimise.decoding.branches import stack_branches
+from peftc.optimise.decoding.elementwise import fewer_operations
+from peftc.optimise.decoding.inference import computed_once, for_inference
 from peftc.optimise.decoding.program import Program, cut, program
+from peftc.optimise.decoding.room import grow_in_place
+from peftc.optimise.decoding.rotary import turn_at_once
+from peftc.optimise.decoding.spelling import respell
 
 aten = torch.ops.aten
+
+
+# What makes a step of few tokens shorter, each in place.
+SHORTER = (drop_whole_slices, share_keys, turn_at_once, stack_branches, fewer_operations)
 
 
 @dataclass(frozen=True)
@@ -39,22 +49,32 @@ def programs(module: fx.GraphModule, names: tuple[str, ...], cached: Cached, pro
         cached: how it was called.
         prompts: the name of the pass that put something in front, whose cuts of what is kept are no part of these.
     """
-    graph = module.graph
-    for_inference(graph)
+    for_inference(module.graph)
+    graph = module.graph = computed_once(module.graph)
+    for shorten in SHORTER:
+        shorten(graph)
+    grow_in_place(graph, cached.past)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in module.parameters())
     leaves = graph.output_node().args[0]
     assert isinstance(leaves, tuple | list)
     found = {name: leaf if name == LOGITS else _whole(leaf, prompts) for name, leaf in zip(names, leaves, strict=True)}
     text = {name: found[name] for name in (LOGITS, *cached.past)}
     if not cached.cross:
-        whole = _made(module, text, {})
+        whole = _made(module, text, {}, on_cpu)
         return Programs(whole, whole)
     crossed = {name: found[name] for name in cached.crossed}
     encoded = {ENCODED: found[ENCODED]}
-    return Programs(_made(module, text | crossed, encoded), _made(module, text, crossed), _made(module, encoded, {}))
+    return Programs(
+        _made(module, text | crossed, encoded, on_cpu),
+        _made(module, text, crossed, on_cpu),
+        _made(module, encoded, {}, on_cpu),
+    )
 
 
-def _made(module: fx.GraphModule, outputs: dict[str, fx.Node], given: dict[str, fx.Node]) -> Program:
-    return program(module, cut(module.graph, outputs, given), outputs)
+def _made(module: fx.GraphModule, outputs: dict[str, fx.Node], given: dict[str, fx.Node], on_cpu: bool) -> Program:
+    new = cut(module.graph, outputs, given)
+    respell(new, on_cpu=on_cpu)
+    return program(module, new, outputs)
 
 
 def _whole(leaf: fx.Node, prompts: str) -> fx.Node:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
 
 from peftc.graph.ir import drop_unread
 
@@ -28,3 +29,9 @@ def for_inference(graph: fx.Graph) -> None:
         if node.target in DROPOUTS and node.args[2] is False:
             node.replace_all_uses_with(node.args[0])
     drop_unread(graph)
+
+
+def computed_once(graph: fx.Graph) -> fx.Graph:
+    """The graph with one node for what several compute alike, as each layer does of the positions."""
+    found: fx.Graph = fx_graph_cse(graph)
+    return found

@@ -19,6 +19,8 @@ from peftc.graph.ir import copied, drop_unread, is_tensor, memory, value
 
 SIZE = torch.ops.aten.sym_size.int
 
+ONCE = "peftc once"  # on a node that is computed once where it can be, whatever its size
+
 Code = Callable[..., tuple[Any, ...]]
 
 
@@ -107,7 +109,7 @@ def _ahead(graph: fx.Graph) -> list[fx.Node]:
 def _is_small(node: fx.Node, sources: set[fx.Node]) -> bool:
     if not is_tensor(node):
         return False
-    if memory(node) in {memory(source) for source in sources}:
+    if node.meta.get(ONCE) or memory(node) in {memory(source) for source in sources}:
         return True
     largest = max(_bytes(source) for source in sources)
     return _bytes(node) <= max(largest / 16, 4096)

@@ -1,0 +1,34 @@
+"""Operations by the names that are called soonest: an overload of ATen costs its caller twice what a function does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from peftc.kernels.common.operation import call_directly
+
+aten = torch.ops.aten
+
+# The same operands in the same order.
+SOONER: dict[Any, Any] = {
+    aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg, aten.pow.Tensor_Scalar: torch.pow, aten.rsqrt.default: torch.rsqrt,
+    aten.mean.dim: torch.mean, aten.cat.default: torch.cat, aten.silu.default: F.silu, aten.linear.default: F.linear,
+    aten.transpose.int: torch.transpose, aten.view.default: Tensor.view, aten.reshape.default: torch.reshape,
+    aten.unsqueeze.default: torch.unsqueeze, aten.expand.default: Tensor.expand, aten.sym_size.int: Tensor.size,
+    aten.matmul.default: torch.matmul, aten.addmm.default: torch.addmm,
+    aten.cos.default: torch.cos, aten.sin.default: torch.sin, aten.tanh.default: torch.tanh,
+    aten.contiguous.default: Tensor.contiguous, aten.relu.default: torch.relu, aten.permute.default: torch.permute,
+}  # fmt: skip
+
+
+def respell(graph: fx.Graph, *, on_cpu: bool) -> None:
+    """Calls functions in place of overloads, in place; of peftc's own operations on the CPU what they run there."""
+    for node in graph.nodes:
+        if not node.kwargs and node.target in SOONER:
+            node.target = SOONER[node.target]
+    if on_cpu:
+        call_directly(graph)
