@@ -19,6 +19,8 @@ from peftc.graph.ir import copied, drop_unread
 HARMLESS = {
     "return_dict": True, "use_cache": False, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
+# What a collator says of sequences in one row for other kernels of attention: the same as the positions, beside these.
+SAID_BY_POSITIONS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 # An input that may be left out, and what it is then made of the model's main input.
 FILLED_IN = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
 LOSS_INPUTS = ("labels",)
@@ -61,6 +63,8 @@ class Convention:
         given = dict(zip(self.inputs, args, strict=False))
         if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
             raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
+        if kwargs.get("position_ids") is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in SAID_BY_POSITIONS}
         given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
         given = {name: value for name, value in given.items() if value is not None}
         for name, fill in FILLED_IN.items():

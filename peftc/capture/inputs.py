@@ -67,6 +67,8 @@ class Example:
             return
         args, rest = tuple(values[: len(self.args)]), dict(zip(given, values, strict=True))
         kwargs = {name: rest[name] for name in self.kwargs if name in rest}
+        if self.config is not None:  # other inputs that a transformers model takes
+            kwargs |= {name: value for name, value in rest.items() if name not in kwargs}
         if len(args) + len(kwargs) == len(values):
             many = tuple(_two_rows(value) for value in args)
             general = replace(self, args=many, kwargs={name: _two_rows(value) for name, value in kwargs.items()})

@@ -35,7 +35,7 @@ from peftc.files.errors import BadArtifact, WrongBase
 from peftc.files.folder import current, steadily, write_folder
 from peftc.graph.ir import get_attribute
 from peftc.runtime.module import Runtime
-from peftc.runtime.statedict import added_names
+from peftc.runtime.tensors.statedict import added_names
 
 FORMAT = 2
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (

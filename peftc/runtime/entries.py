@@ -54,10 +54,11 @@ class Entries:
     def __init__(self, module: Holder, own: Code) -> None:
         """`own` is the code of the module's graph itself. Under `torch.compile` no other graph can be made."""
         graph = with_token_count(module.graph, module.plan)
-        counted = None if graph is None else Entry(_code(module, graph), counted=True)
+        counted = None if graph is None else Entry(code_of(module, graph), counted=True)
         self._complete = {False: Entry(own), True: counted}
         self._loss_alone: dict[bool, Entry | None] | None = None
         self._without_labels: Entry | None = None
+        self._parts: dict[Callable[[Holder], fx.Graph], Code] = {}
         self.fired = () if module.logits_in_training else self._make_loss_alone(module)
 
     @property
@@ -89,25 +90,34 @@ class Entries:
         assert complete is not None
         return complete
 
+    def part(self, make: Callable[[Holder], fx.Graph], module: Holder) -> Code:
+        """The code of a graph that `make` makes of a module's own, once."""
+        if make not in self._parts:
+            self._parts[make] = code_of(module, make(module))
+        return self._parts[make]
+
     def _unlabelled(self, module: Holder) -> Entry:
         if self._without_labels is None:
             graph = without_loss(module.graph, module.convention.result)
             if graph is None:
                 raise PeftcError(NeedsLabels(model=module.plan.sites.model))
-            self._without_labels = Entry(_code(module, graph), with_loss=False)
+            self._without_labels = Entry(code_of(module, graph), with_loss=False)
         return self._without_labels
 
     def _make_loss_alone(self, module: Holder) -> tuple[Fired, ...]:
         """The entries of a training step that returns no logits, and how often its fusions fired."""
         graph, fired = training_entry(module, module.graph, module.convention)
-        plain = None if graph is None else Entry(_code(module, graph))
+        plain = None if graph is None else Entry(code_of(module, graph))
         self._loss_alone = {False: plain, True: None}
         if plain is not None and (longer := with_token_count(module.graph, module.plan)) is not None:
             graph, _ = training_entry(module, longer, module.convention)
-            self._loss_alone[True] = None if graph is None else replace(plain, code=_code(module, graph), counted=True)
+            self._loss_alone[True] = (
+                None if graph is None else replace(plain, code=code_of(module, graph), counted=True)
+            )
         return fired
 
 
-def _code(module: Holder, graph: fx.Graph) -> Code:
+def code_of(module: Holder, graph: fx.Graph) -> Code:
+    """The code of a graph, to be run on the module that it reads the tensors of."""
     code: Code = type(fx.GraphModule(module, graph)).forward
     return code

@@ -212,6 +212,33 @@ class NotCaptured(Diagnostic):
         return (f"leave {self.name} out, or ask what .merge() returns for them",)
 
 
+class WithoutHead(Diagnostic):
+    code = "without-head"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"a compiled {self.model} has no hidden states that its head alone makes logits of"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("take the methods at the head out of the spec, or compute the loss from the logits",)
+
+
+class OwnLoss(Diagnostic):
+    code = "own-loss"
+    model: str
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} adds to the loss that {self.model} itself returns, and this loss is computed elsewhere"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("train it with transformers' Trainer, or add model.penalty() to a loss of your own",)
+
+
 class BadSchedule(Diagnostic):
     code = "bad-schedule"
     method: str

@@ -10,7 +10,7 @@ from torch import fx, nn
 from peftc.capture.convention import Convention
 from peftc.planning.plan import Plan
 from peftc.runtime.generation.decoder import Decoder
-from peftc.runtime.unfrozen import Watch
+from peftc.runtime.tensors.unfrozen import Watch
 
 
 class Holder(fx.GraphModule):

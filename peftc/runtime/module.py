@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from threading import RLock
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,18 +13,16 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
-from peftc.capture.cached import CACHES
-from peftc.capture.convention import Convention
+from peftc.capture.convention import SAID_BY_POSITIONS, Convention
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
 from peftc.optimise.fuse import Fired
 from peftc.planning.plan import Plan, extension
 from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
-from peftc.runtime.devices import keep_packed, move_constants, refuse_casts
+from peftc.runtime.asked import LOCK, Asked
 from peftc.runtime.entries import Code, Entries
 from peftc.runtime.errors import (
-    CannotGenerate,
     NoPickle,
     NotWhenTraced,
     OnlyOnTheBase,
@@ -32,25 +30,24 @@ from peftc.runtime.errors import (
     TakenName,
     Transformed,
 )
-from peftc.runtime.generation.decoder import Decoder
-from peftc.runtime.generation.text import continued, view
+from peftc.runtime.generation.text import continued
 from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
-from peftc.runtime.shelves import arrange
-from peftc.runtime.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
+from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_casts
+from peftc.runtime.tensors.shelves import arrange
+from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
+from peftc.runtime.tensors.unfrozen import Watch
 from peftc.runtime.token_mean import NAME
-from peftc.runtime.unfrozen import Watch
 
 # Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
 MOST_GRAPHS = 8
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
-LOCK = RLock()  # one captures at a time
 
 Stages = list[tuple[str, fx.Graph]]
 
 
-class Runtime(Holder):
+class Runtime(Asked):
     """A model with its adapters in the graph. `peftc.CompiledModule` adds what reads and writes files.
 
     Call it as the base model: `module(input_ids=…, labels=…)`. `fired` says how often each fusion did.
@@ -63,8 +60,6 @@ class Runtime(Holder):
     tensors_in_common: frozenset[str]
     is_fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
-    make_continuation: Callable[[Runtime], Decoder | None] | None
-    continues_by: Decoder | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -74,7 +69,7 @@ class Runtime(Holder):
         Raises:
             PeftcError: `taken-name` where a part of the model would hide something of this, or be hidden.
         """
-        own = {*dir(type(self)), *Holder.__annotations__, *Runtime.__annotations__}
+        own = {*dir(type(self)), *Holder.__annotations__, *Asked.__annotations__, *Runtime.__annotations__}
         if taken := sorted(own & {name.partition(".")[0] for name in tensors(root)}):
             raise PeftcError(*(TakenName(model=plan.sites.model, name=name) for name in taken))
         super().__init__(root, graph, class_name=plan.sites.model)
@@ -141,12 +136,12 @@ class Runtime(Holder):
             elif torch.compiler.is_dynamo_compiling():
                 self._check_traced()
             tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
+            if not torch.compiler.is_compiling():
+                graph, given = self.routed(args, kwargs)
+                return graph._run(given, tokens)
             given = self.convention.bind(args, kwargs)
-            if torch.compiler.is_dynamo_compiling():
-                if not self.size_check.holds_traced(given):
-                    raise PeftcError(NotWhenTraced())
-            elif not torch.compiler.is_compiling() and (refusal := self.size_check.refusal(given)) is not None:
-                return self._other(given, refusal)._run(given, tokens)
+            if torch.compiler.is_dynamo_compiling() and not self.size_check.holds_traced(given):
+                raise PeftcError(NotWhenTraced())
             return self._run(given, tokens)
 
         signature = self.convention.signature
@@ -158,7 +153,34 @@ class Runtime(Holder):
     def _run(self, given: dict[str, Any], tokens: Any) -> Any:
         return self.entries.choose(self, given, tokens).run(self, given, tokens)
 
-    def _other(self, given: dict[str, Any], refusal: PeftcError) -> Runtime:
+    def routed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Runtime, dict[str, Any]]:
+        """The graph for a call, this or another, and the inputs by name.
+
+        Raises:
+            TypeError: on inputs that the base model has not, or that are missing.
+            PeftcError: `other-sizes` where the base model cannot be captured for those of the inputs.
+        """
+        try:
+            given = self.convention.bind(args, kwargs)
+        except TypeError as refusal:
+            given = dict(zip(self.convention.inputs, args, strict=False)) | kwargs
+            given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            if "position_ids" in given:
+                given = {name: value for name, value in given.items() if name not in SAID_BY_POSITIONS}
+            if not given.keys() - set(self.convention.inputs) or not given.keys() <= self._taken_by_base:
+                raise
+            other = self._other(given, refusal)
+            return other, other.convention.bind((), given)
+        refused = self.size_check.refusal(given)
+        return (self, given) if refused is None else (self._other(given, refused), given)
+
+    @cached_property
+    def _taken_by_base(self) -> frozenset[str]:
+        """What the forward of a transformers model takes."""
+        known = hasattr(self.base, "config")
+        return frozenset(inspect.signature(type(self.base).forward).parameters) if known else frozenset()
+
+    def _other(self, given: dict[str, Any], refusal: Exception) -> Runtime:
         """The same model and tensors with a graph that was captured for the sizes of `given`."""
         if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in self.parameters()):
             raise refusal  # who shards a model does it by the blocks of one graph
@@ -217,6 +239,7 @@ class Runtime(Holder):
         keep_packed(self, packed)
         if self.device != before:
             self.other_graphs.clear()
+            self.__dict__["continues_by"] = None
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
                     move_constants(module, before, self.device)
@@ -314,47 +337,6 @@ class Runtime(Holder):
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
         return Schedule(self)
-
-    # Generation
-
-    def can_generate(self) -> bool:
-        """Whether the model continues text."""
-        return bool(getattr(self.base, "can_generate", bool)())
-
-    @property
-    def generation_config(self) -> Any:
-        """The base model's, unless another was set."""
-        return self.__dict__.get("own_generation_config", getattr(self.base, "generation_config", None))
-
-    def continuation(self) -> Decoder:
-        """What continues text; made when it is first asked for, for which the model is captured once more.
-
-        Raises:
-            PeftcError: `cannot-generate` for a model that does not.
-        """
-        if not self.can_generate() or self.make_continuation is None:
-            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
-        with LOCK:
-            if self.continues_by is None:
-                self.__dict__["continues_by"] = self.make_continuation(self)
-        if self.continues_by is None:
-            raise PeftcError(CannotGenerate(model=self.plan.sites.model))
-        return self.continues_by
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with all that it takes; nothing is dropped out, whatever the mode.
-
-        Raises:
-            PeftcError: `cannot-generate` for a model that does not continue text.
-        """
-        with self.continuation().holding(self):
-            return view(self).generate(*args, **kwargs)
-
-    def _continues(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is one with a cache, or of a decoder alone."""
-        return kwargs.get("labels") is None and (
-            bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in (*CACHES, "encoder_outputs"))
-        )
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor
 from peftc.runtime.holder import Holder
-from peftc.runtime.unfrozen import precision
+from peftc.runtime.tensors.unfrozen import precision
 
 
 def refuse_casts(module: Holder, change: Callable[[Tensor], Tensor]) -> None:
