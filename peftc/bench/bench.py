@@ -141,11 +141,11 @@ def bench(
         batch=given.shape[0],
         seq=given.shape[1] if not given.is_floating_point() and given.dim() > 1 else 0,
         dtype=str(fused.dtype).removeprefix("torch."),
-        device=_device(fused.device),
+        device=device_name(fused.device),
         threads=thread_count,
         repeats=repeats,
         rows=rows,
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -231,11 +231,13 @@ def _is_random(variants: list[Variant], arguments: Arguments) -> bool:
     return losses[0] != losses[1]
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What figures were measured on."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that were measured."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     try:
         import peft

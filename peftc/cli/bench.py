@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftc import api
-    from peftc.bench import bench, table
+    from peftc.bench import bench, generation, table
     from peftc.driver import loading
     from peftc.show import tables
 else:
     api, loading = Lazy("peftc.api"), Lazy("peftc.driver.loading")
     bench = Lazy("peftc.bench.bench")
+    generation = Lazy("peftc.bench.generation")
     table = Lazy("peftc.bench.table")
     tables = Lazy("peftc.show.tables")
 
@@ -49,14 +50,27 @@ def run(given: Namespace) -> int:
             loading.knowing(given.model, api.plan(model, spec, example=example), loaded.differences)
         with timings.stage("load"):
             _move(model, given.device)
+        if given.generate:
+            return _generated(generation.bench_generation(
+                model, spec, batch=given.batch or 1, prompt=given.seq or 16, new=given.generate,
+                repeats=given.repeats, thread_count=given.threads, timings=timings,
+            ), given)  # fmt: skip
         found = bench.bench(
-            model, spec, example=example, calibration=batches, batch=given.batch, seq=given.seq,
+            model, spec, example=example, calibration=batches, batch=given.batch or 2, seq=given.seq or 128,
             repeats=given.repeats, thread_count=given.threads, with_torch_compile=given.torch_compile, timings=timings,
         )  # fmt: skip
     if given.json:
         print_json(found.to_json())
     else:
         tables.print_all(table.bench_table(found))
+    return 0 if found.agrees else 1
+
+
+def _generated(found: generation.GenerationBench, given: Namespace) -> int:
+    if given.json:
+        print_json(found.to_json())
+    else:
+        tables.print_all(generation.generation_table(found))
     return 0 if found.agrees else 1
 
 
@@ -75,8 +89,9 @@ BENCH = Command(
         SPEC,
         MODEL,
         JSON,
-        Argument("--batch", type=positive, default=2, help="examples in a step"),
-        Argument("--seq", type=positive, default=128, help="tokens in an example"),
+        Argument("--generate", type=positive, metavar="TOKENS", help="measure text of so many new tokens, not a step"),
+        Argument("--batch", type=positive, help="examples in a step (2), or texts at once (1)"),
+        Argument("--seq", type=positive, help="tokens in an example (128), or in what a text begins with (16)"),
         Argument("--repeats", type=positive, default=5, help="rounds, of which the fastest counts"),
         Argument("--threads", type=positive, default=1, help="threads to compute with on the CPU"),
         Argument("--device", default="cpu", help="cpu, cuda, cuda:1, …"),

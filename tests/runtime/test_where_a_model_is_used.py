@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 import models
 import peftc
@@ -68,6 +68,7 @@ def losses(trainer: Any) -> list[float]:
 @pytest.mark.slow
 def test_a_pipeline_writes_what_the_base_model_does() -> None:
     base = models.smollm2()
+    pipeline: Any = hf.pipeline
     ours = pipeline("text-generation", model=peftc.compile(base, "apply lora(r=4) to attn.q"), tokenizer=tokenizer())
     theirs = pipeline("text-generation", model=base, tokenizer=tokenizer())
     texts = ["The capital of France is", "In Python, a list is"]

@@ -1,0 +1,93 @@
+"""`peftc generate`: text by a compiled model, as it is written."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING, Any
+
+import peftc
+from peftc.cli.command import Argument, Command, Lazy
+from peftc.cli.errors import NoChatTemplate, NoTokenizer
+from peftc.cli.inputs import JSON, MODEL_HELP, TRUST, positive, quieten
+from peftc.cli.output import print_json, progress
+from peftc.diagnostics.diagnostic import PeftcError
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = Lazy("transformers")
+
+
+def run(given: Namespace) -> None:
+    """Writes text with an artifact: greedily, or as its generation_config says."""
+    quieten()
+    prompt = sys.stdin.read() if given.prompt is None else given.prompt
+    with progress(given) as timings:
+        with timings.stage("compile"):
+            compiled = peftc.load(given.artifact, given.model, trust_remote_code=given.trust_remote_code).eval()
+        tokenizer = _tokenizer(given, compiled)
+        inputs = _inputs(given, tokenizer, prompt).to(compiled.device)
+        with timings.stage("continuation"):
+            compiled.continuation()
+    settings: dict[str, Any] = {"max_new_tokens": given.new}
+    if given.temperature is not None:
+        settings |= {"do_sample": given.temperature > 0} | (
+            {"temperature": given.temperature} if given.temperature else {}
+        )
+    if given.seed is not None:
+        transformers.set_seed(given.seed)
+    streamer = None if given.json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    written = compiled.generate(**inputs, **settings, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
+    if given.json:
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        seconds = time.perf_counter() - start
+        print_json({"prompt": prompt, "text": text, "tokens": len(written), "seconds": seconds})
+
+
+def _tokenizer(given: Namespace, compiled: Any) -> Any:
+    source = given.tokenizer or compiled.name_or_path or given.model or given.artifact
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
+    except Exception as error:  # libraries that read what others wrote raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PeftcError(NoTokenizer(source=str(source), reason=reason)) from error
+
+
+def _inputs(given: Namespace, tokenizer: Any, prompt: str) -> Any:
+    if not given.chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise PeftcError(NoChatTemplate(source=str(tokenizer.name_or_path)))
+    said = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _temperature(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ArgumentTypeError(f"expects a number, at least 0, not {text!r}")
+    return number
+
+
+GENERATE = Command(
+    "generate",
+    run,
+    (
+        JSON,
+        Argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote"),
+        Argument("--prompt", metavar="TEXT", help="what the text begins with; else standard input"),
+        Argument("--chat", action="store_true", help="the prompt is what a user says, in the model's chat template"),
+        Argument("--new", type=positive, default=128, metavar="TOKENS", help="tokens to write at most (128)"),
+        Argument("--temperature", type=_temperature, metavar="T", help="0 takes the likeliest token, else sampled"),
+        Argument("--seed", type=positive, help="of what is sampled"),
+        Argument("--tokenizer", metavar="MODEL", help="a folder or hub id, if the base model's has none"),
+        Argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}"),
+        TRUST,
+    ),
+)  # fmt: skip
