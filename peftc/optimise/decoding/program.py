@@ -1,7 +1,7 @@
 """A graph that generates text, as a function of what is computed once of a model's tensors, and of its inputs.
 
 The step for one token takes hundreds of tensors: looked up through the modules they lie in, that would cost as much as
-a few blocks. And much of it is the same for every token: the scale of DoRA, stacked branches, the range of a mask. So a
+a few blocks. And some of it is the same for every token, such as the scale of DoRA. So a
 program has two parts: `prepare` runs once for a text, `run` for each of its tokens.
 """
 
@@ -18,8 +18,6 @@ from peftc.capture.convention import size_by_others
 from peftc.graph.ir import copied, drop_unread, is_tensor, memory, value
 
 SIZE = torch.ops.aten.sym_size.int
-
-ONCE = "peftc once"  # on a node that is computed once where it can be, whatever its size
 
 Code = Callable[..., tuple[Any, ...]]
 
@@ -109,7 +107,7 @@ def _ahead(graph: fx.Graph) -> list[fx.Node]:
 def _is_small(node: fx.Node, sources: set[fx.Node]) -> bool:
     if not is_tensor(node):
         return False
-    if node.meta.get(ONCE) or memory(node) in {memory(source) for source in sources}:
+    if memory(node) in {memory(source) for source in sources}:
         return True
     largest = max(_bytes(source) for source in sources)
     return _bytes(node) <= max(largest / 16, 4096)

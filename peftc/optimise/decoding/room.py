@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-STEP = 128  # tokens that memory grows by
+STEP = 32  # tokens that memory grows by at least where it is not known how many there will be
 ROOM = "peftc_room"  # of a tensor that lies in such memory
+EXPECTED = "peftc_expected"  # of a tensor without tokens: how many there will be
 
 
 @dataclass
@@ -32,7 +33,9 @@ def appended(past: Tensor, new: Tensor) -> Tensor:
     room: Room | None = getattr(past, ROOM, None)
     if room is None or room.used != before or room.memory.shape[2] < after:
         batch, heads, _, width = new.shape
-        room = Room(new.new_empty(batch, heads, -(-after // STEP) * STEP, width), before)
+        expected = getattr(past, EXPECTED, 0)
+        capacity = expected if expected >= after else after + max(STEP, after // 8)
+        room = Room(new.new_empty(batch, heads, capacity, width), before)
         if before:
             room.memory.narrow(2, 0, before).copy_(past)
     room.memory.narrow(2, before, count).copy_(new)

@@ -19,6 +19,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
 from peftc.optimise.decoding.cuts import Programs
 from peftc.optimise.decoding.program import Program
+from peftc.optimise.decoding.room import EXPECTED
 from peftc.runtime.errors import OtherCache, OtherMask
 
 Given = dict[str, Any]
@@ -123,7 +124,7 @@ class Decoder:
         given = self._filled(given, text)
         if not text:
             batch = given[self._tokens].shape[0]
-            kept = dict(zip(self.cached.past, self._nothing(module, batch), strict=True))
+            kept = dict(zip(self.cached.past, self._nothing(module, batch, own), strict=True))
         elif cross is not None:
             kept |= self._kept(cross, self.cached.crossed)
         found = self._run(self.programs.go_on if text else self.programs.begin, given | kept)
@@ -173,15 +174,21 @@ class Decoder:
 
     # The cache
 
-    def empty(self) -> Cache:
-        """A cache that nothing was put into."""
-        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.cached.cross else DynamicCache()
+    def empty(self, expected: int = 0) -> Cache:
+        """A cache that nothing was put into; `expected` is how many tokens will be, 0 where that is not known."""
+        own = DynamicCache()
+        if expected:
+            setattr(own, EXPECTED, expected)
+        return EncoderDecoderCache(own, DynamicCache()) if self.cached.cross else own
 
-    def _nothing(self, module: nn.Module, batch: int) -> Iterator[Tensor]:
+    def _nothing(self, module: nn.Module, batch: int, cache: Cache) -> Iterator[Tensor]:
+        expected = self.front + getattr(cache, EXPECTED, -self.front)
         like = next(p for p in module.parameters() if p.is_floating_point()).detach()
         for heads, wide, values_wide in self.cached.own:
-            yield like.new_empty(batch, heads, 0, wide)
-            yield like.new_empty(batch, heads, 0, values_wide)
+            for width in (wide, values_wide):
+                nothing = like.new_empty(batch, heads, 0, width)
+                setattr(nothing, EXPECTED, expected)
+                yield nothing
 
     def _parts(self, cache: Cache) -> tuple[Cache, Cache | None]:
         """What is kept of the text, and of what an encoder read."""

@@ -24,6 +24,7 @@ from peftc.runtime.holder import Holder
 NOT_SHARED = ("hf_device_map", "_hf_hook", "_old_forward", "forward")
 # What a caller may ask for beside the logits, and is not in the graph.
 INSIDE = ("output_attentions", "output_hidden_states", "output_router_logits")
+MOST = 1024  # tokens that memory is taken for ahead: a text may end long before it may be
 SAME_RESULT = (None, "dynamic", "dynamic_full", "hybrid", "static", "offloaded", "sliding_window")
 
 
@@ -52,7 +53,8 @@ class _View:
         if model_kwargs.get(decoder.cached.parameter) is None and config.use_cache is not False and decoder.keeps:
             if config.cache_implementation not in SAME_RESULT:
                 raise PeftcError(OtherCache(model=self.compiled.plan.sites.model, kind=config.cache_implementation))
-            model_kwargs[decoder.cached.parameter] = decoder.empty()
+            most = kwargs.get("max_cache_length", args[-1] if args else 0)
+            model_kwargs[decoder.cached.parameter] = decoder.empty(min(most, MOST) if isinstance(most, int) else 0)
         elif not decoder.keeps:
             config.use_cache = False
 
