@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import peftc
 from peftc.cli.bench import BENCH
 from peftc.cli.check import CHECK
+from peftc.cli.common.output import complain
 from peftc.cli.compile import COMPILE
 from peftc.cli.generate import GENERATE
 from peftc.cli.merge import MERGE
 from peftc.cli.methods import METHODS
-from peftc.cli.output import complain
 from peftc.cli.plan import PLAN
 from peftc.cli.show import SHOW
 from peftc.cli.sites import SITES

@@ -6,8 +6,8 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from peftc.bench.errors import NoDevice
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import (
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import (
     CALIBRATION,
     DTYPE,
     JSON,
@@ -20,7 +20,7 @@ from peftc.cli.inputs import (
     load_model,
     positive,
 )
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.output import print_json, progress
 from peftc.diagnostics.diagnostic import PeftcError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import peftc
-from peftc.cli.command import Command
-from peftc.cli.inputs import JSON, SPEC
-from peftc.cli.output import complain, print_json
+from peftc.cli.common.command import Command
+from peftc.cli.common.inputs import JSON, SPEC
+from peftc.cli.common.output import complain, print_json
 from peftc.diagnostics.diagnostic import PeftcError
 
 

@@ -6,8 +6,8 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import (
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import (
     CALIBRATION,
     DTYPE,
     JSON,
@@ -19,7 +19,7 @@ from peftc.cli.inputs import (
     checked_spec,
     model_to_compile,
 )
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.output import print_json, progress
 from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:

@@ -8,16 +8,20 @@ from argparse import ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING, Any
 
 import peftc
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.errors import NoChatTemplate, NoTokenizer
-from peftc.cli.inputs import JSON, MODEL_HELP, TRUST, positive, quieten
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.errors import NoChatTemplate, NoTokenizer
+from peftc.cli.common.inputs import JSON, MODEL_HELP, TRUST, positive, quieten
+from peftc.cli.common.output import print_json, progress
 from peftc.diagnostics.diagnostic import PeftcError
 
 if TYPE_CHECKING:
-    import transformers
+    from transformers import trainer_utils
+    from transformers.generation import streamers
+    from transformers.models import auto
 else:
-    transformers = Lazy("transformers")
+    trainer_utils = Lazy("transformers.trainer_utils")
+    streamers = Lazy("transformers.generation.streamers")
+    auto = Lazy("transformers.models.auto")
 
 
 def run(given: Namespace) -> None:
@@ -37,8 +41,8 @@ def run(given: Namespace) -> None:
             {"temperature": given.temperature} if given.temperature else {}
         )
     if given.seed is not None:
-        transformers.set_seed(given.seed)
-    streamer = None if given.json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        trainer_utils.set_seed(given.seed)
+    streamer = None if given.json else streamers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     written = compiled.generate(**inputs, **settings, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
     if given.json:
@@ -50,7 +54,7 @@ def run(given: Namespace) -> None:
 def _tokenizer(given: Namespace, compiled: Any) -> Any:
     source = given.tokenizer or compiled.name_or_path or given.model or given.artifact
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
+        return auto.AutoTokenizer.from_pretrained(source, trust_remote_code=given.trust_remote_code)
     except Exception as error:  # libraries that read what others wrote raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise PeftcError(NoTokenizer(source=str(source), reason=reason)) from error

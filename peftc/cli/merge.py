@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL_HELP, TRUST, quieten
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import JSON, MODEL_HELP, TRUST, quieten
+from peftc.cli.common.output import print_json, progress
 from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:

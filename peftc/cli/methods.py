@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON
-from peftc.cli.output import print_json
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import JSON
+from peftc.cli.common.output import print_json
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.spec.errors import UnknownMethod
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import DTYPE, JSON, MODEL, SPEC, TRUST, positive
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import DTYPE, JSON, MODEL, SPEC, TRUST, positive
+from peftc.cli.common.output import print_json, progress
 from peftc.planning.memory import STATE_BYTES
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import DTYPE, JSON, MODEL, RANDOM_WEIGHTS, SPEC, TRUST, model_to_compile
-from peftc.cli.output import progress, write_text
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import DTYPE, JSON, MODEL, RANDOM_WEIGHTS, SPEC, TRUST, model_to_compile
+from peftc.cli.common.output import progress, write_text
 
 if TYPE_CHECKING:
     from peftc import api, show

@@ -6,9 +6,9 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.command import Argument, Command, Lazy
-from peftc.cli.inputs import JSON, MODEL, TRUST
-from peftc.cli.output import print_json, progress
+from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.inputs import JSON, MODEL, TRUST
+from peftc.cli.common.output import print_json, progress
 
 if TYPE_CHECKING:
     from peftc.show import tables

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.cli.command import Lazy
+from peftc.cli.common.command import Lazy
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.render import render
 from peftc.diagnostics.timings import Timings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc.capture.checkpoints.errors import PRECISIONS
-from peftc.cli.command import Argument, Lazy
+from peftc.cli.common.command import Argument, Lazy
 from peftc.diagnostics import debug
 from peftc.diagnostics.timings import Timings
 
