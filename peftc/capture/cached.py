@@ -82,7 +82,7 @@ class Cached:
         rest = {name: tensor for name, tensor in given.items() if name not in self.past}
         side = "decoder_" if self.cross else ""
         if not self.parameter:
-            return {LOGITS: forward(**rest, use_cache=False).logits}
+            return {LOGITS: forward(**rest).logits}
         tokens, mask = rest[f"{side}input_ids"], rest.get(f"{side}attention_mask")
         if mask is not None:  # an entry for every token, old or new
             torch._check(mask.shape[1] == given[self.past[0]].shape[2] + tokens.shape[1])
@@ -90,7 +90,7 @@ class Cached:
         own.layers += [_Held(given[key], given[values]) for key, values in pairs(self.past)]
         cross.layers += [_Crossed() for _ in self.cross]  # type: ignore[no-untyped-call]
         cache = EncoderDecoderCache(own, cross) if self.cross else own
-        found = forward(**rest, **{self.parameter: cache}, use_cache=True)
+        found = forward(**rest | {self.parameter: cache, "use_cache": True})
         kept = {LOGITS: found.logits} | ({ENCODED: found[ENCODED]} if self.cross else {})
         layers: Any
         for names, layers in ((self.past, own.layers), (self.crossed, cross.layers)):
@@ -121,7 +121,7 @@ class CachedExample(Example):
         return self.cached.past
 
     def called(self, forward: Forward, given: dict[str, Any]) -> Any:
-        return self.cached.call(forward, given)
+        return self.cached.call(forward, given | self.constants)
 
     def without_cache(self) -> CachedExample:
         """The same call, of a whole text."""
@@ -138,6 +138,19 @@ class CachedExample(Example):
             name: past.get(name, dict.fromkeys(range(min(2, tensor.dim())), Dim.AUTO))
             for name, tensor in self.kwargs.items()
         }
+
+
+class _AsCompiled(CachedExample):
+    """Inputs whose sizes are open as those of a training step are."""
+
+    def dynamic_shapes(self) -> Any:
+        return Example.dynamic_shapes(self)
+
+
+def as_compiled(example: Example) -> CachedExample:
+    """A call with the inputs that a model was compiled with but the labels, and no cache."""
+    kwargs = {name: tensor for name, tensor in example.kwargs.items() if name != "labels"}
+    return _AsCompiled(kwargs=kwargs, constants=example.constants, config=example.config, sizes=example.sizes)
 
 
 def cached_example(model: PreTrainedModel, example: Example) -> CachedExample | None:
@@ -174,7 +187,7 @@ def cached_example(model: PreTrainedModel, example: Example) -> CachedExample | 
         made[key] = torch.zeros(BATCH, heads, BEFORE, wide, dtype=model.dtype, device=device)
         made[values] = torch.zeros(BATCH, heads, BEFORE, values_wide, dtype=model.dtype, device=device)
     kwargs = given | made if seq2seq else made
-    return CachedExample(kwargs=kwargs, config=example.config, cached=cached)
+    return CachedExample(kwargs=kwargs, constants=example.constants, config=example.config, cached=cached)
 
 
 def _kept(

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from peftc.capture.cached import CachedExample, cached_example
+from peftc.capture.cached import CachedExample, as_compiled, cached_example
 from peftc.capture.convention import fields_of
+from peftc.capture.inputs import Example
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -33,7 +34,7 @@ def decoder(compiled: Runtime) -> Decoder | None:
     again = Again(compiled)
     with ordinary_tensors(), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
         example = cached_example(cast(PreTrainedModel, again.model), compiled.plan.captured.example)
-        for tried in _tries(example):
+        for tried in _tries(example, compiled.plan.captured.example):
             try:
                 if (found := _decoder(again, tried)) is not None:
                     return found
@@ -42,12 +43,14 @@ def decoder(compiled: Runtime) -> Decoder | None:
     return None
 
 
-def _tries(example: CachedExample | None) -> Iterator[CachedExample]:
-    """The call with a cache, else one without, which knows positions all the same."""
+def _tries(example: CachedExample | None, own: Example) -> Iterator[CachedExample]:
+    """The call with a cache; one without, which knows positions all the same; one with what it was compiled with."""
     if example is not None:
         yield example
         if example.cached.parameter:
             yield example.without_cache()
+        if "input_ids" in own.kwargs and "decoder_input_ids" not in example.kwargs:
+            yield as_compiled(own)
 
 
 def _decoder(again: Again, example: CachedExample) -> Decoder | None:

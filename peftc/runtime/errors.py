@@ -198,6 +198,19 @@ class OtherMask(Diagnostic):
         return ("the mask has an entry for each token that was read before, and for each that is new",)
 
 
+class NoPadding(Diagnostic):
+    code = "no-padding"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} was captured without a mask, and is called with padding"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("generate each text by itself, or texts of one length",)
+
+
 class NotCaptured(Diagnostic):
     code = "not-captured"
     model: str

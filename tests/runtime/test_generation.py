@@ -233,6 +233,18 @@ def test_what_is_learnt_after_a_text_counts_in_the_next() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+@pytest.mark.parametrize("spec", [LORA, "apply dora(r=4, alpha=64) to attn.*"])
+def test_numbers_that_were_written_past_autograd_count_too(spec: str) -> None:
+    torch.manual_seed(0)
+    model = peftc.compile(base("llama"), spec)
+    first = written(model, prompts())
+    for parameter in model.trainable_parameters().values():
+        parameter.data.mul_(2).add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    second = written(model, prompts())
+    assert not torch.equal(first, second)
+    assert torch.equal(second, written(model.merge().eval(), prompts()))
+
+
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.7}, {"num_beams": 3}, {"max_new_tokens": 5}])
 def test_what_the_base_models_generation_config_says_holds(setting: dict[str, Any]) -> None:
     model = base("llama")
@@ -275,6 +287,29 @@ def test_another_model_drafts_what_the_compiled_one_writes() -> None:
     assert torch.equal(found, written(merged("llama"), given))
 
 
+class Bare(hf.LlamaForCausalLM):
+    """A model that knows tokens alone."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels, use_cache=False)
+
+
+def test_without_a_cache_the_whole_text_runs() -> None:
+    torch.manual_seed(0)
+    model: Any = Bare(LLAMA)
+    model.eval()
+    model.generation_config.eos_token_id = None
+    ours = peftc.compile(model, LORA)
+    tokens = prompts()["input_ids"]
+    found = ours.generate(tokens, max_new_tokens=NEW)
+    for _ in range(NEW):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens)
+    assert not ours.continuation().keeps
+    with pytest.raises(peftc.PeftcError, match="is called with padding"):
+        ours(**prompts(), use_cache=True)
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +331,12 @@ def test_what_is_not_in_the_graph_is_refused(code: str) -> None:
     with pytest.raises(peftc.PeftcError) as caught:
         REFUSED[code](compiled("llama").eval())
     assert caught.value.diagnostics[0].code == code
+
+
+@pytest.mark.parametrize("given", [{"inputs_embeds": torch.ones(2, 3, 64)}, {"pixel_values": torch.ones(2, 3)}, {}])
+def test_inputs_that_it_does_not_take_are_named(given: dict[str, Tensor]) -> None:
+    with pytest.raises(TypeError, match=next(iter(given), "input_ids")):
+        compiled("llama")(**given, use_cache=True)
 
 
 def test_a_model_that_continues_no_text_says_so() -> None:

@@ -20,9 +20,12 @@ from peftc.graph.ir import get_attribute
 from peftc.optimise.decoding.cuts import Programs
 from peftc.optimise.decoding.program import Program
 from peftc.optimise.decoding.room import EXPECTED
-from peftc.runtime.errors import OtherCache, OtherMask
+from peftc.runtime.errors import NoPadding, OtherCache, OtherMask
 
 Given = dict[str, Any]
+
+# What a caller may leave out, and may give where a model has no use for it.
+FILLED = ("attention_mask", "decoder_attention_mask", "position_ids", "token_type_ids", KEPT)
 
 
 class _BehindFront(DynamicLayer):
@@ -52,7 +55,6 @@ class Decoder:
     seq2seq: bool
     front: int = 0
     prepared: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    seen: tuple[Any, ...] = ()
     held: bool = False
 
     @property
@@ -72,20 +74,16 @@ class Decoder:
             self.held = outer
 
     def _look(self, module: nn.Module) -> None:
-        """Looks the model's tensors up, and prepares the programs where one is another, or has other numbers."""
+        """Looks the model's tensors up, and prepares the programs: that they are the same as before nobody can tell."""
         if self.held:
             return
         programs = {id(each): each for each in (self.programs.begin, self.programs.go_on, self.programs.encode) if each}
         names = dict.fromkeys(name for each in programs.values() for name in each.tensors)
-        known = {name: self._tensor(module, name) for name in names}
-        seen = tuple((id(tensor), tensor._version) for tensor in known.values())
-        if seen != self.seen:
-            with torch.no_grad():
-                self.prepared = {
-                    key: each.prepare(*(known[name].detach() for name in each.tensors))
-                    for key, each in programs.items()
-                }
-            self.seen = seen
+        known = {name: self._tensor(module, name).detach() for name in names}
+        with torch.no_grad():
+            self.prepared = {
+                key: each.prepare(*(known[name] for name in each.tensors)) for key, each in programs.items()
+            }
 
     def _tensor(self, module: nn.Module, name: str) -> Tensor:
         found: Tensor = self.constants[name] if name in self.constants else get_attribute(module, name)
@@ -145,6 +143,10 @@ class Decoder:
 
     def _filled(self, given: Given, text: int) -> Given:
         """All inputs of the programs but what is kept, where `text` tokens were read before."""
+        known = {*self.programs.begin.inputs, *self.programs.go_on.inputs, *FILLED, self._tokens, "input_ids"}
+        if (unknown := given.keys() - known) or self._tokens not in given:
+            what = f"takes no {', '.join(sorted(unknown))}" if unknown else f"needs {self._tokens}"
+            raise TypeError(f"a compiled {self.model} that continues text {what}")
         tokens = given[self._tokens]
         batch, new = tokens.shape
         front = self.front if text else 0
@@ -155,6 +157,8 @@ class Decoder:
             raise PeftcError(
                 OtherMask(model=self.model, name=mask, given=given[mask].shape, wanted=(batch, text + new))
             )
+        if mask not in self.programs.begin.inputs and not bool(given[mask].all()):
+            raise PeftcError(NoPadding(model=self.model))
         if front:
             given[mask] = torch.cat([given[mask].new_ones(batch, front), given[mask]], 1)
         positions = given.get("position_ids")

@@ -94,7 +94,8 @@ def continued(compiled: Holder, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     caches = [given.pop(name) for name in CACHES if name in given]
     keeps = bool(given.pop("use_cache", True)) or bool(caches)
     encoded = given.pop("encoder_outputs", None)
-    given.pop("return_dict", None)
+    for name in ("return_dict", *INSIDE):
+        given.pop(name, None)
     if decoder.seq2seq:
         given[ENCODED] = encoded[0] if encoded is not None else decoder.encode(compiled, given)
     cache = caches[0] if caches else decoder.empty() if keeps and decoder.keeps else None
