@@ -89,7 +89,7 @@ def test_writing_is_measured_beside_the_base_and_hf_peft(run: Run, tmp_path: Pat
     assert (found["batch"], found["prompt"], found["new"]) == (1, 16, 3)
     status, out, _ = run("bench", spec, SMOLLM2, "--generate", 3, "--repeats", 1, "--batch", 2)
     assert status == 0
-    assert "2 × 3 tokens behind 16" in out
+    assert "2 × 3 tokens behind" in out
 
 
 def test_the_temperature_is_a_number(run: Run) -> None:
