@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 import models
@@ -96,8 +95,3 @@ def test_the_temperature_is_a_number(run: Run) -> None:
     for wrong in ("hot", "-1", "inf"):
         with pytest.raises(SystemExit):
             run("generate", "folder", "--temperature", wrong)
-
-
-def test_the_base_must_continue_text(tmp_path: Path) -> None:
-    with pytest.raises(peftc.PeftcError, match="does not continue text"):
-        peftc.compile(torch.nn.Linear(3, 4), "apply lora(r=2) to linear", example=torch.ones(2, 3)).generate()

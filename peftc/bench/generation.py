@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -16,16 +17,13 @@ from transformers import PreTrainedModel
 from peftc.api import compile
 from peftc.bench.allocations import peak_bytes
 from peftc.bench.bench import NOISE, SEED, device_name, versions
-from peftc.bench.errors import CannotMeasure
 from peftc.bench.stopwatch import fastest, threads
 from peftc.bench.variants import FUSED, HF_PEFT, headline, hf_peft, shared_copy
-from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.planning.memory import formatted_bytes
 from peftc.spec.check import SpecLike
 
 BASE = "base"
-WARM_UP = 4  # tokens
 FOOTNOTE = (
     "Greedy, with a cache; × is of the base model without an adapter. Peak: the most that is allocated above the\n"
     "parameters while one text is written, its cache among it."
@@ -77,7 +75,8 @@ class GenerationBench:
 
 
 def bench_generation(
-    model: nn.Module, spec: SpecLike, *, batch: int = 1, prompt: int = 16, new: int = 64, repeats: int = 5,
+    model: nn.Module, spec: SpecLike, *, example: Any = None, calibration: Iterable[Any] | None = None,
+    batch: int = 1, prompt: int = 16, new: int = 64, repeats: int = 5,
     thread_count: int = 1, timings: Timings | None = None,
 ) -> GenerationBench:  # fmt: skip
     """Measures how fast `model` writes with `spec`; the model is not changed.
@@ -85,6 +84,8 @@ def bench_generation(
     Args:
         model: on the device to measure on, in the precision to measure in.
         spec: as for `peftc.compile`.
+        example: as for `peftc.compile`.
+        calibration: as for `peftc.compile`.
         batch: texts at once.
         prompt: tokens that each begins with.
         new: tokens to write.
@@ -97,7 +98,7 @@ def bench_generation(
     """
     timings = timings or Timings()
     with threads(thread_count):
-        compiled = compile(model, spec, timings=timings).eval()
+        compiled = compile(model, spec, example=example, calibration=calibration, timings=timings).eval()
         random = torch.Generator().manual_seed(SEED)
         with torch.no_grad():
             for parameter in compiled.trainable_parameters().values():
@@ -123,8 +124,6 @@ def bench_generation(
                         rows[name] = Written(name, note=headline(error))
                         continue
                 steps[name] = partial(_write, module, tokens, new)
-        if not steps or tokens.shape[1] + new > texts[FUSED].shape[1]:
-            raise PeftcError(CannotMeasure(model=type(model).__name__, reason="its texts end early"))
         with timings.stage("clock"):
             seconds = fastest(steps, repeats, compiled.device)
         with timings.stage("memory"):

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from peftc.capture.inputs import BATCH, Example, fake_mode_of, faked
+from peftc.capture.inputs import BATCH, Example, fake_mode_of, without_numbers
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 
@@ -195,7 +194,7 @@ def _kept(
 ) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
     """The shapes that the layers keep, of the text and of what an encoder read; none where it is something else."""
     seq2seq = bool(model.config.is_encoder_decoder)
-    for run in (_without_numbers, _for_real):
+    for run in (without_numbers, _for_real):
         own, cross = DynamicCache(), DynamicCache()
         inputs: dict[str, Any] = {"use_cache": True, parameter: EncoderDecoderCache(own, cross) if seq2seq else own}
         if seq2seq:
@@ -217,25 +216,12 @@ def _kept(
     return _shapes(own), _shapes(cross)
 
 
-def _without_numbers(model: PreTrainedModel, given: dict[str, Tensor], more: dict[str, Any]) -> None:
-    fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        state = {name: faked(tensor, fake) for name, tensor in _state(model)}
-        inputs = {name: faked(tensor, fake) for name, tensor in given.items()}
-        torch.func.functional_call(model, state, kwargs=inputs | more)
-
-
 def _for_real(model: PreTrainedModel, given: dict[str, Tensor], more: dict[str, Any]) -> None:
     """Where an operation refuses tensors without numbers that it takes with them."""
     if fake_mode_of(model) is not None:
         raise TypeError("it has no numbers")
     with torch.random.fork_rng():
         model.eval()(**given, **more)
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _shapes(cache: Any) -> tuple[Shape, ...]:

@@ -122,11 +122,15 @@ def without_loss(graph: fx.Graph, result: pytree.TreeSpec) -> fx.Graph | None:
     """
     if not has_loss(result):
         return None
-    pruned, _ = copied(graph)
-    output = pruned.output_node()
-    leaves = output.args[0]
+    leaves = graph.output_node().args[0]
     assert isinstance(leaves, tuple)
-    output.args = (leaves[1:],)
+    return without_labels(graph, leaves[1:])
+
+
+def without_labels(graph: fx.Graph, leaves: tuple[Any, ...]) -> fx.Graph | None:
+    """A graph of its own that returns `leaves` and has no input for labels; None where they depend on the labels."""
+    pruned, known = copied(graph)
+    pruned.output_node().args = (fx.map_arg(leaves, known.__getitem__),)
     size_by_others(pruned, {node for node in pruned.find_nodes(op="placeholder") if node.target in LOSS_INPUTS})
     drop_unread(pruned)
     for node in pruned.find_nodes(op="placeholder"):

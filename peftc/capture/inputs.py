@@ -181,11 +181,8 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
     if model.can_generate():
         return torch.ones_like(given["input_ids"])
     main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
-    fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
-    with untouched(model), fake, torch.no_grad():
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        state: dict[str, torch.Tensor] = {name: faked(tensor, fake) for name, tensor in tensors}
-        logits = torch.func.functional_call(model, state, kwargs={main: faked(given[main], fake)}).logits
+    with untouched(model), torch.no_grad():
+        logits = without_numbers(model, {main: given[main]}).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
     if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
@@ -200,8 +197,17 @@ def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
     return found
 
 
-def faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """The same tensor without numbers."""
+def without_numbers(model: nn.Module, given: Mapping[str, torch.Tensor], more: Mapping[str, Any] | None = None) -> Any:
+    """What `model` makes of tensors that have no numbers, as its own have none then; of `more` as it is."""
+    fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
+    with fake:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
+        inputs = {name: _faked(tensor, fake) for name, tensor in given.items()}
+        return torch.func.functional_call(model, state, kwargs={**inputs, **(more or {})})
+
+
+def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 

@@ -52,8 +52,8 @@ def run(given: Namespace) -> int:
             _move(model, given.device)
         if given.generate:
             return _generated(generation.bench_generation(
-                model, spec, batch=given.batch or 1, prompt=given.seq or 16, new=given.generate,
-                repeats=given.repeats, thread_count=given.threads, timings=timings,
+                model, spec, example=example, calibration=batches, batch=given.batch or 1, prompt=given.seq or 16,
+                new=given.generate, repeats=given.repeats, thread_count=given.threads, timings=timings,
             ), given)  # fmt: skip
         found = bench.bench(
             model, spec, example=example, calibration=batches, batch=given.batch or 2, seq=given.seq or 128,

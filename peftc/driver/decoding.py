@@ -30,8 +30,12 @@ PROMPTS = f"{Stage.SEQUENCE.name.lower()} methods"
 
 
 def decoder(compiled: Runtime) -> Decoder | None:
-    """What continues text with a compiled model; None where its base cannot be captured as it does so."""
-    again = Again(compiled)
+    """What continues text with a compiled model; None where its base reads no tokens, or the spec none of them.
+
+    Raises:
+        PeftcError: where its base cannot be captured as it continues text, with or without a cache.
+    """
+    again, failed = Again(compiled), None
     with ordinary_tensors(), torch.random.fork_rng(), torch.autocast(compiled.device.type, enabled=False):
         example = cached_example(cast(PreTrainedModel, again.model), compiled.plan.captured.example)
         for tried in _tries(example, compiled.plan.captured.example):
@@ -40,6 +44,9 @@ def decoder(compiled: Runtime) -> Decoder | None:
                     return found
             except PeftcError as error:
                 debug.tell(1, [f"not captured with a cache: {error}"])
+                failed = error
+    if failed is not None:
+        raise failed
     return None
 
 
@@ -68,7 +75,7 @@ def _decoder(again: Again, example: CachedExample) -> Decoder | None:
         found = replace(found, go_on=rest[1].go_on)
     own = tensors(compiled)
     constants = {name: tensor.to(compiled.device) for name, tensor in tensors(module).items() if name not in own}
-    return Decoder(compiled.plan.sites.model, example.cached, found, constants, seq2seq, front)
+    return Decoder(compiled.plan.sites.model, example.cached, found, constants, seq2seq, compiled.device.type, front)
 
 
 def _programs(again: Again, example: CachedExample, passes: Sequence[Pass]) -> tuple[fx.GraphModule, Programs] | None:

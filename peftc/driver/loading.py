@@ -60,7 +60,7 @@ def load_and_plan(
         whole: read all weights before planning, because the model itself is to be run.
 
     Raises:
-        PeftcError: as `read_model` and `pipeline.plan_model`; `untrained-head`.
+        PeftcError: as `read_model` and `plan_model`; `untrained-head`.
     """
     if isinstance(model, nn.Module):
         return plan_model(model, intentions, make_example(model, None), timings)

@@ -73,6 +73,10 @@ class Asked(Holder):
         """The base model's, unless another was set."""
         return self.__dict__.get("own_generation_config", getattr(self.base, "generation_config", None))
 
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.__dict__["own_generation_config"] = config
+
     def continuation(self) -> Decoder:
         """What continues text; made when it is first asked for, for which the model is captured once more.
 
@@ -97,7 +101,7 @@ class Asked(Holder):
         with self.continuation().holding(self):
             return view(self).generate(*args, **kwargs)
 
-    def _continues(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _continues(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call is one with a cache, or of a decoder alone."""
         return kwargs.get("labels") is None and (
             bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in (*CACHES, "encoder_outputs"))

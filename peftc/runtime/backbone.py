@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.capture.convention import LOSS_INPUTS, size_by_others
+from peftc.capture.convention import LOSS_INPUTS, without_labels
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import copied, drop_unread, get_attribute
+from peftc.graph.ir import get_attribute
 from peftc.planning.plan import extension
 from peftc.rewrite.penalties import penalised
 from peftc.runtime.errors import OwnLoss, WithoutHead
@@ -44,21 +44,13 @@ class Backbone:
 
 def hidden_graph(module: Holder) -> fx.Graph:
     """The graph as far as the input of the head."""
-    graph, _ = copied(module.graph)
-    heads = [node for node in graph.nodes if _is_head(node, _names(module))]
-    if len(heads) != 1 or heads[0].target is not aten.linear.default:
-        raise PeftcError(WithoutHead(model=module.plan.sites.model))
-    output = graph.output_node()
-    output.args = ((heads[0].args[0],),)
-    drop_unread(graph)
-    labels = {node for node in graph.find_nodes(op="placeholder") if node.target in LOSS_INPUTS}
-    size_by_others(graph, labels)
-    drop_unread(graph)
-    for node in labels:
-        if node.users:
-            raise PeftcError(WithoutHead(model=module.plan.sites.model))
-        graph.erase_node(node)
-    return graph
+    names = _names(module)
+    heads = [node for node in module.graph.nodes if _is_head(node, names)]
+    if len(heads) == 1 and heads[0].target is aten.linear.default:
+        found = without_labels(module.graph, heads[0].args[:1])
+        if found is not None:
+            return found
+    raise PeftcError(WithoutHead(model=module.plan.sites.model))
 
 
 def head(module: Holder) -> nn.Module | None:

@@ -131,7 +131,7 @@ class Runtime(Asked):
         def forward(self: Runtime, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self._check_use()
-                if self._continues(args, kwargs):
+                if self._continues(kwargs):
                     return continued(self, args, kwargs)
             elif torch.compiler.is_dynamo_compiling():
                 self._check_traced()

@@ -232,7 +232,6 @@ def test_what_is_learnt_after_a_text_counts_in_the_next() -> None:
     assert torch.equal(second, written(model.merge().eval(), prompts()))
 
 
-@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
 @pytest.mark.parametrize("spec", [LORA, "apply dora(r=4, alpha=64) to attn.*"])
 def test_numbers_that_were_written_past_autograd_count_too(spec: str) -> None:
     torch.manual_seed(0)
@@ -245,6 +244,7 @@ def test_numbers_that_were_written_past_autograd_count_too(spec: str) -> None:
     assert torch.equal(second, written(model.merge().eval(), prompts()))
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.7}, {"num_beams": 3}, {"max_new_tokens": 5}])
 def test_what_the_base_models_generation_config_says_holds(setting: dict[str, Any]) -> None:
     model = base("llama")
@@ -285,6 +285,22 @@ def test_another_model_drafts_what_the_compiled_one_writes() -> None:
     drafts.generation_config.num_assistant_tokens = 3
     found = written(compiled("llama"), given, assistant_model=drafts)
     assert torch.equal(found, written(merged("llama"), given))
+
+
+def test_the_text_is_the_models_own_under_autocast_and_in_inference_mode() -> None:
+    expected = written(compiled("llama"), prompts())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(written(compiled("llama"), prompts()), expected)
+    with torch.inference_mode():
+        assert torch.equal(written(compiled("llama"), prompts()), expected)
+
+
+def test_another_generation_config_is_the_compiled_models_alone() -> None:
+    model = base("llama")
+    ours = peftc.compile(model, LORA)
+    ours.generation_config = hf.GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    assert ours.generate(**prompts()).shape[1] == prompts()["input_ids"].shape[1] + 3
+    assert model.generation_config is not ours.generation_config
 
 
 class Bare(hf.LlamaForCausalLM):

@@ -10,10 +10,9 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from peftc.graph.ir import expression, is_tensor, value
+from peftc.optimise.shorten import ENDLESS
 
 aten = torch.ops.aten
-
-WHOLE = 2**63 - 1
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -99,7 +98,7 @@ def drop_whole_slices(graph: fx.Graph) -> None:
         source = node.args[0] if node.args else None
         if node.op != "call_function" or not isinstance(source, fx.Node):
             continue
-        if (node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, WHOLE)) or (
+        if (node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, ENDLESS)) or (
             node.target is aten.mul.Tensor and node.args[1] == 1 and value(node).dtype == value(source).dtype
         ):
             node.replace_all_uses_with(source)

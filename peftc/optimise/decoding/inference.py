@@ -5,15 +5,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
 from peftc.graph.ir import drop_unread
+from peftc.graph.normalise import DROPOUTS
 
-aten = torch.ops.aten
-
-DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 ARITHMETIC = {operator.mul, operator.add, operator.sub}
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from peftc.capture.convention import size_by_others
 from peftc.graph.ir import copied, drop_unread, is_tensor, memory, value
+from peftc.roles.images import upstream
 
 SIZE = torch.ops.aten.sym_size.int
 
@@ -72,7 +73,7 @@ def program(root: nn.Module, graph: fx.Graph, outputs: Iterable[str]) -> Program
 
 def _once(ahead: list[fx.Node]) -> tuple[fx.Graph, tuple[str, ...]]:
     """A graph that computes `ahead`, with an input for each tensor, and the names of these."""
-    behind = set().union(*map(_all_behind, ahead))
+    behind = set().union(*map(upstream, ahead))
     once = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     members = [node for node in ahead[0].graph.nodes if node in behind] if ahead else []
@@ -115,15 +116,6 @@ def _is_small(node: fx.Node, sources: set[fx.Node]) -> bool:
 
 def _bytes(node: fx.Node) -> int:
     return value(node).numel() * value(node).element_size()
-
-
-def _all_behind(node: fx.Node) -> set[fx.Node]:
-    seen, queue = {node}, [node]
-    for current in queue:
-        more = [source for source in current.all_input_nodes if source not in seen]
-        seen.update(more)
-        queue += more
-    return seen
 
 
 def _is_computed(node: fx.Node) -> bool:

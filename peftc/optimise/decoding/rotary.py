@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from peftc.graph.ir import value
+from peftc.optimise.shorten import ENDLESS
 
 aten = torch.ops.aten
-
-WHOLE = 2**63 - 1
 
 
 def signed(sine: Tensor) -> Tensor:
@@ -54,7 +53,11 @@ def _turn(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     back, front = parts[0]
     behind = _operands(back, aten.neg.default)
     half = width // 2
-    if not _is_part(front, x, ((0, half),)) or not behind or not _is_part(behind[0], x, ((half, WHOLE), (half, width))):
+    if (
+        not _is_part(front, x, ((0, half),))
+        or not behind
+        or not _is_part(behind[0], x, ((half, ENDLESS), (half, width)))
+    ):
         return None
     fits = all(value(part).shape[-1] == width and value(part).dtype == value(x).dtype for part in (cosine, sine))
     return (x, cosine, sine) if fits else None

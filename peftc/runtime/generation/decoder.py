@@ -44,8 +44,8 @@ class _BehindFront(DynamicLayer):
 class Decoder:
     """Runs the programs of one compiled model.
 
-    `front` is how many positions stand in front of every text. `constants` are tensors of the programs that the model
-    does not have.
+    `device` is the type of where it lies, `front` how many positions stand in front of every text. `constants` are
+    tensors of the programs that the model does not have.
     """
 
     model: str
@@ -53,6 +53,7 @@ class Decoder:
     programs: Programs
     constants: Mapping[str, Tensor]
     seq2seq: bool
+    device: str
     front: int = 0
     prepared: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     held: bool = False
@@ -80,7 +81,7 @@ class Decoder:
         programs = {id(each): each for each in (self.programs.begin, self.programs.go_on, self.programs.encode) if each}
         names = dict.fromkeys(name for each in programs.values() for name in each.tensors)
         known = {name: self._tensor(module, name).detach() for name in names}
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
             self.prepared = {
                 key: each.prepare(*(known[name] for name in each.tensors)) for key, each in programs.items()
             }
@@ -90,7 +91,9 @@ class Decoder:
         return found
 
     def _run(self, program: Program, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        values = program.run(*self.prepared[id(program)], *(given[name] for name in program.inputs))
+        prepared = self.prepared[id(program)]
+        with torch.autocast(self.device, enabled=False):  # programs are of the model's own precision throughout
+            values = program.run(*prepared, *(given[name] for name in program.inputs))
         return dict(zip(program.outputs, values, strict=True))
 
     @torch.no_grad()
