@@ -9,7 +9,7 @@ import logging
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,14 +177,19 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
 
 def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
     """The tensors the graph reads, as frozen parameters over the same storage: tied ones stay one object."""
+    nodes = exported.graph.find_nodes(op="get_attr")
+    return aliases_of({node.target: get_attribute(exported, node.target) for node in nodes})
+
+
+def aliases_of(values: Mapping[str, torch.Tensor | nn.Module]) -> nn.Module:
+    """A module with frozen parameters over the same memory as `values`, by full name: tied ones stay one object."""
     root = nn.Module()
     seen: dict[int, torch.Tensor] = {}
-    for node in exported.graph.find_nodes(op="get_attr"):
-        tensor = get_attribute(exported, node.target)
-        if isinstance(tensor, nn.Module):  # the body of a higher-order operator
-            root.add_module(node.target, tensor)
-            continue
-        set_tensor(root, node.target, _alias(tensor, seen))
+    for name, there in values.items():
+        if isinstance(there, nn.Module):  # the body of a higher-order operator
+            root.add_module(name, there)
+        else:
+            set_tensor(root, name, _alias(there, seen))
     return root
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.decoding import decoder
 from peftc.driver.passes import PASSES, UNFUSED, Pass, Work, run
 from peftc.driver.planned import Again, plan_model
+from peftc.driver.tasks import face, start
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
@@ -81,13 +83,20 @@ def build(
     """
     work = _begun(plan, state=state, data=data)
     history = list(run(work, PASSES if fuse else UNFUSED, timings))
+    for task in plan.tasks:
+        with timings.stage("tasks"):
+            start(work.module, plan, task, state, data)
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, BlockModule if fuse else fx.GraphModule)
         if fuse:
             mark(work.module, plan.recomputed)
     with timings.stage("emit"):
         compiled = CompiledModule(work.module, outer, plan, history, work.given["fired"] if fuse else None)
-    compiled.__dict__.update(capture_again=captured_again, make_continuation=decoder)
+    make_face = partial(face, build=build)
+    compiled.__dict__.update(capture_again=captured_again, make_continuation=decoder, make_face=make_face)
+    for task in reversed(plan.tasks):  # the first one is in use
+        with timings.stage("tasks"):
+            compiled.use(task)
     return compiled
 
 

@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from peftc.capture.capture import capture, over
+from peftc.capture.capture import aliases_of, capture, over
 from peftc.capture.checkpoints.streaming import weightless
 from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import get_attribute, set_tensor
+from peftc.driver.passes import CAPTURE
+from peftc.graph.ir import copied, get_attribute, set_tensor, tensors, value
 from peftc.planning.plan import Plan
 from peftc.planning.planner import make_plan
+from peftc.rewrite.state import rewritten
 from peftc.roles.assign import find_sites
 from peftc.runtime.module import Runtime
 from peftc.spec.resolve import Intentions
@@ -49,13 +51,34 @@ class Again:
             PeftcError: where the model cannot be captured with it.
         """
         compiled = self.compiled
-        plan = plan_model(self.model, replace(compiled.plan.intentions, budgets=[]), example, Timings())
+        plan = plan_model(self.model, compiled.plan.intentions.common(), example, Timings())
         if not _alike(plan, compiled.plan):
             return None
+        return self._over_what_is_there(plan)
+
+    def over_the_same_graph(self, intentions: Intentions) -> Plan:
+        """The plan of something else on the graph that the model was captured as, of which it is a copy."""
+        compiled = self.compiled
+        graph, _ = copied(compiled.history[CAPTURE])
+        own, there = tensors(self.model), {}
+        for node in graph.find_nodes(op="get_attr"):
+            name = str(node.target)
+            found = own[name] if name in own else self.at_home(get_attribute(compiled, name))
+            there[name] = value(node) if getattr(found, "is_meta", False) else found  # it lies in a checkpoint
+        module = fx.GraphModule(aliases_of(there), graph, class_name=compiled.plan.sites.model)
+        again = replace(compiled.plan.captured, module=module)
+        return self._over_what_is_there(make_plan(again, find_sites(again), intentions))
+
+    def _over_what_is_there(self, plan: Plan) -> Plan:
+        """A plan on the base's own weights, and on those that are packed already as the plan has them."""
+        compiled = self.compiled
         if (checkpoint := compiled.plan.captured.checkpoint) is not None:
             plan = replace(plan, captured=over(plan.captured, compiled.base, checkpoint))
-        for full in (full for item in plan.packed.values() for full in item.buffers):
-            set_tensor(plan.captured.module, full, self.at_home(get_attribute(compiled, full)))
+        written = {*rewritten(plan)} ^ {*rewritten(compiled.plan)}
+        for name, item in plan.packed.items():
+            if name in compiled.plan.packed and name not in written:
+                for full in item.buffers:
+                    set_tensor(plan.captured.module, full, self.at_home(get_attribute(compiled, full)))
         return plan
 
     def state(self, plan: Plan) -> Mapping[str, Tensor]:

@@ -35,7 +35,6 @@ from peftc.files.errors import BadArtifact, WrongBase
 from peftc.files.folder import current, steadily, write_folder
 from peftc.graph.ir import get_attribute
 from peftc.runtime.module import Runtime
-from peftc.runtime.tensors.statedict import added_names
 
 FORMAT = 2
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
@@ -61,7 +60,7 @@ def save(compiled: Runtime, folder: Path) -> None:
             something that learnt; `cannot-write` where the system refuses, and what is there stays.
     """
     compiled.watch.refuse_unplanned(compiled)
-    tensors = {name: get_attribute(compiled, name).detach() for name in sorted(added_names(compiled.plan))}
+    tensors = {name: get_attribute(compiled, name).detach() for name in sorted(compiled.plan.added)}
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = _manifest(compiled, hashlib.sha256(blob).hexdigest())
     write_folder(folder, {TENSORS: blob, MANIFEST: json.dumps(manifest, indent=2).encode()})

@@ -6,7 +6,7 @@ A check is handed the whole draft and yields a diagnostic for everything that it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peftc import language as ast
@@ -142,6 +142,23 @@ def cannot_agree(draft: Draft) -> Iterator[Diagnostic]:
 CHECKS: tuple[Callable[[Draft], Iterator[Diagnostic]], ...] = (
     same_method_twice, gated_twice, tied_apart, weight_claimed, no_position_left, no_gradient, cannot_agree,
 )  # fmt: skip
+
+
+def frozen_in_a_task(shared: Draft, tasks: Mapping[str, Draft]) -> Iterator[Diagnostic]:
+    """What learns for all tasks learns for each."""
+    for name, task in tasks.items():
+        if kept := sorted(shared.trained.keys() - task.trained.keys()):
+            trains = shared.trained[kept[0]]
+            yield say.FrozenInATask(
+                task=name, parameter=kept[0], trains=trains, span=_freezing(task, shared) or trains
+            )
+
+
+def _freezing(task: Draft, shared: Draft) -> Span | None:
+    """The task's first own statement that freezes."""
+    common = {training.span for training in shared.intentions.trainings}
+    own = (item.span for item in task.intentions.trainings if not item.on and item.span not in common)
+    return next(own, None)
 
 
 def over_budget(plan: Plan, budget: Budget, memory_of: Callable[[int, int], Memory]) -> Diagnostic | None:

@@ -261,6 +261,25 @@ class NothingTrains(Diagnostic):
         return ("for example: apply lora(r=8) to attn.q, attn.v",)
 
 
+class FrozenInATask(Diagnostic):
+    code = "frozen-in-a-task"
+    task: str
+    parameter: str
+    trains: Span
+
+    @property
+    def title(self) -> str:
+        return f"{self.parameter} learns for all tasks, and '{self.task}' would freeze it"
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.trains, "trains it for all"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("let each task that it is to learn for train it",)
+
+
 class CannotStore(Diagnostic):
     code = "cannot-store"
     storage: str

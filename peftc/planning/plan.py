@@ -5,10 +5,11 @@ A plan knows everything about the compiled model but its numbers. The planner ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, KeysView, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from peftc.protocol.method import Method, State
 from peftc.protocol.site import Sequence, Site
 from peftc.protocol.sites import Sites
 from peftc.spec.resolve import Intentions
+
+
+TASK = "task"  # the module in which tensors of tasks lie, by the task's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,11 @@ class Binding:
         return {full: specs[name] for name, full in self.names.items()}
 
 
+def of_task(task: str, name: str) -> str:
+    """What the tensor that a task's own plan has as `name` is called in a model with several tasks."""
+    return f"{TASK}.{task}.{name}"
+
+
 def extension(bindings: Iterable[Binding]) -> int:
     """The positions that all prompts together add to the input."""
     return sum(b.method.lengthens(b.site) for b in bindings if isinstance(b.site, Sequence))
@@ -73,10 +82,12 @@ class StatementCost:
     parameters: int
     packed: int | None = None  # bytes that the packed weights take, of a statement that packs some
     dense: int = 0  # and what they take in the base model
+    task: str | None = None  # whose statement it is; all have in common what is nobody's
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
         row = {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
+        row |= {} if self.task is None else {"task": self.task}
         return row if self.packed is None else row | {"bytes": self.packed, "dense_bytes": self.dense}
 
 
@@ -84,7 +95,8 @@ class StatementCost:
 class Plan:
     """What a spec comes to on a model. Counts are exact; nothing has been allocated.
 
-    `kept`: what autograd keeps for the backward pass, read off the graph as it was captured.
+    `kept`: what autograd keeps for the backward pass, read off the graph as it was captured. `tasks`: what each task of
+    the spec comes to, with what all of them have in common; that alone is in the other fields.
     """
 
     intentions: Intentions
@@ -96,6 +108,8 @@ class Plan:
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     recomputed: dict[str, Span] = field(default_factory=dict)
     kept: tuple[Kept, ...] = ()
+    tasks: dict[str, Plan] = field(default_factory=dict)
+    by_row: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def spec(self) -> Spec:
@@ -114,13 +128,24 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Parameters that learn: the methods' own and the existing ones a `train` statement names."""
-        return self._added(trainable=True) + sum(self.sites.parameters[name] for name in self.trained)
+        """Parameters that learn, for all tasks: the methods' own and the existing ones a `train` statement names."""
+        own = self._added(trainable=True) + sum(self.sites.parameters[name] for name in self.trained)
+        return own + sum(task.trainable - own for task in self.tasks.values())
 
     @property
     def total(self) -> int:
-        """All parameters of the compiled model, the frozen ones included."""
-        return sum(self.sites.parameters.values()) + self._added(trainable=True) + self._added(trainable=False)
+        """All parameters of the compiled model, the frozen ones included, and each task's copies of those it trains."""
+        own = sum(self.sites.parameters.values()) + self._added(trainable=True) + self._added(trainable=False)
+        copies = (self.sites.parameters[name] for task in self.tasks for name in self.own_trained(task))
+        return own + sum(task.total - own for task in self.tasks.values()) + sum(copies)
+
+    def own_tensors(self, task: str) -> dict[str, State]:
+        """What a task's methods keep, by its names in the task's plan, less what all tasks have in common."""
+        return {name: state for name, state in self.tasks[task].tensors.items() if name not in self.tensors}
+
+    def own_trained(self, task: str) -> list[str]:
+        """The existing parameters that a task has a copy of its own of, to train it."""
+        return [name for name in self.tasks[task].trained if name not in self.trained]
 
     @property
     def share(self) -> float:
@@ -134,6 +159,36 @@ class Plan:
     def tensors(self) -> dict[str, State]:
         """Every tensor that the methods keep, by its full name; one that sites share is there once."""
         return {name: state for binding in self.bindings for name, state in binding.tensors.items()}
+
+    def own_bindings(self, task: str) -> list[Binding]:
+        """A task's bindings beyond those that all have in common, whose statements come first."""
+        return [b for b in self.tasks[task].bindings if b.statement >= len(self.intentions.applications)]
+
+    @cached_property
+    def placed(self) -> tuple[tuple[Binding, dict[str, str]], ...]:
+        """Every binding, those of tasks included, with the names of its tensors in the compiled model."""
+        own = (
+            (binding, {name: self._called(task, full) for name, full in binding.names.items()})
+            for task in self.tasks
+            for binding in self.own_bindings(task)
+        )
+        return (*((binding, binding.names) for binding in self.bindings), *own)
+
+    def _called(self, task: str, name: str) -> str:
+        return name if name in self.tensors else of_task(task, name)
+
+    def kind(self, task: str) -> Hashable:
+        """What tasks are alike in that differ in numbers alone: one graph is for all of them."""
+        bindings = tuple((repr(b.method), b.path, b.statement) for b in self.own_bindings(task))
+        plan = self.tasks[task]
+        packed = tuple((name, repr(i.storage)) for name, i in plan.packed.items() if name not in self.packed)
+        return bindings, tuple(self.own_trained(task)), packed, tuple(plan.recomputed)
+
+    @cached_property
+    def added(self) -> KeysView[str]:
+        """The full name of every tensor that is not simply the base model's, those of all tasks included, in order."""
+        tasks = (of_task(t, name) for t in self.tasks for name in (*self.own_tensors(t), *self.own_trained(t)))
+        return dict.fromkeys((*self.tensors, *self.trained, *tasks)).keys()
 
     @cached_property
     def consistency(self) -> float:
@@ -153,7 +208,14 @@ class Plan:
             batch: examples in a step.
             seq: tokens in an example; without effect on models that take no tokens.
             optimizer: a key of `peftc.planning.memory.STATE_BYTES`.
+
+        One task is trained at a time: of several it is the one that needs the most, beside the weights of all.
         """
+        if self.tasks:
+            common = replace(self, tasks={}).memory(batch, seq, optimizer).weights
+            each = [task.memory(batch, seq, optimizer) for task in self.tasks.values()]
+            most = max(each, key=attrgetter("total"))
+            return replace(most, weights=common + sum(one.weights - common for one in each))
         module = self.captured.module
         sizes = {name: item.dtype.itemsize for name, item in self.packed.items()}
         dense = (name for name in self.sites.parameters if name not in sizes)
@@ -205,6 +267,7 @@ class Plan:
                 for item in self.packed.values()
             ],
             **differences,
+            **({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {}),
         }
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from math import prod
 
 from peftc import language as ast
 from peftc.capture.capture import Captured
-from peftc.diagnostics.diagnostic import PeftcError, choices, in_file_order
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, in_file_order
 from peftc.diagnostics.source import Span
 from peftc.planning import errors as say
-from peftc.planning.checks import CHECKS, Draft, over_budget
+from peftc.planning.checks import CHECKS, Draft, frozen_in_a_task, over_budget
 from peftc.planning.cost import Step
 from peftc.planning.packing import packed_weights
 from peftc.planning.plan import Binding, Plan, StatementCost
@@ -30,23 +31,41 @@ from peftc.spec.resolve import Application, Intentions, Training
 
 
 def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
-    """Matches what a spec wants against what a model offers.
+    """Matches what a spec wants, and each of its tasks, against what a model offers.
 
     Raises:
         PeftcError: with all semantic errors at once.
     """
-    drafting = _Drafting(captured, sites, intentions)
-    draft = drafting.draft()
-    problems = [*drafting.problems, *(problem for check in CHECKS for problem in check(draft))]
-    if not draft.bindings and not draft.trained and not problems:
-        problems.append(say.NothingTrains(span=_last(intentions.spec)))
+    problems: list[Diagnostic] = []
+    select = Selection(sites)
+    drafts = {name: _drafted(captured, select, one, problems) for name, one in intentions.tasks.items()}
+    draft = _drafted(captured, select, intentions, problems)
+    problems += frozen_in_a_task(draft, drafts)
+    for each in drafts.values() or [draft]:
+        if not (each.bindings or each.trained or problems or each.intentions.may_be_empty):
+            problems.append(say.NothingTrains(span=_last(each.intentions.spec)))
     if not problems:
-        plan = _plan(draft)
+        plan = _with_tasks(_plan(draft), {name: _plan(one) for name, one in drafts.items()})
         memory_of = cache(plan.memory)
         problems += filter(None, (over_budget(plan, budget, memory_of) for budget in intentions.budgets))
+        problems += (
+            problem
+            for name, one in plan.tasks.items()
+            for budget in one.intentions.budgets
+            if budget not in intentions.budgets and (problem := over_budget(one, budget, one.memory)) is not None
+        )
     if problems:
-        raise PeftcError(*in_file_order(problems))
+        raise PeftcError(*in_file_order(dict.fromkeys(problems)))  # what tasks have in common is wrong in each
     return plan
+
+
+def _drafted(captured: Captured, select: Selection, intentions: Intentions, problems: list[Diagnostic]) -> Draft:
+    """The draft of a spec without tasks; what is wrong with it is added to `problems`."""
+    select.problems = []
+    drafting = _Drafting(captured, select, intentions)
+    draft = drafting.draft()
+    problems += (*drafting.problems, *(problem for check in CHECKS for problem in check(draft)))
+    return draft
 
 
 def _plan(draft: Draft) -> Plan:
@@ -63,6 +82,21 @@ def _plan(draft: Draft) -> Plan:
         recomputed=draft.recomputed,
         kept=Step(graph, blocks, ordered, draft.trained, draft.recomputed).kept(),
     )
+
+
+def _with_tasks(plan: Plan, tasks: dict[str, Plan]) -> Plan:
+    """A plan of what all tasks have in common, and these; behind the rows of the one stand each task's own."""
+    own = (replace(row, task=name) for name, task in tasks.items() for row in _beyond(plan.rows, task.rows))
+    return replace(plan, rows=(*plan.rows, *own), tasks=tasks)
+
+
+def _beyond(common: tuple[StatementCost, ...], rows: tuple[StatementCost, ...]) -> Iterator[StatementCost]:
+    left = list(common)
+    for row in rows:
+        if row in left:
+            left.remove(row)
+        else:
+            yield row
 
 
 def _rows(draft: Draft) -> Iterator[StatementCost]:
@@ -90,12 +124,12 @@ def _rows(draft: Draft) -> Iterator[StatementCost]:
 class _Drafting:
     """Statements x sites -> a draft; what cannot be matched or attached is among `problems`."""
 
-    def __init__(self, captured: Captured, sites: Sites, intentions: Intentions) -> None:
+    def __init__(self, captured: Captured, select: Selection, intentions: Intentions) -> None:
         self.captured = captured
-        self.sites = sites
+        self.sites = select.sites
         self.intentions = intentions
-        self.select = Selection(sites)
-        self.problems = self.select.problems
+        self.select = select
+        self.problems = select.problems
 
     def draft(self) -> Draft:
         """All statements, matched in file order by kind."""

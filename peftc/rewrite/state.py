@@ -46,9 +46,7 @@ def materialise(
     wanted = sum(prod(spec.shape) * (spec.dtype or torch.float16).itemsize for spec in plan.tensors.values())
     if wanted > (there := physical_memory()):
         raise PeftcError(NoMemory(wanted=wanted, there=there, span=plan.bindings[0].span))
-    for name in plan.trained:
-        given = state[name] if state else get_attribute(module, name).detach().clone()
-        set_tensor(module, name, torch.nn.Parameter(given.clone()))
+    begin(module, plan, (), plan.trained, state)
     made: dict[str, Tensor] = {}
     with torch.no_grad():
         # A method that takes something out of a weight takes it out of the base's; the others start from what is kept.
@@ -64,6 +62,24 @@ def materialise(
         _prepare(module, plan, [weight for weight in rewritten(plan) if weight not in plan.packed])
 
 
+def begin(
+    module: nn.Module,
+    plan: Plan,
+    bindings: Iterable[Binding],
+    trained: Iterable[str],
+    state: Mapping[str, Tensor] | None = None,
+    data: Mapping[Binding, Any] | None = None,
+) -> None:
+    """Gives `module` the tensors of some of a plan's bindings, and trained copies of parameters, beside what it has."""
+    made: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in trained:
+            given = state[name] if state else get_attribute(module, name)
+            set_tensor(module, name, torch.nn.Parameter(given.detach().clone()))
+        for binding in bindings:
+            _begin(module, plan, binding, made, state, data)
+
+
 def _pack(module: nn.Module, plan: Plan, weight: str) -> None:
     """Packs a weight with what methods change of it; one that none changes lies as its checkpoint has it, if packed."""
     base = _base(module, plan, weight)
@@ -73,7 +89,7 @@ def _pack(module: nn.Module, plan: Plan, weight: str) -> None:
 
 
 def _begin(
-    module: fx.GraphModule,
+    module: nn.Module,
     plan: Plan,
     binding: Binding,
     made: dict[str, Tensor],
@@ -101,7 +117,7 @@ def _begin(
         set_tensor(module, full, torch.nn.Parameter(made[full]) if spec.trainable else made[full])
 
 
-def _beside(module: fx.GraphModule, plan: Plan, binding: Binding) -> Tensor:
+def _beside(module: nn.Module, plan: Plan, binding: Binding) -> Tensor:
     """The frozen weight that state stands beside; where there is none, nothing like the value that changes."""
     site = binding.site
     if not site.parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
@@ -25,16 +25,20 @@ class Asked(Holder):
     make_continuation: Callable[[Any], Decoder | None] | None
     continues_by: Decoder | None
 
+    def face(self, tasks: Any = None) -> Any:
+        """What runs a call."""
+        raise NotImplementedError
+
     # What trainers of other libraries ask for
 
     @property
     def base_model(self) -> Any:
         """The model without its head, to be called: hidden states with their gradients."""
-        return Backbone(self) if hasattr(self.base, "base_model") else self
+        return Backbone(self.face()) if hasattr(self.base, "base_model") else self
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, over the compiled model's own tensors."""
-        return head(self)
+        return head(self.face())
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -83,6 +87,8 @@ class Asked(Holder):
         Raises:
             PeftcError: `cannot-generate` for a model that does not.
         """
+        if (face := self.face()) is not self:
+            return face.continuation()
         if not self.can_generate() or self.make_continuation is None:
             raise PeftcError(CannotGenerate(model=self.plan.sites.model))
         with LOCK:
@@ -92,12 +98,20 @@ class Asked(Holder):
             raise PeftcError(CannotGenerate(model=self.plan.sites.model))
         return self.continues_by
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, tasks: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with all that it takes; nothing is dropped out, whatever the mode.
+
+        Args:
+            args: transformers' own.
+            tasks: the task of each text; that in use for all by default.
+            kwargs: transformers' own.
 
         Raises:
             PeftcError: `cannot-generate` for a model that does not continue text.
         """
+        if (face := self.face(tasks)) is not self:
+            face.__dict__["own_generation_config"] = self.generation_config
+            return face.generate(*args, **kwargs)
         with self.continuation().holding(self):
             return view(self).generate(*args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices
+from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, suggest
 
 
 class FixedPrecision(Diagnostic):
@@ -260,3 +260,28 @@ class BadSchedule(Diagnostic):
     @property
     def title(self) -> str:
         return f"the schedule of {self.method} does not fit the training: {self.reason}"
+
+
+class UnknownTask(Diagnostic):
+    code = "unknown-task"
+    name: str
+    known: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"there is no task '{self.name}'"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.known:
+            return ("the spec has none: task NAME { apply … } makes one",)
+        return (suggest(self.name, self.known) or f"there are {', '.join(self.known)}",)
+
+
+class NoTasks(Diagnostic):
+    code = "no-tasks"
+    model: str
+
+    @property
+    def title(self) -> str:
+        return f"this {self.model} has no graph but its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from peftc.optimise.fuse import Fired
 from peftc.planning.plan import Plan, extension
 from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
-from peftc.runtime.asked import LOCK, Asked
+from peftc.runtime.asked import LOCK
 from peftc.runtime.entries import Code, Entries
 from peftc.runtime.errors import (
     NoPickle,
@@ -33,6 +33,7 @@ from peftc.runtime.errors import (
 from peftc.runtime.generation.text import continued
 from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
+from peftc.runtime.tasks import Selected, Switching
 from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_casts
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
@@ -47,7 +48,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_di
 Stages = list[tuple[str, fx.Graph]]
 
 
-class Runtime(Asked):
+class Runtime(Switching):
     """A model with its adapters in the graph. `peftc.CompiledModule` adds what reads and writes files.
 
     Call it as the base model: `module(input_ids=…, labels=…)`. `fired` says how often each fusion did.
@@ -69,7 +70,7 @@ class Runtime(Asked):
         Raises:
             PeftcError: `taken-name` where a part of the model would hide something of this, or be hidden.
         """
-        own = {*dir(type(self)), *Holder.__annotations__, *Asked.__annotations__, *Runtime.__annotations__}
+        own = {*dir(type(self)), *(name for cls in Runtime.__mro__ for name in cls.__dict__.get("__annotations__", ()))}
         if taken := sorted(own & {name.partition(".")[0] for name in tensors(root)}):
             raise PeftcError(*(TakenName(model=plan.sites.model, name=name) for name in taken))
         super().__init__(root, graph, class_name=plan.sites.model)
@@ -85,6 +86,9 @@ class Runtime(Asked):
             tensors_in_common=_kept(plan),
             is_fused=fired is not None,
             capture_again=None,
+            make_face=None,
+            faces={},
+            selected=Selected(),
             make_continuation=None,
             continues_by=None,
             logits_in_training=fired is None,
@@ -102,7 +106,7 @@ class Runtime(Asked):
     def _settle(self) -> None:
         """The tensors in the base model's order, behind them what was added in that of the plan; and who they are."""
         own = (*self.base.named_parameters(remove_duplicate=False), *self.base.named_buffers(remove_duplicate=False))
-        arrange(self, (*(name for name, _ in own), *self.plan.tensors))
+        arrange(self, (*(name for name, _ in own), *self.plan.added))
         self.__dict__["watch"] = Watch(self, self.base, self.plan)
 
     def __getattr__(self, name: str) -> Any:
@@ -129,6 +133,9 @@ class Runtime(Asked):
         self.__dict__["entries"] = Entries(self, own)
 
         def forward(self: Runtime, *args: Any, **kwargs: Any) -> Any:
+            tasks = kwargs.pop("tasks", None) if self.plan.tasks else None
+            if (face := self.face(tasks)) is not self:
+                return face(*args, **kwargs)
             if not torch.compiler.is_compiling():
                 self._check_use()
                 if self._continues(kwargs):
@@ -193,7 +200,7 @@ class Runtime(Asked):
             other = next(known, None) or self._captured_again(given)
             if other is None:
                 raise refusal
-            self._share(other)
+            self.lend(other, {name: name for name in self.tensors_in_common & tensors(other).keys()})
         return other
 
     def _captured_again(self, given: dict[str, Any]) -> Runtime | None:
@@ -203,11 +210,11 @@ class Runtime(Asked):
             self.other_graphs.append(made)
         return made
 
-    def _share(self, other: Runtime) -> None:
-        """Gives `other` this one's tensors, modes and hooks."""
+    def lend(self, other: Runtime, names: Mapping[str, str]) -> None:
+        """Gives `other` this one's tensors, by its names -> those of this one; and modes and hooks."""
         theirs = tensors(other)
-        for name in self.tensors_in_common & theirs.keys():
-            if theirs[name] is not (tensor := get_attribute(self, name)):
+        for name, mine in names.items():
+            if theirs[name] is not (tensor := get_attribute(self, mine)):
                 set_tensor(other, name, tensor)
         other.__dict__["logits_in_training"] = self.logits_in_training
         mine = dict(self.named_modules())
@@ -239,6 +246,7 @@ class Runtime(Asked):
         keep_packed(self, packed)
         if self.device != before:
             self.other_graphs.clear()
+            self.faces.clear()
             self.__dict__["continues_by"] = None
             for module in self.modules():
                 if isinstance(module, fx.GraphModule):
@@ -250,13 +258,13 @@ class Runtime(Asked):
         shared = {
             name: self.__dict__[name]
             for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused")
-        } | {name: self.__dict__[name] for name in ("size_check", "tensors_in_common", "capture_again")}
+        } | {name: self.__dict__[name] for name in ("size_check", "tensors_in_common", "capture_again", "make_face")}
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
-        memo[id(self.other_graphs)] = []
+        memo |= {id(self.other_graphs): [], id(self.faces): {}}
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared, other_graphs=[])
+        copied.__dict__.update(shared, other_graphs=[], faces={})
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
@@ -305,9 +313,7 @@ class Runtime(Asked):
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups: one for each multiple of `lr` that a method asks for (LoRA+)."""
-        rates = {
-            full: binding.method.rate(name) for binding in self.plan.bindings for name, full in binding.names.items()
-        }
+        rates = {full: b.method.rate(name) for b, names in self.plan.placed for name, full in names.items()}
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.trainable_parameters().items():
             groups.setdefault(rates.get(name, 1.0), []).append(parameter)
@@ -320,6 +326,8 @@ class Runtime(Asked):
 
         The loss that the model itself returns in training has it already.
         """
+        if (face := self.face()) is not self:
+            return face.penalty()
         total = torch.zeros((), device=self.device)
         for binding in penalised(self.plan):
             state = {name: get_attribute(self, full) for name, full in binding.names.items()}

@@ -56,12 +56,17 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("statement", overflow="fold")
     for heading in ("sites", "trainable", "share"):
         table.add_column(heading, justify="right")
+    task = None
     for row in plan.rows:
+        if row.task != task:
+            table.add_section()
+            table.add_row(Text(f"task {row.task}"), "", "", "")
+            task = row.task
         if row.packed is None:
             counts = f"{row.parameters:,}", f"{row.parameters / plan.total:.4%}"
         else:
             counts = f"{formatted_bytes(row.packed)}", f"of {formatted_bytes(row.dense)}"
-        table.add_row(Text(row.statement), f"{row.sites:,}", *counts)
+        table.add_row(Text("  " * (task is not None) + row.statement), f"{row.sites:,}", *counts)
     table.add_section()
     table.add_row("all", "", f"{plan.trainable:,}", f"{plan.share:.4%}")
     differences = plan.captured.differences

@@ -8,22 +8,6 @@ from peftc.diagnostics.source import Label, Span
 # --- names and methods ------------------------------------------------------------------------------------------------
 
 
-class NotYet(Diagnostic):
-    """Part of the language that this version parses and does not carry out."""
-
-    code = "not-yet"
-    what: str
-    instead: str = ""
-
-    @property
-    def title(self) -> str:
-        return f"{self.what} is part of the language, but this version of peftc cannot carry it out"
-
-    @property
-    def label(self) -> str:
-        return self.instead
-
-
 class UnknownMethod(Diagnostic):
     code = "unknown-method"
     name: str

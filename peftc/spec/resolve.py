@@ -6,7 +6,7 @@ Everything `peftc check` can say is said here, all of it at once.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, in_file_order
@@ -18,6 +18,7 @@ from peftc.protocol.storage import Storage
 from peftc.spec import errors as say
 from peftc.spec.calls import Calls
 from peftc.spec.groups import GROUPINGS, Group, InGroup
+from peftc.spec.tasks import of_task, tasks_of, without_tasks
 
 ROLES = (
     "attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp", "mlp.up", "mlp.gate", "mlp.down", "mlp.*",
@@ -84,7 +85,11 @@ class Budget:
 
 @dataclass
 class Intentions:
-    """What a spec wants, in file order, with every name looked up; `spec` is what it was read from."""
+    """What a spec wants, in file order, with every name looked up; `spec` is what it was read from.
+
+    `tasks`: what each of its tasks wants, which is in no other list here, with what all of them have in common.
+    `rows`: the tasks that the rows of one batch are of, beside what they have in common.
+    """
 
     spec: ast.Spec
     applications: list[Application] = field(default_factory=list)
@@ -92,6 +97,25 @@ class Intentions:
     packings: list[Packing] = field(default_factory=list)
     recomputings: list[Recomputing] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
+    tasks: dict[str, Intentions] = field(default_factory=dict)
+    rows: tuple[Intentions, ...] = ()
+    may_be_empty: bool = False  # whether it may come to a model in which nothing learns
+
+    def common(self) -> Intentions:
+        """What all tasks have in common, without budgets: what a model computes that is planned already."""
+        return replace(self, tasks={}, budgets=[], may_be_empty=True)
+
+    def off(self) -> Intentions:
+        """How weights are stored, and nothing else."""
+        return replace(self.common(), applications=[], trainings=[], recomputings=[])
+
+    def task(self, name: str) -> Intentions:
+        """What one task comes to, without budgets."""
+        return self.tasks[name].common()
+
+    def by_row(self, tasks: tuple[str, ...]) -> Intentions:
+        """What comes to these tasks, one for each row of a batch."""
+        return replace(self.common(), rows=tuple(map(self.task, tasks)))
 
 
 def resolve(spec: ast.Spec) -> Intentions:
@@ -100,10 +124,25 @@ def resolve(spec: ast.Spec) -> Intentions:
     Raises:
         PeftcError: with everything that is wrong and can be known without a model.
     """
+    tasks: dict[str, ast.Task] = {}
+    problems: list[Diagnostic] = []
+    for task in tasks_of(spec.statements):
+        if (first := tasks.setdefault(task.name.text, task)) is not task:
+            name, what = task.name, "a task"
+            problems.append(say.NameTaken(name=name.text, what=what, first=first.name.span, span=name.span))
+        problems += (mistakes.NestedTask(outer=task.name.span, span=i.name.span) for i in tasks_of(task.body))
+    specs = {None: without_tasks(spec)} | {name: of_task(spec, task) for name, task in tasks.items()}
+    found = {name: _resolved(one, problems) for name, one in specs.items()}
+    if problems:
+        raise PeftcError(*in_file_order(dict.fromkeys(problems)))  # what tasks have in common is wrong in each
+    return replace(found.pop(None), spec=spec, tasks={name: one for name, one in found.items() if name is not None})
+
+
+def _resolved(spec: ast.Spec, problems: list[Diagnostic]) -> Intentions:
+    """What a spec without tasks wants; `problems` are added to."""
     resolver = _Resolver(spec)
     resolver.statements(spec.statements)
-    if resolver.problems:
-        raise PeftcError(*in_file_order(resolver.problems))
+    problems += resolver.problems
     return resolver.found
 
 
@@ -142,11 +181,6 @@ class _Resolver:
                     self.found.recomputings.append(Recomputing(self.selector(statement.target), statement.span))
                 case ast.Group():
                     self._group(statement)
-                case ast.Task():
-                    self._later("task", statement.span)
-
-    def _later(self, what: str, span: Span, instead: str = "") -> None:
-        self.problems.append(say.NotYet(what=f"'{what}'", span=span, instead=instead))
 
     def _let(self, statement: ast.Let) -> None:
         name = statement.name.text

@@ -7,21 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.planning.plan import Plan
 from peftc.rewrite.state import prepare
 from peftc.runtime.holder import Holder
 
 
 def keep_added(module: Holder, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Drops the frozen base from a state dict."""
-    added = added_names(module.plan) | module.watch.unplanned(module)
+    added = module.plan.added | module.watch.unplanned(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in added]:
         del state[name]
 
 
 def ignore_frozen(module: Holder, incompatible: Any) -> None:
     """A state dict without the frozen base misses nothing; of other modules' names nothing is known here."""
-    added = added_names(module.plan) | module.watch.unplanned(module)
+    added = module.plan.added | module.watch.unplanned(module)
     # A tied tensor is missed under each of its names.
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     frozen = {name for name, _ in tensors if name not in added}
@@ -40,11 +39,6 @@ def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
     """Whether `name`, less the path of the module that the compiled one stands in, is a frozen tensor's."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in frozen for start in range(1, len(parts)))
-
-
-def added_names(plan: Plan) -> set[str]:
-    """The full names of every tensor that is not simply the base model's."""
-    return {*plan.tensors, *plan.trained}
 
 
 def part_from_base(module: Holder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

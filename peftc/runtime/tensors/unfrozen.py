@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self, module: nn.Module, base: nn.Module, plan: Plan) -> None:
         named = dict(module.named_parameters())
-        planned = {*plan.tensors, *plan.trained}
+        planned = plan.added
         every = module.named_parameters(remove_duplicate=False)
         own = {id(parameter) for name, parameter in every if name in planned}
         self.base = base

@@ -1,0 +1,156 @@
+"""One compiled model, several tasks: which of them a call runs, and with what graph.
+
+Every tensor lies in the compiled model, those of a task under `task.NAME`. Its own graph has what all tasks have in
+common. Tasks that differ in numbers alone share another graph, a face of the model, which is lent their tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Self
+
+import torch
+
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.graph.ir import set_tensor
+from peftc.planning.plan import of_task
+from peftc.rewrite.state import rewritten
+from peftc.runtime.asked import LOCK, Asked
+from peftc.runtime.errors import NoTasks, NotWhenTraced, UnknownTask
+
+ROWS = "task_rows"  # the number of the task of each row of a batch, where a graph tells them apart; -1 for none
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a call runs beside what all tasks have in common: nothing, a task, or one for each row of a batch.
+
+    `off`: not even what they have in common, but how weights are stored. `tasks`: of a graph by rows, those that it has
+    places for, each as often as it has.
+    """
+
+    tasks: tuple[str, ...] = ()
+    off: bool = False
+    by_row: bool = False
+
+
+@dataclass(frozen=True)
+class Face:
+    """A graph for some tasks. `own`: its names of what is theirs -> which of them, and the name in that one's plan."""
+
+    module: Any
+    own: Mapping[str, tuple[int, str]]
+    common: frozenset[str]
+
+    def borrowed(self, tasks: Sequence[str]) -> dict[str, str]:
+        """Its names of tensors -> what the model that lends them calls them."""
+        own = {name: of_task(tasks[place], theirs) for name, (place, theirs) in self.own.items()}
+        return own | {name: name for name in self.common}
+
+
+class Switching(Asked):
+    """A compiled model as far as it has several tasks."""
+
+    faces: dict[Hashable, Face]
+    selected: Selected
+    make_face: Callable[[Any, Selected], Face] | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks."""
+        return tuple(self.plan.tasks)
+
+    @property
+    def in_use(self) -> str | None:
+        """The task that a call runs, unless it says otherwise."""
+        return self.selected.tasks[0] if self.selected.tasks else None
+
+    def use(self, task: str | None) -> Self:
+        """From now on a call runs this task; None: only what all tasks have in common.
+
+        Raises:
+            PeftcError: `unknown-task`.
+        """
+        self._known([task])
+        self.__dict__["selected"] = Selected() if task is None else Selected((task,))
+        self.face()
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, a call runs the base model: with its weights stored as the spec says, and nothing else of it."""
+        before = self.selected
+        self.__dict__["selected"] = Selected(off=True)
+        try:
+            yield
+        finally:
+            self.__dict__["selected"] = before
+
+    disable_adapter = disabled  # what HF PEFT calls it
+
+    def face(self, tasks: Sequence[str | None] | None = None) -> Any:
+        """What runs a call: this model, or a graph for other tasks with this model's tensors in it.
+
+        Args:
+            tasks: the task of each row of a batch; the one in use for all by default.
+
+        Raises:
+            PeftcError: `unknown-task`; `not-by-row` where tasks cannot be told apart by row.
+        """
+        if tasks is None:
+            selected, rows = self.selected, ()
+        else:
+            self._known(tasks)
+            selected, rows = self._by_row(tuple(tasks))
+        if selected == Selected():
+            return self
+        key = (tuple(map(self._kind, selected.tasks)), selected.off, selected.by_row)
+        if torch.compiler.is_compiling():
+            if key not in self.faces or selected.by_row:
+                raise PeftcError(NotWhenTraced())
+            return self.faces[key].module
+        with LOCK:
+            if key not in self.faces:
+                if self.make_face is None:
+                    raise PeftcError(NoTasks(model=self.plan.sites.model))
+                self.faces[key] = self.make_face(self, selected)
+            face = self.faces[key]
+            self.lend(face.module, face.borrowed(selected.tasks))
+        if selected.by_row:
+            set_tensor(face.module, ROWS, torch.tensor(rows, device=self.device))
+        return face.module
+
+    def lend(self, other: Any, names: Mapping[str, str]) -> None:
+        """Gives another graph this model's tensors: its names -> this one's."""
+        raise NotImplementedError
+
+    def _known(self, tasks: Sequence[str | None]) -> None:
+        for task in tasks:
+            if task is not None and task not in self.plan.tasks:
+                raise PeftcError(UnknownTask(name=str(task), known=self.tasks))
+
+    def _kind(self, task: str) -> Hashable:
+        plan = self.plan.tasks[task]
+        writes = set(rewritten(plan)) - set(rewritten(self.plan))  # a frozen weight of its own
+        return self.plan.kind(task), task if writes else None
+
+    def _by_row(self, tasks: tuple[str | None, ...]) -> tuple[Selected, tuple[int, ...]]:
+        """What runs these tasks, and the place in it of each row's. Places of one kind are 1, 2, 4, 8, …"""
+        asked = [task for task in self.plan.tasks if task in tasks]
+        if len(set(tasks)) <= 1:
+            return Selected(tuple(asked)), ()
+        count = Counter(map(self._kind, asked))
+        places = list(chain.from_iterable(
+            _filled([task for task in asked if self._kind(task) == kind]) for kind in sorted(count, key=repr)
+        ))  # fmt: skip
+        rows = tuple(-1 if task is None else places.index(task) for task in tasks)
+        return Selected(tuple(places), by_row=True), rows
+
+
+def _filled(tasks: list[str]) -> list[str]:
+    """As many as a power of two, the last one again and again."""
+    return tasks + [tasks[-1]] * ((1 << (len(tasks) - 1).bit_length()) - len(tasks))
