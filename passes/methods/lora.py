@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from peftc.protocol.fourbit import rounded
-from peftc.protocol.method import PLAIN, Data, Here, Init, State, method, param
+from peftc.protocol.method import PLAIN, Data, Here, Init, LowRank, State, method, param
 from peftc.protocol.site import Experts, Linear, Projection
 from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
@@ -150,6 +151,9 @@ class LoRA(WeightMethod):
         x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         branch = self.scale * here.product(here.product(x, A), B)
         return y + branch.to(y.dtype)
+
+    def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank:
+        return LowRank(state["A"], state["B"], self.scale, self.dropout)
 
     def delta(self, site: Projection, **state: Tensor) -> Tensor:
         return self.scale * (state["B"] @ state["A"])

@@ -280,6 +280,21 @@ class FrozenInATask(Diagnostic):
         return ("let each task that it is to learn for train it",)
 
 
+class NotByRow(Diagnostic):
+    code = "not-by-row"
+    what: str
+    site: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.what} at {self.site} cannot be for some rows of a batch: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("run the tasks one after the other, each in use for a batch of its own",)
+
+
 class CannotStore(Diagnostic):
     code = "cannot-store"
     storage: str

@@ -23,6 +23,7 @@ from peftc.planning.packing import packed_weights
 from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
+from peftc.planning.tasks.rows import by_row
 from peftc.protocol.method import Method, Stage, kinds, methods
 from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence, Site, Sublayer
 from peftc.protocol.sites import Sites
@@ -36,6 +37,11 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
     Raises:
         PeftcError: with all semantic errors at once.
     """
+    if intentions.rows:
+        common = make_plan(captured, sites, replace(intentions, rows=()))
+        return replace(
+            by_row(common, [make_plan(captured, sites, one) for one in intentions.rows]), intentions=intentions
+        )
     problems: list[Diagnostic] = []
     select = Selection(sites)
     drafts = {name: _drafted(captured, select, one, problems) for name, one in intentions.tasks.items()}

@@ -26,7 +26,7 @@ from peftc.protocol.site import Linear, Site
 from peftc.protocol.storage import Storage
 
 __all__ = [
-    "PLAIN", "REQUIRED", "Data", "Here", "Init", "Method", "Param", "Place", "Stage", "State", "Step", "divisors_near",
+    "PLAIN", "REQUIRED", "Data", "Here", "Init", "LowRank", "Method", "Param", "Place", "Stage", "State", "Step", "divisors_near",
     "kinds", "method", "methods", "param",
 ]  # fmt: skip
 
@@ -80,6 +80,16 @@ class Here:
 
 
 PLAIN = Here()
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """scale B A d(x), all that a method adds to a product: A [r, n_in], B [n_out, r], d a dropout in training."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +241,10 @@ class _Acting:
         """See `WeightMethod`."""
         change = self.delta(site, **state)
         return (weight.to(change.dtype) + change).to(weight.dtype), bias  # rounded once, where all of it is known
+
+    def low_rank(self, site: Any, state: Mapping[str, Tensor]) -> LowRank | None:
+        """The branch that `rewrite` adds, where that is all that it does: those of several tasks are computed as one."""
+        return None
 
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from peftc.graph.ir import Provenance, redirect, value
 from peftc.planning.plan import Binding
+from peftc.planning.tasks.by_row import WHICH
 from peftc.protocol.method import Here
 from peftc.protocol.site import Block, Projection, Sublayer, Use
 from peftc.rewrite.blocks import onto_block
@@ -27,7 +28,7 @@ def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
             for use in uses:
                 _onto(splicer, binding, use.y, use.x, use.op, use.offsets, stamp)
         case Block():
-            state = _operands(splicer, binding, binding.method.asks(binding.names))
+            state = _operands(splicer, binding, binding.method.asks(binding.names), stamp)
             onto_block(splicer, binding, state, stamp)
         case site:
             (y, *_), (x, *_) = site.changes(), site.reads()
@@ -41,7 +42,7 @@ def _onto(
     """Replaces the output `y` by the method's; `op` is the base's operation on x."""
     now = splicer.current.get(y, y)
     names = binding.method.asks(binding.names)
-    extra = _operands(splicer, binding, names)
+    extra = _operands(splicer, binding, names, stamp)
     if offsets is not None:
         extra[OFFSETS] = offsets
     function = _output_function(binding, op, names, tuple(extra))
@@ -57,7 +58,7 @@ def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance)
     """Replaces what the site reads, for the base operation and all that stands beside it."""
     x = use.x
     names = binding.method.asks_input(binding.names)
-    extra = _operands(splicer, binding, names)
+    extra = _operands(splicer, binding, names, stamp)
     extra.pop(ROWS, None)
 
     def function(x: Tensor, *given: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance)
         reader.replace_input_with(x, result)
 
 
-def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...]) -> dict[str, fx.Node]:
+def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...], stamp: Provenance) -> dict[str, fx.Node]:
     """The nodes of the state, weight and bias that a rewrite asks for; optional state may be absent."""
     site = binding.site
     paths = {name: binding.names[name] for name in names if name in binding.names}
@@ -81,6 +82,7 @@ def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...]) -> dic
     nodes = {name: splicer.operand(paths[name]) for name in names if name in paths}
     if isinstance(site, Projection) and site.rows is not None and site.slice is None:
         nodes[ROWS] = splicer.index(f"{binding.path}.{ROWS}", site)
+    nodes |= {WHICH: splicer.which(stamp)} if WHICH in names else {}
     return nodes | ({TRAINING: splicer.training()} if TRAINING in names else {})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.graph.ir import Provenance, attribute_node, set_tensor, splice, trace, value
+from peftc.graph.ir import PROVENANCE, Provenance, attribute_node, computed, set_tensor, splice, trace, value
 from peftc.graph.normalise import training_tensor
 from peftc.protocol.method import Method
 from peftc.protocol.site import Projection, Site
@@ -23,6 +23,7 @@ ROWS = "rows"
 OFFSETS = "offsets"
 TRAINING = "training"
 HERE = "here"
+TASK_ROWS = "task_rows"  # the number of the task of each row that a caller gave, -1 for none: a buffer
 
 
 class Templates:
@@ -74,6 +75,24 @@ class Splicer:
     def training(self) -> fx.Node:
         """Whether the model is training, as a number in a tensor."""
         return training_tensor(self.graph)
+
+    def which(self, stamp: Provenance) -> fx.Node:
+        """The number of the task of each row of the batch: what the model is told of it, for as many as there are."""
+        known = self.graph.find_nodes(op="call_function", target=torch.ops.peftc.rows_of_batch.default)
+        if known:
+            return next(iter(known))
+        first = next(node for node in self.graph.find_nodes(op="placeholder") if value(node).dim())
+        if TASK_ROWS not in dict(self.module.named_buffers()):
+            set_tensor(self.module, TASK_ROWS, torch.zeros(1, dtype=torch.long, device=value(first).device))
+        rows = self.operand(TASK_ROWS)
+        last = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(last):
+            batch = self.graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
+        with self.graph.inserting_after(batch):
+            made = self.graph.call_function(torch.ops.peftc.rows_of_batch.default, (rows, batch))
+        batch.meta.update({"val": value(first).shape[0], PROVENANCE: stamp})
+        made.meta.update({"val": computed(made), PROVENANCE: stamp})
+        return made
 
     def index(self, path: str, site: Projection) -> fx.Node:
         """A buffer at `path` with the site's rows, for those that are no range."""

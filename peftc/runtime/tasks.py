@@ -18,11 +18,10 @@ import torch
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import set_tensor
 from peftc.planning.plan import of_task
+from peftc.rewrite.splicer import TASK_ROWS
 from peftc.rewrite.state import rewritten
 from peftc.runtime.asked import LOCK, Asked
 from peftc.runtime.errors import NoTasks, NotWhenTraced, UnknownTask
-
-ROWS = "task_rows"  # the number of the task of each row of a batch, where a graph tells them apart; -1 for none
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Switching(Asked):
             face = self.faces[key]
             self.lend(face.module, face.borrowed(selected.tasks))
         if selected.by_row:
-            set_tensor(face.module, ROWS, torch.tensor(rows, device=self.device))
+            set_tensor(face.module, TASK_ROWS, torch.tensor(rows, device=self.device))
         return face.module
 
     def lend(self, other: Any, names: Mapping[str, str]) -> None:

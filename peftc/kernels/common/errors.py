@@ -15,3 +15,17 @@ class SecondDerivative(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("peftc.compile(..., fuse=False) has the others",)
+
+
+class OtherRows(Diagnostic):
+    code = "other-rows"
+    tasks: int
+    batch: int
+
+    @property
+    def title(self) -> str:
+        return f"there are {self.tasks} tasks for a batch of {self.batch}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("give one task, or None, for each row",)
