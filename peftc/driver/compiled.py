@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 from torch import nn
 
+from peftc.driver import tasks
 from peftc.files.artifact import save
 from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
@@ -28,15 +29,56 @@ class CompiledModule(Runtime):
 
     def report(self) -> str:
         """What `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
-        return report(self.plan, self.fired)
+        return report(self.plan, self.face().fired)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back."""
-        save(self, Path(folder))
+    def save(self, folder: str | Path, *, task: str | None = None) -> None:
+        """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder that HF PEFT reads: one method that it has, on whole modules, prompts or prefixes."""
-        save_pretrained(self, Path(folder))
+        With `task` only that one, by itself, with what all tasks have in common.
+        """
+        save(self if task is None else self.face([task]), Path(folder))
+
+    def save_pretrained(self, folder: str | Path, *, task: str | None = None) -> None:
+        """Writes the folder that HF PEFT reads: one method that it has, on whole modules, prompts or prefixes.
+
+        Of several tasks each has a folder of its own inside, called as the task; or there is only that of `task`.
+        """
+        if task is not None or not self.tasks:
+            save_pretrained(self if task is None else self.face([task]), Path(folder))
+            return
+        for each in self.tasks:
+            save_pretrained(self.face([each]), Path(folder) / each)
+
+    # Tasks
+
+    def add_task(self, name: str, given: str | Path) -> Self:
+        """Adds a task, for which the model is not captured again.
+
+        Args:
+            name: of the task.
+            given: the text of its statements, a `.peft` file of them; or a folder that one task was saved to, by peftc
+                or by HF PEFT.
+
+        Raises:
+            PeftcError: what `peftc.compile` says of statements, and `peftc.load` of folders.
+        """
+        tasks.add(self, name, given)
+        return self
+
+    def replace_task(self, name: str, given: str | Path) -> Self:
+        """Another task, as of `add_task`, in place of one."""
+        tasks.add(self, name, given, instead=True)
+        return self
+
+    def remove_task(self, name: str) -> Self:
+        """Takes a task out. Where it was in use, what all tasks have in common is."""
+        tasks.remove(self, name)
+        return self
+
+    def rename_task(self, name: str, new: str) -> Self:
+        """Gives a task another name."""
+        tasks.rename(self, name, new)
+        return self
 
     @overload
     def merge(self) -> nn.Module: ...
@@ -53,7 +95,8 @@ class CompiledModule(Runtime):
         With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
         loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
         """
+        face = self.face()  # what is in use is what is merged
         if not requantize:
-            return merge(self)
-        found = repack(self)
+            return merge(face)
+        found = repack(face)
         return found.model, found.lost

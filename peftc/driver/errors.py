@@ -56,3 +56,13 @@ class UsedPlan(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("plan once more for another module: a plan is cheap beside what it plans",)
+
+
+class BadTask(Diagnostic):
+    code = "bad-task"
+    task: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} cannot be a task of this model: {self.reason}"

@@ -25,7 +25,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.planned import plan_model
+from peftc.driver.planned import misfit, plan_model
 from peftc.files import artifact
 from peftc.files.errors import BadArtifact
 from peftc.files.hf_peft import folder as peft_folder
@@ -161,30 +161,6 @@ def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
 
 def _built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule:
     """The compiled model with `state`, of which every planned tensor is there in its shape, and no other."""
-    planned = {name: spec.shape for name, spec in plan.tensors.items()}
-    planned |= {name: tuple(get_attribute(plan.captured.module, name).shape) for name in plan.trained}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
-        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {odd[0]}"))
-    for name, tensor in state.items():
-        if reason := _misfit(tensor, plan, name):
-            reason = f"the tensors do not fit the spec: {name} {reason}"
-            raise PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    if reason := misfit(plan, state):
+        raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {reason}"))
     return pipeline.build(plan, Timings(), state)
-
-
-def _misfit(tensor: Tensor, plan: Plan, name: str) -> str | None:
-    """Why a tensor of a file cannot be what the plan has under its name: it has other numbers, or is no place there.
-
-    What a method learns may have been saved in another precision; a parameter of the base has that of the base.
-    """
-    spec = plan.tensors.get(name)
-    wanted = get_attribute(plan.captured.module, name).dtype if spec is None else spec.dtype
-    if spec is not None and (wanted is None or wanted.is_floating_point):
-        if not tensor.is_floating_point():
-            return f"is {tensor.dtype}"
-    elif tensor.dtype != wanted:
-        return f"is {tensor.dtype}, where {wanted} is wanted"
-    if spec is not None and spec.below is not None and not bool(((tensor >= 0) & (tensor < spec.below)).all()):
-        return f"has an index out of range: there are {spec.below:,} to choose from"
-    return None

@@ -16,7 +16,7 @@ from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import CAPTURE
 from peftc.graph.ir import copied, get_attribute, set_tensor, tensors, value
-from peftc.planning.plan import Plan
+from peftc.planning.plan import Plan, of_task
 from peftc.planning.planner import make_plan
 from peftc.rewrite.state import rewritten
 from peftc.roles.assign import find_sites
@@ -98,3 +98,41 @@ def _alike(one: Plan, other: Plan) -> bool:
         and one.trained.keys() == other.trained.keys()
         and one.packed.keys() == other.packed.keys()
     )
+
+
+def misfit(plan: Plan, state: Mapping[str, Tensor]) -> str | None:
+    """Why tensors of a file, by full name, are not what a plan has: one too many or too few, or of another kind."""
+    own = {name: (plan, name) for name in (*plan.tensors, *plan.trained)}
+    own |= {
+        of_task(task, name): (plan.tasks[task], name)
+        for task in plan.tasks
+        for name in (*plan.own_tensors(task), *plan.own_trained(task))
+    }
+    planned = {full: _shape(its, name) for full, (its, name) in own.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if odd := sorted({name for name, _ in found.items() ^ planned.items()}):
+        return odd[0]
+    reasons = ((name, _misfit(tensor, *own[name])) for name, tensor in state.items())
+    return next((f"{name} {reason}" for name, reason in reasons if reason), None)
+
+
+def _shape(plan: Plan, name: str) -> tuple[int, ...]:
+    spec = plan.tensors.get(name)
+    return tuple(get_attribute(plan.captured.module, name).shape) if spec is None else spec.shape
+
+
+def _misfit(tensor: Tensor, plan: Plan, name: str) -> str | None:
+    """Why a tensor of a file cannot be what the plan has under its name: it has other numbers, or is no place there.
+
+    What a method learns may have been saved in another precision; a parameter of the base has that of the base.
+    """
+    spec = plan.tensors.get(name)
+    wanted = get_attribute(plan.captured.module, name).dtype if spec is None else spec.dtype
+    if spec is not None and (wanted is None or wanted.is_floating_point):
+        if not tensor.is_floating_point():
+            return f"is {tensor.dtype}"
+    elif tensor.dtype != wanted:
+        return f"is {tensor.dtype}, where {wanted} is wanted"
+    if spec is not None and spec.below is not None and not bool(((tensor >= 0) & (tensor < spec.below)).all()):
+        return f"has an index out of range: there are {spec.below:,} to choose from"
+    return None

@@ -100,10 +100,7 @@ class Artifact:
 
         Of a base whose weights are there already they are checked.
         """
-        if type(base).__name__ != self.manifest["model"]:
-            raise self._wrong(f"it was made on a {self.manifest['model']}, and this is a {type(base).__name__}")
-        if fake_mode_of(base) is None:
-            self.check_weights(base)
+        self.check_base(base)
 
         def one(described: Any) -> Tensor:
             shape, dtype = described
@@ -117,6 +114,13 @@ class Artifact:
             reason = "its example inputs cannot be made"
             raise PeftcError(BadArtifact(folder=str(self.folder), reason=reason)) from None
         return example_inputs(base, args or kwargs)
+
+    def check_base(self, base: nn.Module, digests: Mapping[str, str] | None = None) -> None:
+        """Raises PeftcError `wrong-base` where it is of another class or, if its weights are there, has others."""
+        if type(base).__name__ != self.manifest["model"]:
+            raise self._wrong(f"it was made on a {self.manifest['model']}, and this is a {type(base).__name__}")
+        if digests is not None or fake_mode_of(base) is None:
+            self.check_weights(base, digests)
 
     def check_weights(self, base: nn.Module, digests: Mapping[str, str] | None = None) -> None:
         """Raises PeftcError `wrong-base` unless the base's weights are those the artifact was made on.

@@ -51,15 +51,8 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
         if not (each.bindings or each.trained or problems or each.intentions.may_be_empty):
             problems.append(say.NothingTrains(span=_last(each.intentions.spec)))
     if not problems:
-        plan = _with_tasks(_plan(draft), {name: _plan(one) for name, one in drafts.items()})
-        memory_of = cache(plan.memory)
-        problems += filter(None, (over_budget(plan, budget, memory_of) for budget in intentions.budgets))
-        problems += (
-            problem
-            for name, one in plan.tasks.items()
-            for budget in one.intentions.budgets
-            if budget not in intentions.budgets and (problem := over_budget(one, budget, one.memory)) is not None
-        )
+        plan = with_tasks(_plan(draft), {name: _plan(one) for name, one in drafts.items()})
+        problems += over_budgets(plan)
     if problems:
         raise PeftcError(*in_file_order(dict.fromkeys(problems)))  # what tasks have in common is wrong in each
     return plan
@@ -90,10 +83,20 @@ def _plan(draft: Draft) -> Plan:
     )
 
 
-def _with_tasks(plan: Plan, tasks: dict[str, Plan]) -> Plan:
+def over_budgets(plan: Plan) -> Iterator[Diagnostic]:
+    """The errors of all budgets that a plan and its tasks do not keep."""
+    common = plan.intentions.budgets
+    for one in (plan, *plan.tasks.values()):
+        memory_of = cache(one.memory)
+        budgets = (budget for budget in one.intentions.budgets if one is plan or budget not in common)
+        yield from filter(None, (over_budget(one, budget, memory_of) for budget in budgets))
+
+
+def with_tasks(plan: Plan, tasks: dict[str, Plan]) -> Plan:
     """A plan of what all tasks have in common, and these; behind the rows of the one stand each task's own."""
-    own = (replace(row, task=name) for name, task in tasks.items() for row in _beyond(plan.rows, task.rows))
-    return replace(plan, rows=(*plan.rows, *own), tasks=tasks)
+    common = tuple(row for row in plan.rows if row.task is None)
+    own = (replace(row, task=name) for name, task in tasks.items() for row in _beyond(common, task.rows))
+    return replace(plan, rows=(*common, *own), tasks=tasks)
 
 
 def _beyond(common: tuple[StatementCost, ...], rows: tuple[StatementCost, ...]) -> Iterator[StatementCost]:

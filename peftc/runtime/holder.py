@@ -39,6 +39,10 @@ class Holder(fx.GraphModule):
         """What continues text."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Writes the frozen weights that methods take a part out of, by the state as it is now."""
+        raise NotImplementedError
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -94,7 +94,7 @@ class Runtime(Switching):
             logits_in_training=fired is None,
         )
         keep_unread(root, self)
-        self._settle()
+        self.settle()
         self._set_forward()
         self.__dict__["fired"] += self.entries.fired
         self.register_state_dict_post_hook(keep_added)  # type: ignore[no-untyped-call]
@@ -103,11 +103,13 @@ class Runtime(Switching):
         self.register_load_state_dict_post_hook(prepare_again)  # type: ignore[no-untyped-call]
         self.train()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """The tensors in the base model's order, behind them what was added in that of the plan; and who they are."""
         own = (*self.base.named_parameters(remove_duplicate=False), *self.base.named_buffers(remove_duplicate=False))
         arrange(self, (*(name for name, _ in own), *self.plan.added))
+        unfrozen = self.watch.unfrozen if "watch" in self.__dict__ else set()
         self.__dict__["watch"] = Watch(self, self.base, self.plan)
+        self.watch.unfrozen |= unfrozen
 
     def __getattr__(self, name: str) -> Any:
         """nn.Module's; of what the base model has, and a graph has not, it says so."""
@@ -268,8 +270,7 @@ class Runtime(Switching):
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
-        copied._settle()
-        copied.watch.unfrozen |= self.watch.unfrozen
+        copied.settle()
         copied._set_forward()
         return copied.train(self.training)
 

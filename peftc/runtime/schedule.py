@@ -6,6 +6,7 @@ warmed up, one after it, which calls each scheduled method's `on_step`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,7 @@ from transformers import TrainerCallback
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
-from peftc.planning.plan import Binding
 from peftc.protocol.method import Place, Step
-from peftc.rewrite.state import prepare
 from peftc.runtime.errors import BadSchedule
 from peftc.runtime.holder import Holder
 
@@ -40,14 +39,14 @@ class Follower:
         self.total = total
         trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         scheduled = [
-            binding
-            for binding in compiled.plan.bindings
-            if binding.method.scheduled and any(id(t) in trained for t in _tensors(compiled, binding).values())
+            (binding, names)
+            for binding, names in compiled.plan.placed
+            if binding.method.scheduled and any(id(t) in trained for t in _tensors(compiled, names).values())
         ]
-        self.statements = [list(members) for _, members in groupby(scheduled, key=lambda binding: binding.statement)]
+        self.statements = [list(members) for _, members in groupby(scheduled, key=lambda placed: placed[0].span)]
         problems = [
             BadSchedule(method=first.method.name, reason=reason, span=first.span)
-            for first, *_ in self.statements
+            for (first, _), *_ in self.statements
             if (reason := first.method.misfit(total)) is not None
         ]
         if problems:
@@ -66,10 +65,10 @@ class Follower:
     def _before(self, *_: Any) -> None:
         """Remembers the parameters whose step is to be a shorter one."""
         self.cold = []
-        for bindings in self.statements:
-            warmth = bindings[0].method.warmth(self.step + 1)
+        for placed in self.statements:
+            warmth = placed[0][0].method.warmth(self.step + 1)
             if warmth != 1:
-                tensors = (tensor for binding in bindings for tensor in _tensors(self.compiled, binding).values())
+                tensors = (tensor for _, names in placed for tensor in _tensors(self.compiled, names).values())
                 learning = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
                 self.cold += [(warmth, tensor, tensor.detach().clone()) for tensor in learning.values()]
 
@@ -79,15 +78,15 @@ class Follower:
         for warmth, tensor, before in self.cold:  # as if the learning rate had been that multiple
             tensor.copy_(torch.lerp(before, tensor, warmth))
         step = Step(self.step, self.optimizer, self.total)
-        for bindings in self.statements:
-            places = [Place(binding.site, _tensors(self.compiled, binding)) for binding in bindings]
-            changed = bindings[0].method.on_step(step, places)
-            if changed and bindings[0].method.prepares:
-                prepare(self.compiled, self.compiled.plan)
+        for placed in self.statements:
+            method = placed[0][0].method
+            places = [Place(binding.site, _tensors(self.compiled, names)) for binding, names in placed]
+            if method.on_step(step, places) and method.prepares:
+                self.compiled.prepare()
 
 
-def _tensors(compiled: Holder, binding: Binding) -> dict[str, Tensor]:
-    return {name: get_attribute(compiled, full) for name, full in binding.names.items()}
+def _tensors(compiled: Holder, names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {name: get_attribute(compiled, full) for name, full in names.items()}
 
 
 class Schedule(TrainerCallback):

@@ -19,7 +19,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import set_tensor
 from peftc.planning.plan import of_task
 from peftc.rewrite.splicer import TASK_ROWS
-from peftc.rewrite.state import rewritten
+from peftc.rewrite.state import prepare, rewritten
 from peftc.runtime.asked import LOCK, Asked
 from peftc.runtime.errors import NoTasks, NotWhenTraced, UnknownTask
 
@@ -74,7 +74,7 @@ class Switching(Asked):
         Raises:
             PeftcError: `unknown-task`.
         """
-        self._known([task])
+        self.known([task])
         self.__dict__["selected"] = Selected() if task is None else Selected((task,))
         self.face()
         return self
@@ -103,11 +103,11 @@ class Switching(Asked):
         if tasks is None:
             selected, rows = self.selected, ()
         else:
-            self._known(tasks)
+            self.known(tasks)
             selected, rows = self._by_row(tuple(tasks))
         if selected == Selected():
             return self
-        key = (tuple(map(self._kind, selected.tasks)), selected.off, selected.by_row)
+        key = (tuple(map(self.kind, selected.tasks)), selected.off, selected.by_row)
         if torch.compiler.is_compiling():
             if key not in self.faces or selected.by_row:
                 raise PeftcError(NotWhenTraced())
@@ -123,16 +123,27 @@ class Switching(Asked):
             set_tensor(face.module, TASK_ROWS, torch.tensor(rows, device=self.device))
         return face.module
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Writes the frozen weights that methods take a part out of, by the state as it is now."""
+        prepare(self, self.plan)
+        for task, plan in self.plan.tasks.items():
+            if set(rewritten(plan)) - set(rewritten(self.plan)):
+                face = self.face([task])
+                prepare(face, face.plan)
+
     def lend(self, other: Any, names: Mapping[str, str]) -> None:
         """Gives another graph this model's tensors: its names -> this one's."""
         raise NotImplementedError
 
-    def _known(self, tasks: Sequence[str | None]) -> None:
+    def known(self, tasks: Sequence[str | None]) -> None:
+        """Raises PeftcError `unknown-task` where one of them is none."""
         for task in tasks:
             if task is not None and task not in self.plan.tasks:
                 raise PeftcError(UnknownTask(name=str(task), known=self.tasks))
 
-    def _kind(self, task: str) -> Hashable:
+    def kind(self, task: str) -> Hashable:
+        """What tasks are alike in that one graph is for, with other tensors."""
         plan = self.plan.tasks[task]
         writes = set(rewritten(plan)) - set(rewritten(self.plan))  # a frozen weight of its own
         return self.plan.kind(task), task if writes else None
@@ -142,9 +153,9 @@ class Switching(Asked):
         asked = [task for task in self.plan.tasks if task in tasks]
         if len(set(tasks)) <= 1:
             return Selected(tuple(asked)), ()
-        count = Counter(map(self._kind, asked))
+        count = Counter(map(self.kind, asked))
         places = list(chain.from_iterable(
-            _filled([task for task in asked if self._kind(task) == kind]) for kind in sorted(count, key=repr)
+            _filled([task for task in asked if self.kind(task) == kind]) for kind in sorted(count, key=repr)
         ))  # fmt: skip
         rows = tuple(-1 if task is None else places.index(task) for task in tasks)
         return Selected(tuple(places), by_row=True), rows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from peftc import language as ast
+from peftc.diagnostics.source import Source
 
 
 def tasks_of(statements: tuple[ast.Statement, ...]) -> Iterator[ast.Task]:
@@ -25,6 +27,27 @@ def without_tasks(spec: ast.Spec) -> ast.Spec:
 def of_task(spec: ast.Spec, task: ast.Task) -> ast.Spec:
     """What one task comes to: what all have in common, and behind it the task's own statements."""
     return ast.Spec((*_shared(spec.statements), *task.body), spec.source, span=spec.span)
+
+
+def with_tasks(spec: ast.Spec, tasks: Iterable[ast.Task]) -> ast.Spec:
+    """A spec with other tasks in place of its own."""
+    return ast.Spec((*_shared(spec.statements), *tasks), spec.source, span=spec.span)
+
+
+def task_from(name: str, statements: str) -> ast.Task:
+    """A task from its name and the text of its statements.
+
+    Raises:
+        PeftcError: with what is wrong with the text, or with the name.
+    """
+    (task,) = ast.parse(Source(f"<task {name}>", f"task {name} {{\n{statements}\n}}")).statements
+    assert isinstance(task, ast.Task)
+    return task
+
+
+def renamed(task: ast.Task, name: str) -> ast.Task:
+    """The same task under another name."""
+    return replace(task, name=task_from(name, "").name)
 
 
 def _shared(statements: tuple[ast.Statement, ...]) -> Iterator[ast.Statement]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.rewrite.state import prepare
 from peftc.runtime.holder import Holder
 
 
@@ -31,8 +30,7 @@ def ignore_frozen(module: Holder, incompatible: Any) -> None:
 
 def prepare_again(module: Holder, _incompatible: Any) -> None:
     """Frozen weights that depend on state, such as what ReLoRA has merged, follow the state that was loaded."""
-    with torch.no_grad():
-        prepare(module, module.plan)
+    module.prepare()
 
 
 def _ends_with_one_of(name: str, frozen: set[str]) -> bool:
