@@ -64,7 +64,8 @@ class Again:
         for node in graph.find_nodes(op="get_attr"):
             name = str(node.target)
             found = own[name] if name in own else self.at_home(get_attribute(compiled, name))
-            there[name] = value(node) if getattr(found, "is_meta", False) else found  # it lies in a checkpoint
+            if not isinstance(found, bool):  # whether it is training
+                there[name] = value(node) if getattr(found, "is_meta", False) else found  # it lies in a checkpoint
         module = fx.GraphModule(aliases_of(there), graph, class_name=compiled.plan.sites.model)
         again = replace(compiled.plan.captured, module=module)
         return self._over_what_is_there(make_plan(again, find_sites(again), intentions))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from peftc.graph.ir import expression
 from peftc.kernels.rows_of_batch import row_scales
 from peftc.protocol.method import PLAIN, Here, LowRank, Method, State
 from peftc.protocol.stages import OPERANDS
@@ -65,7 +66,7 @@ class ByRow(Method):
 
     def rewrite(self, site: Any, x: Tensor, y: Tensor, which: Tensor, **known: Any) -> Tensor:
         """The rows of x and y [rows * n, ..., features] stand in the order of the batch."""
-        whole, x, y = y, _by_row(x, which), _by_row(y, which)
+        x, y, whole = _by_row(x, which), _by_row(y, which), y
         found = [(member, member.method.low_rank(site, member.own(known))) for member in self.members]
         thin = [(member, branch) for member, branch in found if branch is not None]
         for p in dict.fromkeys(branch.dropout for _, branch in thin):
@@ -75,14 +76,14 @@ class ByRow(Method):
             if branch is None:
                 changed = member.method.rewrite(site, x, y, **self._chosen(member, member.method.asks, known))
                 y = torch.where((which == member.number)[:, None, None], changed, y)
-        return y.reshape(whole.shape)
+        return _as_before(y, whole)
 
     def rewrite_input(self, site: Any, x: Tensor, which: Tensor, **known: Any) -> Tensor:
-        whole, x = x, _by_row(x, which)
+        x, whole = _by_row(x, which), x
         for member in self.members:
             changed = member.method.rewrite_input(site, x, **self._chosen(member, member.method.asks_input, known))
             x = torch.where((which == member.number)[:, None, None], changed, x)
-        return x.reshape(whole.shape)
+        return _as_before(x, whole)
 
     @staticmethod
     def _chosen(member: Member, asks: Any, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +93,14 @@ class ByRow(Method):
 
 def _by_row(value: Tensor, which: Tensor) -> Tensor:
     """[rows, n, features]"""
+    if value.dim() == 3 and expression(value.shape[0]) == expression(which.shape[0]):
+        return value
     return value.reshape(which.shape[0], -1, value.shape[-1])
+
+
+def _as_before(value: Tensor, whole: Tensor) -> Tensor:
+    """In the shape of `whole`, which `_by_row` was asked for."""
+    return value if [*map(expression, value.shape)] == [*map(expression, whole.shape)] else value.reshape(whole.shape)
 
 
 def _together(x: Tensor, which: Tensor, found: list[tuple[int, LowRank]], p: float, here: Here) -> Tensor:
