@@ -26,7 +26,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.decoding import decoder
 from peftc.driver.passes import PASSES, UNFUSED, Pass, Work, run
 from peftc.driver.planned import Again, plan_model
-from peftc.driver.tasks import face, start
+from peftc.driver.tasks import face, put, start
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.optimise.fold import fold_blocks
 from peftc.optimise.regions import BlockModule, mark
@@ -85,7 +85,7 @@ def build(
     history = list(run(work, PASSES if fuse else UNFUSED, timings))
     for task in plan.tasks:
         with timings.stage("tasks"):
-            start(work.module, plan, task, state, data)
+            put(work.module, start(work.module, plan, task, state, data))
     with timings.stage("fold"):
         outer = fold_blocks(work.module, plan.sites.blocks, BlockModule if fuse else fx.GraphModule)
         if fuse:

@@ -35,8 +35,8 @@ Build = Callable[..., Runtime]
 
 def start(
     module: nn.Module, plan: Plan, task: str, state: Mapping[str, Tensor] | None, data: Mapping[Binding, Any] | None
-) -> None:
-    """Puts into `module` what a task of `plan` keeps for itself, as it starts, or as `state` has it.
+) -> dict[str, Tensor]:
+    """What a task of `plan` keeps for itself, by its names in the model: as it starts, or as `state` has it.
 
     Args:
         module: with what all tasks have in common.
@@ -52,8 +52,13 @@ def start(
     names = (*plan.own_tensors(task), *plan.own_trained(task))
     known = None if state is None else {name: state[of_task(task, name)] for name in names}
     begin(scratch, own, plan.own_bindings(task), plan.own_trained(task), known, data)
-    for name in names:
-        set_tensor(module, of_task(task, name), get_attribute(scratch, name))
+    return {of_task(task, name): get_attribute(scratch, name) for name in names}
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in their places."""
+    for name, tensor in tensors.items():
+        set_tensor(module, name, tensor)
 
 
 def face(compiled: Runtime, selected: Selected, build: Build) -> Face:
@@ -77,9 +82,7 @@ def face(compiled: Runtime, selected: Selected, build: Build) -> Face:
         other |= set(rewritten(plan)) ^ set(rewritten(compiled.plan))
         common = compiled.tensors_in_common & (tensors(plan.captured.module).keys() | plan.tensors.keys()) - other
         names = Face(None, own, common).borrowed(selected.tasks)
-        state = {
-            name: again.at_home(get_attribute(compiled, names[name])) for name in (*plan.tensors, *plan.trained)
-        }
+        state = {name: again.at_home(get_attribute(compiled, names[name])) for name in (*plan.tensors, *plan.trained)}
         made = build(plan, Timings(), state, fuse=compiled.is_fused)
     made = made.to(compiled.device) if again.home != compiled.device else made
     return Face(made, own, common & tensors(made).keys())
@@ -112,16 +115,21 @@ def add(compiled: Runtime, name: str, given: str | Path, instead: bool = False) 
     plan = compiled.plan
     if instead:
         compiled.known([name])
-    before = [task for task in tasks_of(plan.spec.statements) if not (instead and task.name.text == name)]
     with ordinary_tensors():
         text, state = _given(compiled, given)
-        wanted = resolve(with_tasks(plan.spec, [*before, task_from(name, text)]))
+        task, tasks = task_from(name, text), [*tasks_of(plan.spec.statements)]
+        tasks = [task if other.name.text == name else other for other in tasks] if instead else [*tasks, task]
+        wanted = resolve(with_tasks(plan.spec, tasks))
         one = replace(wanted, tasks={name: wanted.tasks[name]}, budgets=[])
-        made = Again(compiled).over_the_same_graph(one).tasks[name]
-        whole = planner.with_tasks(replace(plan, intentions=wanted), {**plan.tasks, name: made})
+        planned = Again(compiled).over_the_same_graph(one).tasks[name]
+        whole = planner.with_tasks(replace(plan, intentions=wanted), {**plan.tasks, name: planned})
         if problems := [*planner.over_budgets(whole)]:
             raise PeftcError(*problems)
-        start(compiled, whole, name, None if state is None else _own_state(compiled, whole, name, state), None)
+        known = None if state is None else _own_state(compiled, whole, name, state)
+        made = start(compiled, whole, name, known, None)
+    if instead:
+        _shelves(compiled).pop(name)
+    put(compiled, made)
     _now(compiled, whole)
     compiled.face([name])
 

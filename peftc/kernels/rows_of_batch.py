@@ -41,7 +41,9 @@ def row_scales(which: Tensor, owners: Sequence[int], ranks: Sequence[int], scale
         ranks: the columns of each branch.
         scales: the factor of each branch, in the rows of its task; it is 0 in others.
     """
-    each = torch.tensor(list(scales), device=which.device) * (which[:, None] == torch.tensor(list(owners), device=which.device))
+    each = torch.tensor(list(scales), device=which.device) * (
+        which[:, None] == torch.tensor(list(owners), device=which.device)
+    )
     return torch.repeat_interleave(each, torch.tensor(list(ranks), device=which.device), 1, output_size=sum(ranks))
 
 

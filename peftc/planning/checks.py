@@ -149,9 +149,7 @@ def frozen_in_a_task(shared: Draft, tasks: Mapping[str, Draft]) -> Iterator[Diag
     for name, task in tasks.items():
         if kept := sorted(shared.trained.keys() - task.trained.keys()):
             trains = shared.trained[kept[0]]
-            yield say.FrozenInATask(
-                task=name, parameter=kept[0], trains=trains, span=_freezing(task, shared) or trains
-            )
+            yield say.FrozenInATask(task=name, parameter=kept[0], trains=trains, span=_freezing(task, shared) or trains)
 
 
 def _freezing(task: Draft, shared: Draft) -> Span | None:

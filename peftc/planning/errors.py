@@ -248,13 +248,15 @@ class OverBudget(Diagnostic):
 
 
 class NothingTrains(Diagnostic):
-    """Points at the end of the spec, where what is missing may stand."""
+    """Points at the end of the spec, where what is missing may stand, or at the task that has nothing."""
 
     code = "nothing-trains"
+    task: str = ""
 
     @property
     def title(self) -> str:
-        return "nothing would train: the spec applies no method and trains no parameter"
+        what = f"task '{self.task}'" if self.task else "the spec"
+        return f"nothing would train: {what} applies no method and trains no parameter"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ from peftc.protocol.site import Sequence, Site
 from peftc.protocol.sites import Sites
 from peftc.spec.resolve import Intentions
 
-
 TASK = "task"  # the module in which tensors of tasks lie, by the task's name
 
 

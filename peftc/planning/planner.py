@@ -29,6 +29,7 @@ from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence,
 from peftc.protocol.sites import Sites
 from peftc.roles.stacks import linked
 from peftc.spec.resolve import Application, Intentions, Training
+from peftc.spec.tasks import tasks_of
 
 
 def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
@@ -47,9 +48,10 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
     drafts = {name: _drafted(captured, select, one, problems) for name, one in intentions.tasks.items()}
     draft = _drafted(captured, select, intentions, problems)
     problems += frozen_in_a_task(draft, drafts)
-    for each in drafts.values() or [draft]:
+    places = {task.name.text: task.name.span for task in tasks_of(intentions.spec.statements)}
+    for name, each in (drafts or {"": draft}).items():
         if not (each.bindings or each.trained or problems or each.intentions.may_be_empty):
-            problems.append(say.NothingTrains(span=_last(each.intentions.spec)))
+            problems.append(say.NothingTrains(task=name, span=places.get(name) or _last(each.intentions.spec)))
     if not problems:
         plan = with_tasks(_plan(draft), {name: _plan(one) for name, one in drafts.items()})
         problems += over_budgets(plan)

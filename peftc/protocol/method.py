@@ -26,8 +26,8 @@ from peftc.protocol.site import Linear, Site
 from peftc.protocol.storage import Storage
 
 __all__ = [
-    "PLAIN", "REQUIRED", "Data", "Here", "Init", "LowRank", "Method", "Param", "Place", "Stage", "State", "Step", "divisors_near",
-    "kinds", "method", "methods", "param",
+    "PLAIN", "REQUIRED", "Data", "Here", "Init", "LowRank", "Method", "Param", "Place", "Stage", "State", "Step",
+    "divisors_near", "kinds", "method", "methods", "param",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
@@ -243,7 +243,7 @@ class _Acting:
         return (weight.to(change.dtype) + change).to(weight.dtype), bias  # rounded once, where all of it is known
 
     def low_rank(self, site: Any, state: Mapping[str, Tensor]) -> LowRank | None:
-        """The branch that `rewrite` adds, where that is all that it does: those of several tasks are computed as one."""
+        """The branch that `rewrite` adds, where it does nothing else: those of several tasks are computed as one."""
         return None
 
     def adds_bias(self, site: Any) -> bool:

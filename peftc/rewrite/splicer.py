@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -80,7 +80,7 @@ class Splicer:
         """The number of the task of each row of the batch: what the model is told of it, for as many as there are."""
         known = self.graph.find_nodes(op="call_function", target=torch.ops.peftc.rows_of_batch.default)
         if known:
-            return next(iter(known))
+            return cast(fx.Node, next(iter(known)))
         first = next(node for node in self.graph.find_nodes(op="placeholder") if value(node).dim())
         if TASK_ROWS not in dict(self.module.named_buffers()):
             set_tensor(self.module, TASK_ROWS, torch.zeros(1, dtype=torch.long, device=value(first).device))

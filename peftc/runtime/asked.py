@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -88,7 +88,7 @@ class Asked(Holder):
             PeftcError: `cannot-generate` for a model that does not.
         """
         if (face := self.face()) is not self:
-            return face.continuation()
+            return cast(Decoder, face.continuation())
         if not self.can_generate() or self.make_continuation is None:
             raise PeftcError(CannotGenerate(model=self.plan.sites.model))
         with LOCK:
@@ -96,14 +96,15 @@ class Asked(Holder):
                 self.__dict__["continues_by"] = self.make_continuation(self)
         if self.continues_by is None:
             raise PeftcError(CannotGenerate(model=self.plan.sites.model))
-        return self.continues_by
+        found: Decoder = self.continues_by
+        return found
 
-    def generate(self, *args: Any, tasks: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with all that it takes; nothing is dropped out, whatever the mode.
 
         Args:
             args: transformers' own.
-            tasks: the task of each text; that in use for all by default.
+            tasks: the task of each text, or None, in a list; that in use for all by default.
             kwargs: transformers' own.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from inspect import get_annotations
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,6 @@ from peftc.runtime.errors import (
     Transformed,
 )
 from peftc.runtime.generation.text import continued
-from peftc.runtime.holder import Holder
 from peftc.runtime.schedule import Follower, Schedule
 from peftc.runtime.tasks import Selected, Switching
 from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_casts
@@ -70,7 +70,7 @@ class Runtime(Switching):
         Raises:
             PeftcError: `taken-name` where a part of the model would hide something of this, or be hidden.
         """
-        own = {*dir(type(self)), *(name for cls in Runtime.__mro__ for name in cls.__dict__.get("__annotations__", ()))}
+        own = {*dir(type(self)), *(name for cls in Runtime.__mro__ for name in get_annotations(cls))}
         if taken := sorted(own & {name.partition(".")[0] for name in tensors(root)}):
             raise PeftcError(*(TakenName(model=plan.sites.model, name=name) for name in taken))
         super().__init__(root, graph, class_name=plan.sites.model)
@@ -144,7 +144,7 @@ class Runtime(Switching):
                     return continued(self, args, kwargs)
             elif torch.compiler.is_dynamo_compiling():
                 self._check_traced()
-            tokens = kwargs.pop(NAME, None) if self.accepts_loss_kwargs else None
+            tokens = kwargs.pop(NAME, None) if self.entries.counts_tokens else None
             if not torch.compiler.is_compiling():
                 graph, given = self.routed(args, kwargs)
                 return graph._run(given, tokens)
@@ -219,12 +219,12 @@ class Runtime(Switching):
             if theirs[name] is not (tensor := get_attribute(self, mine)):
                 set_tensor(other, name, tensor)
         other.__dict__["logits_in_training"] = self.logits_in_training
-        mine = dict(self.named_modules())
+        modules = dict(self.named_modules())
         for path, module in other.named_modules():
-            if path in mine:
-                module.training = mine[path].training
-            if path in mine and path:  # of the whole the caller's own call runs them
-                module.__dict__.update({name: mine[path].__dict__[name] for name in HOOKS})
+            if path in modules:
+                module.training = modules[path].training
+            if path in modules and path:  # of the whole the caller's own call runs them
+                module.__dict__.update({name: modules[path].__dict__[name] for name in HOOKS})
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced again where requires_grad differs
     def _check_traced(self) -> None:
@@ -301,7 +301,8 @@ class Runtime(Switching):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether a call takes `num_items_in_batch`, which Trainer asks for."""
-        return self.entries.counts_tokens
+        face = self.face()
+        return self.entries.counts_tokens if face is self else bool(face.accepts_loss_kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -328,7 +329,8 @@ class Runtime(Switching):
         The loss that the model itself returns in training has it already.
         """
         if (face := self.face()) is not self:
-            return face.penalty()
+            penalty: Tensor = face.penalty()
+            return penalty
         total = torch.zeros((), device=self.device)
         for binding in penalised(self.plan):
             state = {name: get_attribute(self, full) for name, full in binding.names.items()}

@@ -23,6 +23,8 @@ from peftc.rewrite.state import prepare, rewritten
 from peftc.runtime.asked import LOCK, Asked
 from peftc.runtime.errors import NoTasks, NotWhenTraced, UnknownTask
 
+Key = tuple[tuple[Hashable, ...], bool, bool]  # the kinds of tasks, whether off, whether by row
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -54,7 +56,7 @@ class Face:
 class Switching(Asked):
     """A compiled model as far as it has several tasks."""
 
-    faces: dict[Hashable, Face]
+    faces: dict[Key, Face]
     selected: Selected
     make_face: Callable[[Any, Selected], Face] | None
 
@@ -100,14 +102,15 @@ class Switching(Asked):
         Raises:
             PeftcError: `unknown-task`; `not-by-row` where tasks cannot be told apart by row.
         """
+        rows: tuple[int, ...] = ()
         if tasks is None:
-            selected, rows = self.selected, ()
+            selected = self.selected
         else:
             self.known(tasks)
             selected, rows = self._by_row(tuple(tasks))
         if selected == Selected():
             return self
-        key = (tuple(map(self.kind, selected.tasks)), selected.off, selected.by_row)
+        key: Key = (tuple(map(self.kind, selected.tasks)), selected.off, selected.by_row)
         if torch.compiler.is_compiling():
             if key not in self.faces or selected.by_row:
                 raise PeftcError(NotWhenTraced())

@@ -130,7 +130,7 @@ def test_two_optimisers_drive_what_each_of_them_trains() -> None:
     rest = [parameter for name, parameter in two.trainable_parameters().items() if "mlp" not in name]
     apart = [AdamW(members, lr=1e-2, weight_decay=0.1) for members in (rest, down)]
     followers = [two.follow(optimizer) for optimizer in apart]
-    assert [{binding.site.name[-6:] for binding in f.statements[0]} for f in followers] == [{"q_proj"}, {"n_proj"}]
+    assert [{binding.site.name[-6:] for binding, _ in f.statements[0]} for f in followers] == [{"q_proj"}, {"n_proj"}]
     for step in range(1, 6):
         train(one, together, range(step, step + 1))
         torch.manual_seed(step)

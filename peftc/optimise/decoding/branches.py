@@ -63,9 +63,7 @@ def dora_products(
     return outputs
 
 
-def products_by_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scales: Tensor
-) -> Tensor:
+def products_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
     """y = W x + bias + B (s * A x), where each row of the batch has scales of its own.
 
     Args:
@@ -85,7 +83,7 @@ def products_by_row(
 
 
 def fewer_by_row(graph: fx.Graph) -> None:
-    """Computes branches whose columns belong to rows of the batch in these few operations, where all is of one dtype."""
+    """Computes branches whose columns belong to rows of the batch in these few operations, all of one dtype."""
     for scaled in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
         found = _around(scaled)
         if found is not None and len({value(node).dtype for node in found[1:] if node is not None}) == 1:
@@ -97,13 +95,14 @@ def fewer_by_row(graph: fx.Graph) -> None:
 def _around(scaled: fx.Node) -> tuple[Any, ...] | None:
     """y = linear(x, W, bias) + linear(linear(x, A) * s, B) around the product with s: y, x, W, bias, A, B, s."""
     thin, scales = scaled.args
+    source: Any = scales.args[0] if isinstance(scales, fx.Node) and scales.args else None
     if not (isinstance(thin, fx.Node) and isinstance(scales, fx.Node)) or thin.target is not LINEAR:
         return None
-    if scales.target is not aten.unsqueeze.default or scales.args[0].target is not ROW_SCALES:  # type: ignore[union-attr]
+    if scales.target is not aten.unsqueeze.default or source.target is not ROW_SCALES:
         return None
     wide, total = _only(scaled, LINEAR), None
     if wide is not None and (total := _only(wide, aten.add.Tensor)) is not None and not total.kwargs:
-        base = total.args[0]
+        base: Any = total.args[0]
         alone = isinstance(base, fx.Node) and base.target is LINEAR and len(base.users) == 1
         if alone and len(thin.users) == 1 and base.args[0] is thin.args[0] and value(base).dim() == 3:
             x, weight, *bias = base.args

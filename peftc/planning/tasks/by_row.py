@@ -34,8 +34,8 @@ class Member:
 class ByRow(Method):
     """A method for each task, each for the rows that are the task's.
 
-    Low-rank branches are one, whose columns are all of theirs: of a row it has those of its task. As many columns as all
-    tasks together have are few beside a weight, and no row's matrices are gathered. Other methods compute all rows.
+    Low-rank branches are one, whose columns are those of all tasks: a row has its own task's. All of them together are
+    few beside a weight, and no row's matrices are gathered. Other methods compute all rows.
     """
 
     name = "by_row"

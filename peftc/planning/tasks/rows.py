@@ -1,4 +1,4 @@
-"""The plan of a batch whose rows are of several tasks: what all have in common, and each task's methods for its rows."""
+"""The plan of a batch whose rows are of several tasks: what all have in common, and what each does to its own rows."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def _obstacle(binding: Binding, task: Plan) -> str | None:
 
 
 def _values(site: Site) -> Iterator[fx.Node]:
-    yield from (use.x for use in site.uses) if isinstance(site, Projection) else (*site.reads()[:1], *site.changes()[:1])
+    yield from (
+        (use.x for use in site.uses) if isinstance(site, Projection) else (*site.reads()[:1], *site.changes()[:1])
+    )
 
 
 def _has_rows(node: fx.Node, plan: Plan) -> bool:
