@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from peftc.graph.ir import computed, drop_unread, value
-
-aten = torch.ops.aten
-LINEAR, ROW_SCALES = aten.linear.default, torch.ops.peftc.row_scales.default
+from peftc.graph.ir import computed, value
 
 Many = Sequence[Tensor]
 
@@ -61,59 +58,6 @@ def dora_products(
         if biases and (bias := biases[place]) is not None:
             y.add_(bias)
     return outputs
-
-
-def products_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    """y = W x + bias + B (s * A x), where each row of the batch has scales of its own.
-
-    Args:
-        x: [batch, tokens, n_in].
-        weight: W [n_out, n_in].
-        bias: [n_out] or None.
-        a: [r, n_in].
-        b: [n_out, r].
-        scales: [batch, 1, r].
-    """
-    batch, tokens, n_in = x.shape
-    flat = x.reshape(-1, n_in)
-    y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-    thin = torch.mm(flat, a.t())
-    thin.view(batch, tokens, -1).mul_(scales)
-    return y.addmm_(thin, b.t()).view(batch, tokens, -1)
-
-
-def fewer_by_row(graph: fx.Graph) -> None:
-    """Computes branches whose columns belong to rows of the batch in these few operations, all of one dtype."""
-    for scaled in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
-        found = _around(scaled)
-        if found is not None and len({value(node).dtype for node in found[1:] if node is not None}) == 1:
-            total, *operands = found
-            total.target, total.args = products_by_row, tuple(operands)
-    drop_unread(graph)
-
-
-def _around(scaled: fx.Node) -> tuple[Any, ...] | None:
-    """y = linear(x, W, bias) + linear(linear(x, A) * s, B) around the product with s: y, x, W, bias, A, B, s."""
-    thin, scales = scaled.args
-    source: Any = scales.args[0] if isinstance(scales, fx.Node) and scales.args else None
-    if not (isinstance(thin, fx.Node) and isinstance(scales, fx.Node)) or thin.target is not LINEAR:
-        return None
-    if scales.target is not aten.unsqueeze.default or source.target is not ROW_SCALES:
-        return None
-    wide, total = _only(scaled, LINEAR), None
-    if wide is not None and (total := _only(wide, aten.add.Tensor)) is not None and not total.kwargs:
-        base: Any = total.args[0]
-        alone = isinstance(base, fx.Node) and base.target is LINEAR and len(base.users) == 1
-        if alone and len(thin.users) == 1 and base.args[0] is thin.args[0] and value(base).dim() == 3:
-            x, weight, *bias = base.args
-            return total, x, weight, *(bias or [None]), thin.args[1], wide.args[1], scales
-    return None
-
-
-def _only(node: fx.Node, target: Any) -> fx.Node | None:
-    """The one node that reads another, where it is of this kind."""
-    readers = list(node.users)
-    return readers[0] if len(readers) == 1 and readers[0].target is target else None
 
 
 def fewer_branches(graph: fx.Graph) -> None:

@@ -16,7 +16,8 @@ from torch import fx
 from peftc.capture.cached import ENCODED, LOGITS, Cached
 from peftc.graph.ir import PROVENANCE
 from peftc.optimise.decoding.attention import drop_whole_slices, share_keys
-from peftc.optimise.decoding.branches import fewer_branches, fewer_by_row
+from peftc.optimise.decoding.branches import fewer_branches
+from peftc.optimise.decoding.by_row import fewer_by_row
 from peftc.optimise.decoding.elementwise import fewer_operations
 from peftc.optimise.decoding.inference import computed_once, for_inference
 from peftc.optimise.decoding.program import Program, cut, program

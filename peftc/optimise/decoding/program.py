@@ -16,9 +16,11 @@ from torch import fx, nn
 
 from peftc.capture.convention import size_by_others
 from peftc.graph.ir import copied, drop_unread, is_tensor, memory, value
+from peftc.optimise.decoding.by_row import stacked_a, stacked_b
 from peftc.roles.images import upstream
 
 SIZE = torch.ops.aten.sym_size.int
+STACKED = (stacked_a, stacked_b)
 
 Code = Callable[..., tuple[Any, ...]]
 
@@ -110,7 +112,7 @@ def _is_small(node: fx.Node, sources: set[fx.Node]) -> bool:
         return False
     if memory(node) in {memory(source) for source in sources}:
         return True
-    if node.target is torch.ops.aten.cat.default:  # branches side by side: no pass puts the base's weights so
+    if node.target in STACKED:  # what methods keep, and no weight of the base
         return True
     largest = max(_bytes(source) for source in sources)
     return _bytes(node) <= max(largest / 16, 4096)

@@ -106,7 +106,7 @@ def _as_before(value: Tensor, whole: Tensor) -> Tensor:
 def _together(x: Tensor, which: Tensor, found: list[tuple[int, LowRank]], p: float, here: Here) -> Tensor:
     """B (m * A x): m has a task's scale in its own columns for its own rows, and 0 elsewhere."""
     a = torch.cat([branch.a for _, branch in found], -2)
-    b = torch.cat([branch.b for _, branch in found], -1)
+    b = torch.cat([branch.b.transpose(-1, -2) for _, branch in found], -2).transpose(-1, -2)  # read column by column
     owners, scales = [number for number, _ in found], [branch.scale for _, branch in found]
     mask = row_scales(which, owners, [branch.a.shape[-2] for _, branch in found], scales)
     x = dropout(x.to(a.dtype), p) if p else x.to(a.dtype)
