@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from peftc.graph.ir import computed, value
+from peftc.optimise.decoding.packed import WIDE, Weight, times
 
 Many = Sequence[Tensor]
 
-# Of which a matrix times one row is sooner than of a matrix of one row.
-WIDE = (torch.float32, torch.float64)
-
-
 def products(
-    x: Tensor, weights: Many, biases: Sequence[Tensor | None], a: Many, b: Many, scales: Sequence[float]
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], a: Many, b: Many, scales: Sequence[float]
 ) -> list[Tensor]:
     """y_i = W_i x + bias_i + scale_i B_i A_i x.
 
@@ -32,24 +29,18 @@ def products(
     before, n_in = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, n_in)
     outputs = []
-    if flat.shape[0] == 1 and x.dtype in WIDE:
-        row = flat.view(n_in)
-        for place, weight in enumerate(weights):
-            bias = biases[place] if biases else None
-            y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
-            y.addmv_(b[place], torch.mv(a[place], row), alpha=scales[place])
-            outputs.append(y.view(*before, -1))
-        return outputs
     for place, weight in enumerate(weights):
-        bias = biases[place] if biases else None
-        y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-        y.addmm_(torch.mm(flat, a[place].t()), b[place].t(), alpha=scales[place])
+        y = times(flat, weight, biases[place] if biases else None)
+        if flat.shape[0] == 1 and x.dtype in WIDE:
+            y.view(-1).addmv_(b[place], torch.mv(a[place], flat.view(-1)), alpha=scales[place])
+        else:
+            y.addmm_(torch.mm(flat, a[place].t()), b[place].t(), alpha=scales[place])
         outputs.append(y.view(*before, -1))
     return outputs
 
 
 def dora_products(
-    x: Tensor, weights: Many, biases: Sequence[Tensor | None], a: Many, b: Many, lengths: Many, scales: Sequence[float]
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], a: Many, b: Many, lengths: Many, scales: Sequence[float]
 ) -> list[Tensor]:
     """y_i = length_i * (W_i x + scale_i B_i A_i x) + bias_i: as `products`, and lengths [n_out_i]."""
     outputs = products(x, weights, [], a, b, scales)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from peftc.graph.ir import computed, drop_unread, value
+from peftc.optimise.decoding.packed import Weight, times
 
 aten = torch.ops.aten
 LINEAR, ROW_SCALES = aten.linear.default, torch.ops.peftc.row_scales.default
@@ -67,7 +68,7 @@ def stacked_b(matrices: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return made
 
 
-def products(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, by_task: Groups) -> Tensor:
+def products(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, by_task: Groups) -> Tensor:
     """y = W x + bias + B_t A_t x, t the task of a row.
 
     Args:
@@ -80,7 +81,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
     """
     batch, tokens, n_in = x.shape
     flat = x.reshape(-1, n_in)
-    y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+    y = times(flat, weight, bias)
     tasks, rows, places, theirs = by_task
     if rows is None:
         y.view(tasks, -1, y.shape[1]).baddbmm_(torch.bmm(flat.view(tasks, -1, n_in), a), b)

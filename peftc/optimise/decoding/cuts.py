@@ -9,6 +9,7 @@ begins, and what goes on is another graph, without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -16,10 +17,13 @@ from torch import fx
 from peftc.capture.cached import ENCODED, LOGITS, Cached
 from peftc.graph.ir import PROVENANCE
 from peftc.optimise.decoding.attention import drop_whole_slices, share_keys
-from peftc.optimise.decoding.branches import fewer_branches
+from peftc.optimise.decoding.branches import dora_products, fewer_branches
+from peftc.optimise.decoding.branches import products as products_beside
 from peftc.optimise.decoding.by_row import fewer_by_row
+from peftc.optimise.decoding.by_row import products as products_by_row
 from peftc.optimise.decoding.elementwise import fewer_operations
 from peftc.optimise.decoding.inference import computed_once, for_inference
+from peftc.optimise.decoding.packed import keep_eight_bits
 from peftc.optimise.decoding.program import Program, cut, program
 from peftc.optimise.decoding.room import grow_in_place
 from peftc.optimise.decoding.rotary import turn_at_once
@@ -28,8 +32,13 @@ from peftc.optimise.decoding.spelling import respell
 aten = torch.ops.aten
 
 
+TAKE_EIGHT_BITS = (products_beside, dora_products, products_by_row)
+
 # What makes a step of few tokens shorter, each in place.
-SHORTER = (drop_whole_slices, share_keys, turn_at_once, fewer_branches, fewer_by_row, fewer_operations)
+SHORTER = (
+    drop_whole_slices, share_keys, turn_at_once, fewer_branches, fewer_by_row,
+    partial(keep_eight_bits, readers=TAKE_EIGHT_BITS), fewer_operations,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
