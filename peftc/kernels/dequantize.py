@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftc.kernels.common.decoder import Decode, decoder
+from peftc.kernels.common.operation import runs
 
 NESTED_BLOCK = 256
 INT8_STEP = 7.874015718698502e-3  # 1/127
@@ -111,7 +112,15 @@ def dequantize_int8(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: 
     return dense
 
 
-@torch.library.impl("peftc::dequantize_4bit", "CompositeExplicitAutograd")
+def scales_of(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The scale of each block, fp32, of what `dequantize_4bit` is given."""
+    if nested_absmax is None or offset is None:
+        return absmax.float()
+    scales = dynamic_map(absmax.device).index_select(0, absmax.int())
+    _scale(scales, nested_absmax.float(), NESTED_BLOCK)
+    return scales.add_(offset)
+
+
 def _four_bits(
     packed: Tensor,
     absmax: Tensor,
@@ -122,11 +131,7 @@ def _four_bits(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    scales = absmax.float()
-    if nested_absmax is not None and offset is not None:
-        scales = dynamic_map(absmax.device).index_select(0, absmax.int())
-        _scale(scales, nested_absmax.float(), NESTED_BLOCK)
-        scales += offset
+    scales = scales_of(absmax, nested_absmax, offset)
     plain = _plain_decoder(levels, block, dtype)
     if packed.device.type == "cpu" and shape[-1] % block == 0:
         sooner = decoder(levels, block, dtype, plain)
@@ -178,7 +183,6 @@ def _fake_of_four_bits(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.impl("peftc::dequantize_int8", "CompositeExplicitAutograd")
 def _eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     whole = torch.empty(values.shape, dtype=dtype, device=values.device)
     step = max(1, NUMBERS // values.shape[1])
@@ -195,6 +199,9 @@ def _fake_of_eight_bits(values: Tensor, scale: Tensor, shape: Sequence[int], dty
     return values.new_empty(shape, dtype=dtype)
 
 
+for name, function in (("peftc::dequantize_4bit", _four_bits), ("peftc::dequantize_int8", _eight_bits)):
+    torch.library.impl(name, "CompositeExplicitAutograd", function)
+    runs(name, function)
 torch.library.register_fake("peftc::dequantize_4bit", _fake_of_four_bits)
 torch.library.register_fake("peftc::dequantize_int8", _fake_of_eight_bits)
 

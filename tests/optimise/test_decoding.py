@@ -1,6 +1,7 @@
 """What a step of few tokens runs in place of what was captured: the same numbers, and fewer operations."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,20 @@ from torch.nn import functional as F
 
 import peftc
 from peftc.kernels import dora_linear, lora_linear, rms_norm
+from peftc.kernels.common.fused4 import there_is
+from peftc.kernels.dequantize import dequantize_4bit, dequantize_int8
 from peftc.optimise.decoding.attention import attended, seen
 from peftc.optimise.decoding.branches import dora_products, products
 from peftc.optimise.decoding.elementwise import gated, normed
+from peftc.optimise.decoding.packed import Eight, four, times
 from peftc.optimise.decoding.room import STEP, appended
 from peftc.optimise.decoding.rotary import rotated, signed
+from peftc.protocol.storage import storages
 
+LLAMA = hf.LlamaConfig(
+    vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
 NEAR = 1e-5  # fp32, sums in another order
 
 
@@ -40,6 +49,73 @@ def test_branches_of_one_input(shape: tuple[int, int], biased: bool) -> None:
     found_all = dora_products(x, weights, biases, a, b, lengths, scales)
     for found, wanted in zip(found_all, expected, strict=True):
         near(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_branches_in_a_wider_precision(dtype: torch.dtype) -> None:
+    """As they learn beside half precision: rounded once, where the definition rounds branch and sum."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 12, dtype=dtype), torch.randn(7, 12, dtype=dtype)
+    a, b = torch.randn(4, 12), torch.randn(7, 4)
+    (found,) = products(x, [weight], [], [a], [b], [0.5])
+    assert found.dtype is dtype
+    wanted = x.float() @ weight.float().t() + 0.5 * (x.float() @ a.t()) @ b.t()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.float(), wanted, rtol=2 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(48, 20), (128, 192), (64, 96), (80, 128)])
+def test_a_product_with_eight_bits(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Sums of integers, large ones, then scaled: float16 has no room for them."""
+    torch.manual_seed(0)
+    packed = storages()["int8"]().pack(torch.randn(shape))
+    x = torch.randn(rows, shape[1]).abs().to(dtype)
+    bias = torch.randn(shape[0], dtype=dtype) if rows > 1 else None
+    dense = dequantize_int8(packed["values"], packed["scale"], shape, torch.float32)
+    wanted = F.linear(x.float(), dense, None if bias is None else bias.float())
+    found = times(x, Eight(packed["values"], packed["scale"]), bias)
+    assert found.dtype is dtype
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(found.float(), wanted, rtol=2 * eps, atol=32 * eps)
+
+
+@pytest.mark.skipif(not there_is("nf4", 64), reason="this CPU has no product with four bits")
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("double", [True, False])
+def test_a_product_with_four_bits(name: str, rows: int, double: bool) -> None:
+    """bf16 rounds scales and sums to 2^-8 of themselves."""
+    torch.manual_seed(0)
+    shape = (96, 192)
+    storage = storages()[name](double=double)
+    packed = storage.pack(torch.randn(shape))
+    x = torch.randn(rows, shape[1]).bfloat16()
+    given = packed["packed"], packed["absmax"], packed.get("nested_absmax"), packed.get("offset")
+    dense = dequantize_4bit(*given, name, 64, shape, torch.float32)
+    found = times(x, four(*given, name, 64, shape, torch.bfloat16)).float()
+    assert (found - x.float() @ dense.t()).norm() <= 2**-7 * (x.float() @ dense.t()).norm()
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_of_packed_weights_is_the_unpacked_ones(storage: str, dtype: torch.dtype) -> None:
+    """Logits of each step within the rounding of the precision: fp32 1e-5, bf16 3 % of the largest."""
+    torch.manual_seed(0)
+    base: Any = hf.LlamaForCausalLM(LLAMA)
+    base = base.to(dtype).eval()
+    packed = peftc.compile(base, f"quantize linear except head with {storage}\napply lora(r=4) to attn.*, mlp.*").eval()
+    with torch.no_grad():
+        for parameter in packed.trainable_parameters().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    ids = torch.randint(3, 99, (1, 5))
+    for _ in range(3):
+        step: Any = packed(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        whole = packed(input_ids=ids).logits[:, -1:]
+        largest = whole.abs().max()
+        assert (step.logits[:, -1:] - whole).abs().max() <= (1e-5 if dtype is torch.float32 else 0.03) * largest
+        ids = torch.cat([ids, whole.argmax(-1)], 1)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

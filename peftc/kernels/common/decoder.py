@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,9 @@ def decoder(levels: str, block: int, dtype: torch.dtype, plain: Decode) -> Decod
         dtype: of the result.
         plain: the definition, for the same arguments. The bits are compared, and which takes longer.
     """
-    operation = _operation()
-    if operation is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not native(NAME):
         return None
+    operation = torch.ops.bitsandbytes.dequantize_4bit.default
 
     def theirs(packed: Tensor, absmax: Tensor, shape: Sequence[int]) -> Tensor:
         dense: Tensor = operation(packed, absmax, block, levels, [*shape], dtype)
@@ -50,20 +49,18 @@ def decoder(levels: str, block: int, dtype: torch.dtype, plain: Decode) -> Decod
 
 
 @cache
-def _operation() -> Any:
-    """Its operation, where there is one for the CPU."""
+def native(name: str) -> bool:
+    """Whether bitsandbytes has an operation of its own for the CPU."""
     logger = logging.getLogger(NOTICES)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except Exception:  # what its own libraries may raise
-        return None
+        return False
     finally:
         logger.setLevel(before)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(NAME, "CPU"):
-        return None
-    return torch.ops.bitsandbytes.dequantize_4bit.default
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 def _seconds(decode: Decode, packed: Tensor, absmax: Tensor, shape: Sequence[int]) -> float:

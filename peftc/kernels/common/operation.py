@@ -81,6 +81,11 @@ def _in_its_precision(op: Any, device: str, keys: Any, *arguments: Any) -> Any:
         return op(*pytree.tree_map(narrowed, arguments))
 
 
+def runs(name: str, function: Callable[..., Any]) -> None:
+    """Says what an operation, registered elsewhere, runs on CPU tensors below autograd."""
+    _CPU[name] = function
+
+
 def cpu_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """What the dispatcher calls for `op` on CPU tensors below autograd, or None for operations of others.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -100,7 +100,8 @@ def fewer_by_row(graph: fx.Graph) -> None:
         found = _around(scaled)
         if found is None or len({value(node).dtype for node in (*found.a, *found.b, found.x, found.weight)}) > 1:
             continue
-        which, owners, _, scales = found.scales.args
+        given: Any = found.scales.args
+        which, owners, _, scales = given
         asked = which, tuple(owners), value(found.x).dtype
         if asked not in known:
             with graph.inserting_after(which):
@@ -138,9 +139,9 @@ def _around(scaled: fx.Node) -> _Found | None:
     b = _call(turned and turned.args[0], aten.cat.default)
     if base is None or a is None or b is None or len(base.users) > 1 or base.args[0] is not thin.args[0]:
         return None
-    given: Any = (*base.args, None)
-    parts: Any = a.args[0], [part.args[0] for part in b.args[0]]  # type: ignore[union-attr]
-    return _Found(total, *given[:3], *parts, scales) if value(base).dim() == 3 else None
+    x, weight, bias, *_ = (*base.args, None)
+    first, second = a.args[0], [part.args[0] for part in b.args[0]]  # type: ignore[union-attr]
+    return _Found(*cast(Any, (total, x, weight, bias, first, second, scales))) if value(base).dim() == 3 else None
 
 
 def _call(node: Any, target: Any) -> fx.Node | None:

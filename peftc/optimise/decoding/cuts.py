@@ -23,7 +23,7 @@ from peftc.optimise.decoding.by_row import fewer_by_row
 from peftc.optimise.decoding.by_row import products as products_by_row
 from peftc.optimise.decoding.elementwise import fewer_operations
 from peftc.optimise.decoding.inference import computed_once, for_inference
-from peftc.optimise.decoding.packed import keep_eight_bits
+from peftc.optimise.decoding.packed import keep_eight_bits, keep_four_bits
 from peftc.optimise.decoding.program import Program, cut, program
 from peftc.optimise.decoding.room import grow_in_place
 from peftc.optimise.decoding.rotary import turn_at_once
@@ -32,12 +32,12 @@ from peftc.optimise.decoding.spelling import respell
 aten = torch.ops.aten
 
 
-TAKE_EIGHT_BITS = (products_beside, dora_products, products_by_row)
+TAKE_PACKED = (products_beside, dora_products, products_by_row)
 
 # What makes a step of few tokens shorter, each in place.
 SHORTER = (
     drop_whole_slices, share_keys, turn_at_once, fewer_branches, fewer_by_row,
-    partial(keep_eight_bits, readers=TAKE_EIGHT_BITS), fewer_operations,
+    partial(keep_eight_bits, readers=TAKE_PACKED), partial(keep_four_bits, readers=TAKE_PACKED), fewer_operations,
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Products with weights of eight bits, of few tokens: the integers are multiplied, and the result is scaled."""
+"""Products with packed weights, of few tokens: integers are multiplied and the result is scaled; of four bits, in bf16,
+the packed bytes themselves, where the CPU has a product for that.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from peftc.graph.ir import value
-from peftc.kernels.dequantize import INT8_STEP
+from peftc.kernels.common.fused4 import OUTPUTS, Turned, product, there_is, turned
+from peftc.kernels.dequantize import INT8_STEP, dequantize_4bit, dequantize_int8, levels_of, scales_of
 
 aten = torch.ops.aten
-MOST = 8  # rows for which torch's product of bf16 and int8 is sooner than the unpacked one
+WHOLE = 64  # torch's product with int8 reads so many numbers of a row at a time, or fewer, and takes no rest
+MOST, FEW = 8, 16  # rows for which products of bf16 with int8, and with four bits, are sooner than the unpacked ones
 
 
 class Eight(NamedTuple):
@@ -25,7 +29,22 @@ class Eight(NamedTuple):
         return self.values.to(dtype)
 
 
-Weight = Tensor | Eight
+class Four(NamedTuple):
+    """W [n_out, n_in] in four bits, as `dequantize_4bit` takes it but for its scales, which are fp32; and turned."""
+
+    packed: Tensor
+    absmax: Tensor
+    levels: str
+    block: int
+    shape: tuple[int, int]
+    turned: Turned
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The numbers."""
+        return dequantize_4bit(self.packed, self.absmax, None, None, self.levels, self.block, self.shape, dtype)
+
+
+Weight = Tensor | Eight | Four
 
 # Of which a matrix times one row is sooner than of a matrix of one row.
 WIDE = (torch.float32, torch.float64)
@@ -35,6 +54,10 @@ def times(rows: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """rows [m, n_in] times Wᵀ, and bias: [m, n_out], which may be written into."""
     if isinstance(weight, Eight):
         return _times_eight(rows, weight, bias)
+    if isinstance(weight, Four):
+        few = rows.shape[0] <= FEW
+        y = product(rows, weight.turned) if few else torch.mm(rows, weight.dense(rows.dtype).t())
+        return y if bias is None else y.add_(bias)
     if rows.shape[0] == 1 and rows.dtype in WIDE:
         row = rows.view(-1)
         return (torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)).view(1, -1)
@@ -42,10 +65,16 @@ def times(rows: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def _times_eight(rows: Tensor, weight: Eight, bias: Tensor | None) -> Tensor:
-    """In fp32 the integers widened one weight at a time, which a core's cache holds; in bf16 torch's own product."""
-    if rows.dtype is torch.bfloat16 and rows.shape[0] <= MOST and rows.device.type == "cpu":
-        ones = torch.ones(weight.scale.shape, dtype=rows.dtype)
-        y = torch._weight_int8pack_mm(rows, weight.values, ones)
+    """In fp32 the integers widened one weight at a time, which a core's cache holds; in bf16 torch's own product.
+
+    Sums of integers may be more than float16 has.
+    """
+    if rows.dtype is torch.float16:
+        return times(rows, dequantize_int8(weight.values, weight.scale, weight.values.shape, rows.dtype), bias)
+    n_out, n_in = weight.values.shape
+    whole = not (n_in % WHOLE or n_out % WHOLE)
+    if rows.dtype is torch.bfloat16 and rows.shape[0] <= MOST and rows.device.type == "cpu" and whole:
+        y = torch._weight_int8pack_mm(rows, weight.values, torch.ones(n_out, dtype=rows.dtype))
     else:
         y = times(rows, weight.dense(rows.dtype))
     y = y * (weight.scale * INT8_STEP) if y.dtype is not torch.float32 else y.mul_(weight.scale).mul_(INT8_STEP)
@@ -75,6 +104,37 @@ def keep_eight_bits(graph: fx.Graph, readers: tuple[Any, ...]) -> None:
             if user.target is aten.linear.default:
                 user.target = linear
         node.target, node.args = Eight, (values, scale)
+
+
+def four(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, levels: str, block: int,
+    shape: tuple[int, int], dtype: torch.dtype,
+) -> Four:  # fmt: skip
+    """What `dequantize_4bit` is given, for products of few rows."""
+    scales = scales_of(absmax, nested_absmax, offset)
+    made = turned(packed, scales, levels_of(levels, packed.device), block, shape)
+    return Four(packed, scales, levels, block, shape, made)
+
+
+def keep_four_bits(graph: fx.Graph, readers: tuple[Any, ...]) -> None:
+    """Hands weights of four bits to products that read packed bytes, where this CPU has such for bf16.
+
+    Args:
+        graph: changed in place.
+        readers: functions that take a `Four` where they take a weight.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.peftc.dequantize_4bit.default):
+        *_, levels, block, shape, dtype = node.args
+        numbers = all(isinstance(size, int) for size in shape) and len(shape) == 2
+        if dtype is not torch.bfloat16 or value(node).device.type != "cpu" or not numbers:
+            continue
+        if shape[0] % OUTPUTS or shape[1] % block or not there_is(levels, block):
+            continue
+        if all(_is_product(user, node) or user.target in readers for user in node.users):
+            for user in node.users:
+                if user.target is aten.linear.default:
+                    user.target = linear
+            node.target = four
 
 
 def _is_product(user: fx.Node, weight: fx.Node) -> bool:

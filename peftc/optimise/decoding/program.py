@@ -17,10 +17,11 @@ from torch import fx, nn
 from peftc.capture.convention import size_by_others
 from peftc.graph.ir import copied, drop_unread, is_tensor, memory, value
 from peftc.optimise.decoding.by_row import stacked_a, stacked_b
+from peftc.optimise.decoding.packed import four
 from peftc.roles.images import upstream
 
 SIZE = torch.ops.aten.sym_size.int
-STACKED = (stacked_a, stacked_b)
+AHEAD = (stacked_a, stacked_b, four)  # of what methods keep, and packed weights in another order
 
 Code = Callable[..., tuple[Any, ...]]
 
@@ -108,11 +109,11 @@ def _ahead(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_small(node: fx.Node, sources: set[fx.Node]) -> bool:
+    if node.target in AHEAD:
+        return True
     if not is_tensor(node):
         return False
     if memory(node) in {memory(source) for source in sources}:
-        return True
-    if node.target in STACKED:  # what methods keep, and no weight of the base
         return True
     largest = max(_bytes(source) for source in sources)
     return _bytes(node) <= max(largest / 16, 4096)
