@@ -23,6 +23,7 @@ from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
 from peftc.roles.assign import find_sites
+from peftc.runtime.errors import UnknownTask
 from peftc.spec.check import SpecLike, intend
 from peftc.spec.resolve import Intentions
 
@@ -85,6 +86,7 @@ def graphs(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     timings: Timings | None = None,
+    task: str | None = None,
 ) -> pipeline.Graphs:
     """The graph after each of `passes`, of what `compile` would make. Nothing behind them is done.
 
@@ -96,13 +98,18 @@ def graphs(
         dtype: as for `compile`.
         trust_remote_code: as for `compile`.
         timings: collects seconds by stage.
+        task: whose graph it is, of a spec with tasks; the first one's by default.
 
     Raises:
-        PeftcError: with every mistake in the spec, each with its line.
+        PeftcError: with every mistake in the spec, each with its line; `unknown-task`.
     """
     timings = timings or Timings()
     intentions = intend(spec)
     _has_data(intentions, None)
+    if task is not None and task not in intentions.tasks:
+        raise PeftcError(UnknownTask(name=task, known=tuple(intentions.tasks)))
+    if intentions.tasks:
+        intentions = intentions.task(task or next(iter(intentions.tasks)))
     plan = _loaded(model, intentions, example, timings, dtype=dtype, trust_remote_code=trust_remote_code)
     return pipeline.graphs(plan, passes, timings)
 
@@ -119,8 +126,10 @@ def _loaded(
 
 
 def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:
-    if calibration is None and (wanting := [a for a in intentions.applications if a.method.data is not None]):
-        raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting))
+    every = (item for one in (intentions, *intentions.tasks.values()) for item in one.applications)
+    wanting = {item.span: item for item in every if item.method.data is not None}
+    if calibration is None and wanting:
+        raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting.values()))
 
 
 @ordinary_tensors()

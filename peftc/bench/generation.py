@@ -23,7 +23,7 @@ from peftc.diagnostics.timings import Timings
 from peftc.planning.memory import formatted_bytes
 from peftc.spec.check import SpecLike
 
-BASE = "base"
+BASE, ONE_TASK = "base", "peftc, one task"
 FOOTNOTE = (
     "Greedy, with a cache; × is of the base model without an adapter. Peak: the most that is allocated above the\n"
     "parameters while one text is written, its cache among it."
@@ -76,17 +76,19 @@ class GenerationBench:
 
 def bench_generation(
     model: nn.Module, spec: SpecLike, *, example: Any = None, calibration: Iterable[Any] | None = None,
-    batch: int = 1, prompt: int = 16, new: int = 64, repeats: int = 5,
+    batch: int | None = None, prompt: int = 16, new: int = 64, repeats: int = 5,
     thread_count: int = 1, timings: Timings | None = None,
 ) -> GenerationBench:  # fmt: skip
     """Measures how fast `model` writes with `spec`; the model is not changed.
+
+    Where the spec has tasks each text is of another, in turn; beside it, all are of the first.
 
     Args:
         model: on the device to measure on, in the precision to measure in.
         spec: as for `peftc.compile`.
         example: as for `peftc.compile`.
         calibration: as for `peftc.compile`.
-        batch: texts at once.
+        batch: texts at once; one by default, two for each task.
         prompt: tokens that each begins with.
         new: tokens to write.
         repeats: rounds, of which the fastest counts.
@@ -103,12 +105,20 @@ def bench_generation(
         with torch.no_grad():
             for parameter in compiled.trainable_parameters().values():
                 parameter.add_((NOISE * torch.randn(parameter.shape, generator=random)).to(parameter))
+        tasks = compiled.tasks
+        batch = batch or max(1, 2 * len(tasks))
+        in_turn = [tasks[row % len(tasks)] for row in range(batch)] if tasks else None
         with timings.stage("continuation"):
-            compiled.continuation()
+            for face in {compiled.face(in_turn), compiled.face()}:
+                face.continuation()
         with timings.stage("HF PEFT"):
             theirs = hf_peft(model, compiled)
         base = shared_copy(model).eval()
         modules = {BASE: base, FUSED: compiled, HF_PEFT: theirs.module and theirs.module.eval()}
+        options: dict[str, dict[str, Any]] = {}
+        if tasks:
+            modules = {BASE: base, ONE_TASK: compiled, FUSED: compiled, HF_PEFT: modules[HF_PEFT]}
+            options = {FUSED: {"tasks": in_turn}, HF_PEFT: {"adapter_names": in_turn} if len(tasks) > 1 else {}}
         vocabulary = int(cast(PreTrainedModel, model).config.get_text_config().vocab_size)
         tokens = torch.randint(vocabulary, (batch, prompt), generator=random).to(compiled.device)
         rows = {name: Written(name, note=theirs.missing if module is None else "") for name, module in modules.items()}
@@ -117,13 +127,13 @@ def bench_generation(
             if module is not None:
                 with timings.stage(f"first texts: {name}"):
                     try:
-                        texts[name] = _write(module, tokens, new)
+                        texts[name] = _write(module, tokens, new, **options.get(name, {}))
                     except Exception as error:
                         if name != HF_PEFT:
                             raise
                         rows[name] = Written(name, note=headline(error))
                         continue
-                steps[name] = partial(_write, module, tokens, new)
+                steps[name] = partial(_write, module, tokens, new, **options.get(name, {}))
         with timings.stage("clock"):
             seconds = fastest(steps, repeats, compiled.device)
         with timings.stage("memory"):
@@ -142,10 +152,10 @@ def bench_generation(
     )  # fmt: skip
 
 
-def _write(module: Any, tokens: Tensor, new: int) -> Tensor:
+def _write(module: Any, tokens: Tensor, new: int, **options: Any) -> Tensor:
     written: Tensor = module.generate(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new,
-        do_sample=False, pad_token_id=0,
+        do_sample=False, pad_token_id=0, **options,
     )  # fmt: skip
     return written
 

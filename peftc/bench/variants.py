@@ -84,7 +84,10 @@ def floor(model: nn.Module) -> Variant:
 
 
 def hf_peft(model: nn.Module, compiled: CompiledModule) -> Variant:
-    """HF PEFT's model around `model`, with the adapter and the state of `compiled`, by way of the folder format."""
+    """HF PEFT's model around `model`, with the adapter and the state of `compiled`, by way of the folder format.
+
+    Of several tasks it has an adapter each, called as they are.
+    """
     try:
         import peft
     except ImportError:
@@ -92,9 +95,11 @@ def hf_peft(model: nn.Module, compiled: CompiledModule) -> Variant:
     with tempfile.TemporaryDirectory() as folder:
         try:
             compiled.save_pretrained(Path(folder) / "adapter")
-            theirs = peft.PeftModel.from_pretrained(
-                shared_copy(model), str(Path(folder) / "adapter"), is_trainable=True
-            )
+            first, *others = [Path(folder) / "adapter" / task for task in compiled.tasks] or [Path(folder) / "adapter"]
+            named: dict[str, Any] = {"adapter_name": first.name} if others else {}
+            theirs = peft.PeftModel.from_pretrained(shared_copy(model), str(first), is_trainable=True, **named)
+            for other in others:
+                theirs.load_adapter(str(other), other.name)
         except PeftcError as error:
             return Variant(HF_PEFT, missing=error.diagnostics[0].title)
         except Exception as error:  # whatever another library may raise on a model it does not take

@@ -52,7 +52,7 @@ def run(given: Namespace) -> int:
             _move(model, given.device)
         if given.generate:
             return _generated(generation.bench_generation(
-                model, spec, example=example, calibration=batches, batch=given.batch or 1, prompt=given.seq or 16,
+                model, spec, example=example, calibration=batches, batch=given.batch, prompt=given.seq or 16,
                 new=given.generate, repeats=given.repeats, thread_count=given.threads, timings=timings,
             ), given)  # fmt: skip
         found = bench.bench(
@@ -90,7 +90,7 @@ BENCH = Command(
         MODEL,
         JSON,
         Argument("--generate", type=positive, metavar="TOKENS", help="measure text of so many new tokens, not a step"),
-        Argument("--batch", type=positive, help="examples in a step (2), or texts at once (1)"),
+        Argument("--batch", type=positive, help="examples in a step (2), or texts at once (1, or 2 a task)"),
         Argument("--seq", type=positive, help="tokens in an example (128), or in what a text begins with (16)"),
         Argument("--repeats", type=positive, default=5, help="rounds, of which the fastest counts"),
         Argument("--threads", type=positive, default=1, help="threads to compute with on the CPU"),

@@ -42,11 +42,11 @@ def run(given: Namespace) -> None:
             with timings.stage("save"):
                 compiled.save(given.output)
     if given.json:
-        fusions = [fired.to_json() for fired in compiled.fired]
-        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output}
+        fusions = [fired.to_json() for fired in compiled.face().fired]
+        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output, "notes": compiled.notes()}
         print_json(compiled.plan.to_json() | told)
         return
-    tables.print_all(tables.plan_table(compiled.plan), tables.fusions_table(compiled.fired))
+    tables.print_all(tables.plan_table(compiled.plan), tables.fusions_table(compiled.face().fired), *compiled.notes())
     if given.timings:
         tables.print_all(tables.timings_table(timings.seconds))
     if given.output:

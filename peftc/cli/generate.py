@@ -31,6 +31,8 @@ def run(given: Namespace) -> None:
     with progress(given) as timings:
         with timings.stage("compile"):
             compiled = peftc.load(given.artifact, given.model, trust_remote_code=given.trust_remote_code).eval()
+        if given.task is not None:
+            compiled.use(given.task)
         tokenizer = _tokenizer(given, compiled)
         inputs = _inputs(given, tokenizer, prompt).to(compiled.device)
         with timings.stage("continuation"):
@@ -87,6 +89,7 @@ GENERATE = Command(
         Argument("artifact", metavar="DIR", help="what 'peftc compile -o' or save() wrote"),
         Argument("--prompt", metavar="TEXT", help="what the text begins with; else standard input"),
         Argument("--chat", action="store_true", help="the prompt is what a user says, in the model's chat template"),
+        Argument("--task", metavar="NAME", help="which of the artifact's tasks writes; the first by default"),
         Argument("--new", type=positive, default=128, metavar="TOKENS", help="tokens to write at most (128)"),
         Argument("--temperature", type=_temperature, metavar="T", help="0 takes the likeliest token, else sampled"),
         Argument("--seed", type=positive, help="of what is sampled"),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import peftc
 from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.errors import WhichTask
 from peftc.cli.common.inputs import JSON, MODEL_HELP, TRUST, quieten
 from peftc.cli.common.output import print_json, progress
+from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ def run(given: Namespace) -> None:
     with progress(given) as timings:
         with timings.stage("compile"):
             compiled = peftc.load(given.artifact, given.model, trust_remote_code=given.trust_remote_code)
+            if given.task is None and len(compiled.tasks) > 1:
+                raise PeftcError(WhichTask(tasks=compiled.tasks))
+            face = compiled.face(None if given.task is None else [given.task])
         with timings.stage("merge"):
-            again = repack.repack(compiled) if given.requantize else repack.Repacked(compiled.merge(), {}, None)
+            again = repack.repack(face) if given.requantize else repack.Repacked(face.merge(), {}, None)
             merged, lost = again.model, again.lost
         with timings.stage("save"):
             packed = merge.save_merged(merged, given.output, again.packing)
@@ -54,6 +59,7 @@ MERGE = Command(
             action="store_true",
             help="quantise again what was, print what that loses, and write it as bitsandbytes packs it",
         ),
+        Argument("--task", metavar="NAME", help="which of the artifact's tasks is folded in, where it has several"),
         Argument("--model", metavar="MODEL", help=f"the base model, if it moved: {MODEL_HELP}"),
         TRUST,
     ),

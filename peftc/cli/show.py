@@ -25,7 +25,7 @@ def run(given: Namespace) -> None:
         model, example = model_to_compile(given, timings, given.dtype)
         graphs = api.graphs(
             model, Path(given.spec), steps, example=example,
-            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings,
+            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings, task=given.task,
         )  # fmt: skip
     wanted: dict[show.Format, str | None] = {"html": given.html, "dot": given.dot, "mermaid": given.mermaid}
     block = given.block if given.block else next(iter(graphs.plan.sites.blocks), None)
@@ -54,6 +54,7 @@ SHOW = Command(
         Argument("--after", metavar="PASS", help="the graph after this pass instead of the last"),
         Argument("--block", metavar="PATH", help="which block; the first by default"),
         Argument("--whole", action="store_true", help="the whole model, a node a block"),
+        Argument("--task", metavar="NAME", help="which of the spec's tasks; the first by default"),
         Argument("--detail", action="store_true", help="keep views and casts"),
         RANDOM_WEIGHTS,
         DTYPE,

@@ -8,12 +8,15 @@ from typing import Literal, Self, overload
 from torch import nn
 
 from peftc.driver import tasks
+from peftc.driver.decoding import runs_whole_texts
 from peftc.files.artifact import save
 from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
 from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
 from peftc.show.tables import report
+
+WHOLE_TEXTS = "text: this model's cache cannot be captured, so the whole text runs for each token"
 
 
 class CompiledModule(Runtime):
@@ -28,8 +31,12 @@ class CompiledModule(Runtime):
     """
 
     def report(self) -> str:
-        """What `peftc compile` prints: statement, sites, parameters, share; and how often each fusion fired."""
-        return report(self.plan, self.face().fired)
+        """What `peftc compile` prints: statement, sites, parameters, share; how often each fusion fired; notes."""
+        return "\n".join((report(self.plan, self.face().fired), *self.notes()))
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of this model beyond its tables."""
+        return (WHOLE_TEXTS,) if runs_whole_texts(self.face()) else ()
 
     def save(self, folder: str | Path, *, task: str | None = None) -> None:
         """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back.

@@ -50,6 +50,17 @@ def decoder(compiled: Runtime) -> Decoder | None:
     return None
 
 
+def runs_whole_texts(compiled: Runtime) -> bool:
+    """Whether a text model's cache cannot be captured, so that the whole text runs for each token; False for others."""
+    if not compiled.can_generate():
+        return False
+    if compiled.continues_by is not None:
+        return not compiled.continues_by.keeps
+    with ordinary_tensors(), torch.random.fork_rng():
+        example = cached_example(cast(PreTrainedModel, Again(compiled).model), compiled.plan.captured.example)
+    return example is not None and not example.cached.parameter
+
+
 def _tries(example: CachedExample | None, own: Example) -> Iterator[CachedExample]:
     """The call with a cache; one without, which knows positions all the same; one with what it was compiled with."""
     if example is not None:

@@ -66,3 +66,18 @@ class BadTask(Diagnostic):
     @property
     def title(self) -> str:
         return f"{self.task} cannot be a task of this model: {self.reason}"
+
+
+class CannotCalibrate(Diagnostic):
+    """A method that starts from data, in a task that comes to a model that is there."""
+
+    code = "cannot-calibrate"
+    method: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} starts from data, which a task that is added later has none of"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("compile it with calibration=, save it, and add the folder",)

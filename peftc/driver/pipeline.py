@@ -44,7 +44,15 @@ class Graphs:
 
 
 def calibrate(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding, Any]:
-    """What the plan's methods see of `batches`: the model runs once over them for each kind of question."""
+    """What the plan's methods see of `batches`, and its tasks': the model runs over them for each kind of question."""
+    seen = {} if plan.tasks and not plan.bindings else _calibrated(plan, batches, timings)
+    for task in plan.tasks:
+        if any(binding.method.data is not None for binding in plan.own_bindings(task)):
+            seen |= _calibrated(plan.tasks[task], batches, timings)
+    return seen
+
+
+def _calibrated(plan: Plan, batches: list[Any], timings: Timings) -> dict[Binding, Any]:
     with timings.stage("calibration"):
         data = calibration.observed(plan, batches)
         if not calibration.wants_state_gradients(plan):

@@ -15,7 +15,7 @@ from peftc.capture.checkpoints.streaming import weightless
 from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import CAPTURE
-from peftc.graph.ir import copied, get_attribute, set_tensor, tensors, value
+from peftc.graph.ir import copied, get_attribute, keep_unread, set_tensor, tensors, value
 from peftc.planning.plan import Plan, of_task
 from peftc.planning.planner import make_plan
 from peftc.rewrite.state import rewritten
@@ -60,13 +60,16 @@ class Again:
         """The plan of something else on the graph that the model was captured as, of which it is a copy."""
         compiled = self.compiled
         graph, _ = copied(compiled.history[CAPTURE])
-        own, there = tensors(self.model), {}
+        own = tensors(self.model)
+        there = {name: own[name] for name in tensors(compiled) if name in own and not own[name].is_meta}
         for node in graph.find_nodes(op="get_attr"):
             name = str(node.target)
             found = own[name] if name in own else self.at_home(get_attribute(compiled, name))
             if not isinstance(found, bool):  # whether it is training
                 there[name] = value(node) if getattr(found, "is_meta", False) else found  # it lies in a checkpoint
-        module = fx.GraphModule(aliases_of(there), graph, class_name=compiled.plan.sites.model)
+        root = aliases_of(there)
+        module = fx.GraphModule(root, graph, class_name=compiled.plan.sites.model)
+        keep_unread(root, module)  # graphs of other inputs may read it
         again = replace(compiled.plan.captured, module=module)
         return self._over_what_is_there(make_plan(again, find_sites(again), intentions))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftc import language as ast
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.driver.errors import BadTask
+from peftc.driver.errors import BadTask, CannotCalibrate
 from peftc.driver.planned import Again, misfit
 from peftc.files import artifact
 from peftc.files.artifact import flattened
@@ -122,6 +122,9 @@ def add(compiled: Runtime, name: str, given: str | Path, instead: bool = False) 
         wanted = resolve(with_tasks(plan.spec, tasks))
         one = replace(wanted, tasks={name: wanted.tasks[name]}, budgets=[])
         planned = Again(compiled).over_the_same_graph(one).tasks[name]
+        wanting = {b.span: b.method.name for b in planned.bindings if b.method.data is not None and state is None}
+        if wanting:
+            raise PeftcError(*(CannotCalibrate(method=method, span=span) for span, method in wanting.items()))
         whole = planner.with_tasks(replace(plan, intentions=wanted), {**plan.tasks, name: planned})
         if problems := [*planner.over_budgets(whole)]:
             raise PeftcError(*problems)

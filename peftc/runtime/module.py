@@ -21,6 +21,7 @@ from peftc.optimise.fuse import Fired
 from peftc.planning.plan import Plan, extension
 from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
+from peftc.rewrite.splicer import TASK_ROWS
 from peftc.runtime.asked import LOCK
 from peftc.runtime.entries import Code, Entries
 from peftc.runtime.errors import (
@@ -260,7 +261,10 @@ class Runtime(Switching):
         shared = {
             name: self.__dict__[name]
             for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused")
-        } | {name: self.__dict__[name] for name in ("size_check", "tensors_in_common", "capture_again", "make_face")}
+        } | {
+            name: self.__dict__[name]
+            for name in ("size_check", "tensors_in_common", "capture_again", "make_face", "selected")
+        }
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
@@ -365,4 +369,5 @@ def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:
 def _kept(plan: Plan) -> frozenset[str]:
     """The tensors that any graph of the same plan has, unlike the constants of one capture."""
     base = tensors(plan.captured.model)
-    return frozenset((*base, *plan.tensors, *(full for item in plan.packed.values() for full in item.buffers)))
+    packed = (full for item in plan.packed.values() for full in item.buffers)
+    return frozenset((*base, *plan.tensors, *packed, *([TASK_ROWS] if plan.by_row else [])))

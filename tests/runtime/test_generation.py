@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import peftc
+from peftc.driver.compiled import WHOLE_TEXTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -141,6 +142,7 @@ def test_text_is_the_merged_models_whatever_the_architecture(name: str, setting:
     settings = SETTINGS[setting]
     expected = written(merged(name), prompts(), **settings)
     assert torch.equal(written(compiled(name), prompts(), **settings), expected)
+    assert WHOLE_TEXTS not in compiled(name).report()
     assert compiled(name).continuation().keeps
 
 
@@ -321,7 +323,9 @@ def test_without_a_cache_the_whole_text_runs() -> None:
     for _ in range(NEW):
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, tokens)
+    assert WHOLE_TEXTS in ours.report()
     assert not ours.continuation().keeps
+    assert WHOLE_TEXTS in ours.report()
     with pytest.raises(peftc.PeftcError, match="is called with padding"):
         ours(**prompts(), use_cache=True)
 

@@ -167,6 +167,16 @@ def test_a_task_has_no_gradient_from_other_rows() -> None:
     assert all(not grad.any() for name, grad in gradients(several).items() if name.startswith("task.c."))
 
 
+def test_another_graph_knows_the_rows() -> None:
+    """One that is captured for inputs that the first has not."""
+    several = compiled("", BY_ROW).eval()
+    positions = (torch.arange(7) + 3).expand(5, -1)
+    mixed = several(input_ids=IDS, position_ids=positions, tasks=ROWS).logits
+    for at, task in enumerate(ROWS):
+        one = several.use(task)(input_ids=IDS[at : at + 1], position_ids=positions[at : at + 1]).logits
+        torch.testing.assert_close(mixed[at : at + 1], one, atol=1e-5, rtol=0)
+
+
 def test_rows_of_one_task_run_that_task() -> None:
     several = compiled("", BY_ROW).eval()
     mixed = several(input_ids=IDS, tasks=["b"] * 5).logits
@@ -241,6 +251,19 @@ def test_tasks_that_there_are_not() -> None:
         several(input_ids=IDS, tasks=["a", "b"])
     with pytest.raises(TypeError, match="tasks"):
         compiled(LORA, {})(input_ids=IDS, tasks=["a"] * 5)
+
+
+def test_a_task_that_starts_from_data() -> None:
+    common, body = "apply ia3 to mlp.down", "apply lora(r=4, init=eva) to attn.q"
+    batches = [{"input_ids": IDS, "labels": IDS}]
+    with pytest.raises(peftc.PeftcError, match="needs-calibration"):
+        compiled(common, {"a": LORA, "b": body})
+    several = peftc.compile(llama(), text_of(common, {"a": LORA, "b": body}), calibration=batches)
+    single = peftc.compile(llama(), f"{common}\n{body}", calibration=batches)
+    name = "model.layers.0.self_attn.q_proj.lora.A"
+    torch.testing.assert_close(several.get_parameter(f"task.b.{name}"), single.get_parameter(name))
+    with pytest.raises(peftc.PeftcError, match="cannot-calibrate"):
+        several.add_task("c", body)
 
 
 # Saved, added, removed

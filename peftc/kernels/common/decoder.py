@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ def decoder(levels: str, block: int, dtype: torch.dtype, plain: Decode) -> Decod
     operation = torch.ops.bitsandbytes.dequantize_4bit.default
 
     def theirs(packed: Tensor, absmax: Tensor, shape: Sequence[int]) -> Tensor:
-        dense: Tensor = operation(packed, absmax, block, levels, [*shape], dtype)
-        return dense
+        dense: Tensor = operation(packed, absmax, block, levels, [prod(shape[:-1]), shape[-1]], dtype)
+        return dense.view(*shape)
 
     shape = (max(1, ROWS * 64 // block), COLUMNS * block)
     drawn = torch.Generator().manual_seed(0)
