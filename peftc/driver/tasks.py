@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -190,9 +191,9 @@ def _now(compiled: Runtime, plan: Plan) -> None:
 
 def _given(compiled: Runtime, given: str | Path) -> tuple[str, dict[str, Tensor] | None]:
     """The statements of a task's own, and its tensors by their names in a plan of its own where they are there."""
-    folder = Path(given) if isinstance(given, Path) or "\n" not in given else None
-    if folder is None or not folder.is_dir():
+    if not os.path.isdir(given):  # which a text may be too long a name to be asked as a path
         return flattened(as_spec(given)), None
+    folder = Path(given)
     if not (folder / artifact.MANIFEST).exists():
         adapter = peft_folder.read(compiled.base, folder)
         plan = Again(compiled).over_the_same_graph(resolve(adapter.spec))

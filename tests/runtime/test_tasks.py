@@ -332,6 +332,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         several.get_parameter("model.layers.0.mlp.down_proj.ia3.l").add_(1)
     for name, given, code in (
+        ("b", "apply lora to attn.zz " + "#" * 5000, "unknown-role"),
         ("a", LORA, "name-taken"), ("no name", LORA, "syntax"), ("b", "apply lora to nothing", "unknown-role"),
         ("b", "apply lora(r=99) to linear", "over-budget"), ("b", tmp_path / "a", "bad-task"),
         ("b", tmp_path / "all", "bad-artifact"), ("b", "task c {\n}", "nested-task"),
@@ -361,6 +362,23 @@ def test_a_copy_has_tasks_of_its_own() -> None:
 
 
 # Training
+
+
+def test_a_backward_pass_has_its_own_tasks_tensors() -> None:
+    """Two tasks share a graph, and blocks compute again what they did not keep: both forward passes come first."""
+    several = compiled("checkpoint block", {"a": LORA, "b": LORA, "c": "apply dora(r=2) to mlp.*"})
+
+    def forward(task: str) -> Any:
+        return several.use(task)(input_ids=IDS, labels=IDS).loss
+
+    for task in several.tasks:
+        forward(task).backward()
+    apart = {name: grad.clone() for name, grad in gradients(several).items()}
+    several.zero_grad()
+    sum(forward(task) for task in several.tasks).backward()
+    together = gradients(several)
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], grad) for name, grad in apart.items())
 
 
 def test_a_trainer_trains_what_is_in_use(tmp_path: Path) -> None:
