@@ -275,6 +275,7 @@ class Runtime(Switching):
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
         copied.settle()
+        copied.watch.unfrozen |= self.watch.unfrozen
         copied._set_forward()
         return copied.train(self.training)
 
