@@ -1,0 +1,130 @@
+"""A batch whose rows are of several tasks: each row is what its task makes of it alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import peftc
+from manytasks import BY_ROW, IDS, LORA, ROWS, compiled, gradients, llama, written
+from zoo import ZOO, inputs
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("llama", "gpt2") else pytest.mark.slow) for n in (
+        "llama", "gpt2", "gemma2", "phi3", "falcon_new", "bert", "modernbert", "t5", "bart", "vit",
+    )],
+)  # fmt: skip
+def test_each_row_is_what_its_task_makes_of_it(name: str) -> None:
+    """fp32: 1e-5 for sums in another order; T5's loss over all rows is the mean of as many tokens of each."""
+    base = ZOO[name]()
+    several = compiled("", BY_ROW, base).eval()
+    given = inputs(base, batch=len(ROWS))
+    mixed = several(**given, tasks=ROWS)
+    rows = [{key: value[at : at + 1] for key, value in given.items()} for at in range(len(ROWS))]
+    each = [several.use(task)(**row) for task, row in zip(ROWS, rows, strict=True)]
+    torch.testing.assert_close(mixed.logits, torch.cat([one.logits for one in each]), atol=1e-5, rtol=0)
+    several.zero_grad()
+    mixed.loss.backward()
+    together = gradients(several)
+    several.zero_grad()
+    sum(one.loss for one in each).div(len(ROWS)).backward()
+    apart = gradients(several)
+    assert together.keys() == apart.keys()
+    for full, grad in apart.items():
+        torch.testing.assert_close(together[full], grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_task_has_no_gradient_from_other_rows() -> None:
+    several = compiled("", BY_ROW)
+    several(input_ids=IDS[:2], labels=IDS[:2], tasks=["a", "b"]).loss.backward()
+    assert all(not grad.any() for name, grad in gradients(several).items() if name.startswith("task.c."))
+
+
+def test_another_graph_knows_the_rows() -> None:
+    """One that is captured for inputs that the first has not."""
+    several = compiled("", BY_ROW).eval()
+    positions = (torch.arange(7) + 3).expand(5, -1)
+    mixed = several(input_ids=IDS, position_ids=positions, tasks=ROWS).logits
+    for at, task in enumerate(ROWS):
+        one = several.use(task)(input_ids=IDS[at : at + 1], position_ids=positions[at : at + 1]).logits
+        torch.testing.assert_close(mixed[at : at + 1], one, atol=1e-5, rtol=0)
+
+
+def test_rows_of_one_task_run_that_task() -> None:
+    several = compiled("", BY_ROW).eval()
+    mixed = several(input_ids=IDS, tasks=["b"] * 5).logits
+    assert torch.equal(mixed, several.use("b")(input_ids=IDS).logits)
+
+
+def test_text_is_written_row_by_row() -> None:
+    """Left padding, and beams that lie beside each other."""
+    several = compiled("apply ia3 to attn.v", BY_ROW)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = mask[3, :1] = 0
+    settings: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in settings:
+        mixed = written(several, attention_mask=mask, tasks=ROWS, **options)
+        for at, task in enumerate(ROWS):
+            several.use(task)
+            one = written(several, IDS[at : at + 1], attention_mask=mask[at : at + 1], **options)
+            assert torch.equal(mixed[at : at + 1], one), task
+
+
+def test_rows_are_hf_pefts(tmp_path: Path) -> None:
+    """`adapter_names`, forward and text."""
+    several = compiled("", {"a": "apply lora(r=4) to attn.*", "b": "apply lora(r=2, rslora=true) to mlp.*"})
+    several.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(llama()), str(tmp_path / "a"), adapter_name="a")
+    theirs.load_adapter(str(tmp_path / "b"), "b")
+    names = ["b", "__base__", "a", "a", "b"]
+    own = [None if name == "__base__" else name for name in names]
+    ours = several.eval()(input_ids=IDS, tasks=own).logits
+    torch.testing.assert_close(ours, theirs.eval()(input_ids=IDS, adapter_names=names).logits, atol=1e-5, rtol=0)
+    assert torch.equal(written(several, tasks=own), written(theirs, adapter_names=names))
+
+
+def test_tasks_alike_share_a_graph() -> None:
+    """One for tasks that differ in numbers alone; by row one for 2, for 3 and 4, for 5 to 8 of a kind."""
+    names = [f"t{i}" for i in range(5)]
+    several = compiled("", dict.fromkeys(names, LORA)).eval()
+    assert len(several.faces) == 1
+    for asked in (names[:2], names[3:], names[:3], names[1:]):
+        mixed = several(input_ids=IDS[: len(asked)], tasks=asked).logits
+        for at, task in enumerate(asked):
+            one = several(input_ids=IDS[at : at + 1], tasks=[task]).logits
+            torch.testing.assert_close(mixed[at : at + 1], one, atol=1e-5, rtol=0)
+    assert len(several.faces) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("apply prefix(length=4) to attn", "in front of every row"),
+        ("apply prompt(length=4)", "in front of every row"),
+        ("apply lora(r=4, init=pissa) to attn.q", "takes a part out of the frozen weight"),
+        ("train norm", "with one weight"),
+        (f"quantize mlp.* with nf4\n{LORA}", "with one weight"),
+        ("apply ladder to block", "a chain of blocks"),
+    ],
+)
+def test_what_no_row_can_have_for_itself_is_refused(body: str, reason: str) -> None:
+    several = compiled("", {"a": LORA, "b": body})
+    with pytest.raises(peftc.PeftcError, match="not-by-row") as caught:
+        several(input_ids=IDS[:2], tasks=["a", "b"])
+    assert reason in str(caught.value)
+
+
+def test_tasks_that_there_are_not() -> None:
+    several = compiled("", BY_ROW)
+    with pytest.raises(peftc.PeftcError, match="unknown-task"):
+        several.use("A")
+    with pytest.raises(peftc.PeftcError, match="unknown-task"):
+        several(input_ids=IDS, tasks=["q"] * 5)
+    with pytest.raises(peftc.PeftcError, match="other-rows"):
+        several(input_ids=IDS, tasks=["a", "b"])
+    with pytest.raises(TypeError, match="tasks"):
+        compiled(LORA, {})(input_ids=IDS, tasks=["a"] * 5)
