@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from zlib import crc32
 
@@ -20,6 +20,18 @@ settings.load_profile("unhurried")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected outputs anew")
     parser.addoption("--fuzz-cases", type=int, default=200, help="how many random specs tests/fuzz tries")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """(status, stdout, stderr) of one command."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        from peftc.cli import main
+
+        return (main([str(argument) for argument in arguments]), *capsys.readouterr())
+
+    return command
 
 
 EIGHTH = 8

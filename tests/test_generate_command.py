@@ -11,22 +11,12 @@ from transformers import AutoTokenizer
 
 import models
 import peftc
-from peftc.cli import main
 
 SMOLLM2 = f"{Path(models.__file__)}:smollm2"
 SPEC = "apply lora(r=4, alpha=8) to attn.q, attn.v"
 PROMPT = "The capital of France is"
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        return (status, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture(scope="module")

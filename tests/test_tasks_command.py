@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftc
-from peftc.cli import main
 
 SPEC = """
 task french { apply lora(r=4) to attn.q }
@@ -18,15 +17,6 @@ task terse { apply ia3 to mlp.down }
 """
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        return (status, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture(scope="module")

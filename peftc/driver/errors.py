@@ -67,6 +67,10 @@ class BadTask(Diagnostic):
     def title(self) -> str:
         return f"{self.task} cannot be a task of this model: {self.reason}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("save it from a model with the same statements outside its tasks, as they are trained here",)
+
 
 class CannotCalibrate(Diagnostic):
     """A method that starts from data, in a task that comes to a model that is there."""

@@ -135,6 +135,7 @@ def add(compiled: Runtime, name: str, given: str | Path, instead: bool = False) 
         _shelves(compiled).pop(name)
     put(compiled, made)
     _now(compiled, whole)
+    compiled.prepare()  # a graph that has a frozen weight of the task's own, which another task of its kind had left
     compiled.face([name])
 
 

@@ -176,8 +176,12 @@ class Plan:
     def _called(self, task: str, name: str) -> str:
         return name if name in self.tensors else of_task(task, name)
 
-    def kind(self, task: str) -> Hashable:
-        """What tasks are alike in that differ in numbers alone: one graph is for all of them."""
+    @cached_property
+    def kinds(self) -> dict[str, Hashable]:
+        """What tasks are alike in that differ in numbers alone, for each of them: one graph is for all that are."""
+        return {task: self._kind(task) for task in self.tasks}
+
+    def _kind(self, task: str) -> Hashable:
         bindings = tuple((repr(b.method), b.path, b.statement) for b in self.own_bindings(task))
         plan = self.tasks[task]
         packed = tuple((name, repr(i.storage)) for name, i in plan.packed.items() if name not in self.packed)

@@ -276,12 +276,3 @@ class UnknownTask(Diagnostic):
         if not self.known:
             return ("the spec has none: task NAME { apply … } makes one",)
         return (suggest(self.name, self.known) or f"there are {', '.join(self.known)}",)
-
-
-class NoTasks(Diagnostic):
-    code = "no-tasks"
-    model: str
-
-    @property
-    def title(self) -> str:
-        return f"this {self.model} has no graph but its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from inspect import get_annotations
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from peftc.capture.assumptions import SizeCheck
 from peftc.capture.convention import SAID_BY_POSITIONS, Convention
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
+from peftc.graph.ir import get_attribute, keep_unread, tensors
 from peftc.optimise.fuse import Fired
 from peftc.planning.plan import Plan, extension
 from peftc.planning.positions_left import room
@@ -43,8 +43,6 @@ from peftc.runtime.token_mean import NAME
 
 # Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
 MOST_GRAPHS = 8
-
-HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 
 Stages = list[tuple[str, fx.Graph]]
 
@@ -212,20 +210,6 @@ class Runtime(Switching):
         if (made := self.capture_again(self, given)) is not None:
             self.other_graphs.append(made)
         return made
-
-    def lend(self, other: Runtime, names: Mapping[str, str]) -> None:
-        """Gives `other` this one's tensors, by its names -> those of this one; and modes and hooks."""
-        theirs = tensors(other)
-        for name, mine in names.items():
-            if theirs[name] is not (tensor := get_attribute(self, mine)):
-                set_tensor(other, name, tensor)
-        other.__dict__["logits_in_training"] = self.logits_in_training
-        modules = dict(self.named_modules())
-        for path, module in other.named_modules():
-            if path in modules:
-                module.training = modules[path].training
-            if path in modules and path:  # of the whole the caller's own call runs them
-                module.__dict__.update({name: modules[path].__dict__[name] for name in HOOKS})
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced again where requires_grad differs
     def _check_traced(self) -> None:

@@ -14,15 +14,17 @@ from itertools import chain
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.graph.ir import set_tensor
+from peftc.graph.ir import get_attribute, set_tensor, tensors
 from peftc.planning.plan import of_task
 from peftc.rewrite.splicer import TASK_ROWS
 from peftc.rewrite.state import prepare, rewritten
 from peftc.runtime.asked import LOCK, Asked
-from peftc.runtime.errors import NoTasks, NotWhenTraced, UnknownTask
+from peftc.runtime.errors import NotWhenTraced, UnknownTask
 
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 Key = tuple[tuple[Hashable, ...], bool, bool]  # the kinds of tasks, whether off, whether by row
 
 
@@ -117,8 +119,7 @@ class Switching(Asked):
             return self.faces[key].module
         with LOCK:
             if key not in self.faces:
-                if self.make_face is None:
-                    raise PeftcError(NoTasks(model=self.plan.sites.model))
+                assert self.make_face is not None
                 self.faces[key] = self.make_face(self, selected)
             face = self.faces[key]
             self.lend(face.module, face.borrowed(selected.tasks))
@@ -135,9 +136,19 @@ class Switching(Asked):
                 face = self.face([task])
                 prepare(face, face.plan)
 
-    def lend(self, other: Any, names: Mapping[str, str]) -> None:
-        """Gives another graph this model's tensors: its names -> this one's."""
-        raise NotImplementedError
+    def lend(self, other: nn.Module, names: Mapping[str, str]) -> None:
+        """Gives `other` this one's tensors, by its names -> those of this one; and modes and hooks."""
+        theirs = tensors(other)
+        for name, mine in names.items():
+            if theirs[name] is not (tensor := get_attribute(self, mine)):
+                set_tensor(other, name, tensor)
+        other.__dict__["logits_in_training"] = self.logits_in_training
+        modules = dict(self.named_modules())
+        for path, module in other.named_modules():
+            if path in modules:
+                module.training = modules[path].training
+            if path in modules and path:  # of the whole the caller's own call runs them
+                module.__dict__.update({name: modules[path].__dict__[name] for name in HOOKS})
 
     def known(self, tasks: Sequence[str | None]) -> None:
         """Raises PeftcError `unknown-task` where one of them is none."""
@@ -149,7 +160,7 @@ class Switching(Asked):
         """What tasks are alike in that one graph is for, with other tensors."""
         plan = self.plan.tasks[task]
         writes = set(rewritten(plan)) - set(rewritten(self.plan))  # a frozen weight of its own
-        return self.plan.kind(task), task if writes else None
+        return self.plan.kinds[task], task if writes else None
 
     def _by_row(self, tasks: tuple[str | None, ...]) -> tuple[Selected, tuple[int, ...]]:
         """What runs these tasks, and the place in it of each row's. Places of one kind are 1, 2, 4, 8, …"""
