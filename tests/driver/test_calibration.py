@@ -351,7 +351,7 @@ def test_the_command_line_reads_batches_from_a_file(folder: Path, capsys: pytest
     ("file", "code", "words"),
     [
         (None, "needs-calibration", "on the command line, --calibration FILE"),
-        ("absent.safetensors", "bad-calibration", "cannot be read: No such file"),
+        ("absent.safetensors", "bad-calibration", "cannot be read: there is no such file"),
         ("fish.peft", "bad-calibration", "is no .safetensors file, or was cut short"),
         ("cut.safetensors", "bad-calibration", "is no .safetensors file, or was cut short"),
         ("empty.safetensors", "bad-calibration", "there are no batches"),
