@@ -50,3 +50,18 @@ def row_scales(which: Tensor, owners: Sequence[int], ranks: Sequence[int], scale
 @row_scales.register_fake
 def _(which: Tensor, owners: Sequence[int], ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
     return which.new_empty(which.shape[0], sum(ranks), dtype=torch.float32)
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape that lie in one piece of memory, each as far behind the one before: one [n, …], no copy."""
+    first, *others = tensors
+    if not others or type(first.data) is not Tensor:
+        return None
+    step = others[0].storage_offset() - first.storage_offset()
+    for place, tensor in enumerate(tensors):
+        alike = tensor.shape == first.shape and tensor.dtype is first.dtype and tensor.is_contiguous()
+        if not alike or tensor.storage_offset() != first.storage_offset() + place * step:
+            return None
+        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if step > 0 else None

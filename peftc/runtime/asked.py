@@ -29,6 +29,10 @@ class Asked(Holder):
         """What runs a call."""
         raise NotImplementedError
 
+    def lay_together(self, tasks: Any) -> None:
+        """Puts the tensors of tasks where a batch of several of them reads them soonest."""
+        raise NotImplementedError
+
     # What trainers of other libraries ask for
 
     @property
@@ -110,6 +114,8 @@ class Asked(Holder):
         Raises:
             PeftcError: `cannot-generate` for a model that does not continue text.
         """
+        if tasks is not None:
+            self.lay_together(tasks)
         if (face := self.face(tasks)) is not self:
             face.__dict__["own_generation_config"] = self.generation_config
             return face.generate(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch import nn
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor, tensors
+from peftc.kernels.rows_of_batch import together
 from peftc.planning.plan import of_task
 from peftc.rewrite.splicer import TASK_ROWS
 from peftc.rewrite.state import prepare, rewritten
@@ -126,6 +127,29 @@ class Switching(Asked):
         if selected.by_row:
             set_tensor(face.module, TASK_ROWS, torch.tensor(rows, device=self.device))
         return face.module
+
+    @torch.no_grad()
+    def lay_together(self, tasks: Sequence[str | None]) -> None:
+        """Moves the tensors of all tasks of a kind, name by name, into one piece of memory: so they are read by row
+        without a copy. A parameter stays the same one, with its gradient.
+
+        Args:
+            tasks: those of a batch; of others there is nothing to do.
+
+        Raises:
+            PeftcError: `unknown-task`.
+        """
+        self.known(tasks)
+        kinds = {self.kind(task) for task in tasks if task is not None} if len(set(tasks)) > 1 else set()
+        for kind in kinds:
+            members = [task for task in self.plan.tasks if self.kind(task) == kind]
+            for name in self.plan.own_tensors(members[0]):
+                theirs = [get_attribute(self, of_task(task, name)) for task in members]
+                one_piece = {(type(tensor.data), tensor.shape, tensor.dtype, tensor.device) for tensor in theirs}
+                if len(members) == 1 or len(one_piece) > 1 or together(theirs) is not None:
+                    continue
+                for tensor, part in zip(theirs, torch.stack([tensor.detach() for tensor in theirs]), strict=True):
+                    tensor.data = part
 
     @torch.no_grad()
     def prepare(self) -> None:

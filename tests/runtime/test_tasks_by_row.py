@@ -128,3 +128,55 @@ def test_tasks_that_there_are_not() -> None:
         several(input_ids=IDS, tasks=["a", "b"])
     with pytest.raises(TypeError, match="tasks"):
         compiled(LORA, {})(input_ids=IDS, tasks=["a"] * 5)
+
+
+KIND = dict.fromkeys("abc", "apply lora(r=4) to attn.q, attn.v, mlp.down")
+IN_ROWS = {
+    "one behind another": "aabbcc", "in turn": "abcabc", "anyhow": "acbbca", "some more often": "aaabbc",
+    "not all": "abab", "every other": "acac", "some of none": "ab-c", "of a kind by themselves": "adbdcd",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scales", ["alike", "each its own"])
+@pytest.mark.parametrize("rows", IN_ROWS.values(), ids=IN_ROWS)
+def test_rows_lie_in_any_order(rows: str, scales: str) -> None:
+    """Text and logits of each step, of a prompt and of one token, where tensors lie together and where they do not."""
+    alpha = {"alike": dict.fromkeys("abc", 8), "each its own": {"a": 8, "b": 3, "c": 5}}[scales]
+    tasks = {name: f"apply lora(r=4, alpha={alpha[name]}) to attn.q, attn.v, mlp.down" for name in "abc"}
+    several = compiled("", tasks | {"d": "apply lora(r=2) to attn.o"}).eval()
+    asked = [None if name == "-" else name for name in rows]
+    ids = torch.cat([IDS, IDS.flip(1)])[: len(rows)]
+    apart = written(several, ids, tasks=asked)
+    for at, task in enumerate(asked):
+        assert torch.equal(apart[at : at + 1], written(several.use(task), ids[at : at + 1])), (at, task)
+
+
+def test_tensors_of_a_kind_lie_together() -> None:
+    """In one piece of memory, as the parameters that they were, with their gradients; a file has each by itself."""
+    several = compiled("", KIND)
+    several(input_ids=IDS[:3], labels=IDS[:3], tasks=[*"abc"]).loss.backward()
+    before = {name: (parameter, parameter.clone(), parameter.grad) for name, parameter in several.named_parameters()}
+    several.generate(IDS[:3], tasks=[*"abc"], max_new_tokens=2)
+    pieces = {parameter.untyped_storage().data_ptr() for parameter in several.trainable_parameters().values()}
+    assert len(pieces) == len(several.trainable_parameters()) / 3
+    for name, parameter in several.named_parameters():
+        same, numbers, grad = before[name]
+        assert parameter is same
+        assert torch.equal(parameter, numbers)
+        assert parameter.grad is grad
+
+
+def test_what_lies_together_is_trained_saved_and_copied(tmp_path: Path) -> None:
+    several = compiled("", KIND)
+    several.generate(IDS[:3], tasks=[*"abc"], max_new_tokens=2)
+    several.save(tmp_path / "all")
+    again = peftc.load(tmp_path / "all", llama())
+    for one in (again, copy.deepcopy(several)):
+        assert torch.equal(written(one, IDS[:3], tasks=[*"abc"]), written(several, IDS[:3], tasks=[*"abc"]))
+    several.remove_task("b").add_task("e", KIND["a"])
+    optimizer = torch.optim.AdamW(several.param_groups(lr=0.1))
+    several(input_ids=IDS[:3], labels=IDS[:3], tasks=["a", "e", "c"]).loss.backward()
+    optimizer.step()
+    mixed = written(several, IDS[:3], tasks=["a", "e", "c"])
+    for at, task in enumerate(["a", "e", "c"]):
+        assert torch.equal(mixed[at : at + 1], written(several.use(task), IDS[at : at + 1]))

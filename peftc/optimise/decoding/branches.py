@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from peftc.graph.ir import computed, value
-from peftc.optimise.decoding.packed import WIDE, Weight, times
+from peftc.kernels.common.products import WIDE
+from peftc.optimise.decoding.packed import Weight, times
 
 Many = Sequence[Tensor]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+import peftc.kernels.common.products as matrices
 from peftc.graph.ir import value
 from peftc.kernels.common.fused4 import OUTPUTS, Turned, product, there_is, turned
 from peftc.kernels.dequantize import INT8_STEP, dequantize_4bit, dequantize_int8, levels_of, scales_of
@@ -30,14 +31,17 @@ class Eight(NamedTuple):
 
 
 class Four(NamedTuple):
-    """W [n_out, n_in] in four bits, as `dequantize_4bit` takes it but for its scales, which are fp32; and turned."""
+    """W [n_out, n_in] in four bits, as `dequantize_4bit` takes it but for its scales, which are fp32.
+
+    And turned, where there is a product that reads it so.
+    """
 
     packed: Tensor
     absmax: Tensor
     levels: str
     block: int
     shape: tuple[int, int]
-    turned: Turned
+    turned: Turned | None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The numbers."""
@@ -46,22 +50,17 @@ class Four(NamedTuple):
 
 Weight = Tensor | Eight | Four
 
-# Of which a matrix times one row is sooner than of a matrix of one row.
-WIDE = (torch.float32, torch.float64)
-
 
 def times(rows: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """rows [m, n_in] times Wᵀ, and bias: [m, n_out], which may be written into."""
     if isinstance(weight, Eight):
         return _times_eight(rows, weight, bias)
     if isinstance(weight, Four):
-        few = rows.shape[0] <= FEW
-        y = product(rows, weight.turned) if few else torch.mm(rows, weight.dense(rows.dtype).t())
-        return y if bias is None else y.add_(bias)
-    if rows.shape[0] == 1 and rows.dtype in WIDE:
-        row = rows.view(-1)
-        return (torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)).view(1, -1)
-    return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        if weight.turned is not None and rows.shape[0] <= FEW:
+            y = product(rows, weight.turned)
+            return y if bias is None else y.add_(bias)
+        return matrices.product(rows, weight.dense(rows.dtype).t(), bias, unpacked=True)
+    return matrices.product(rows, weight.t(), bias)
 
 
 def _times_eight(rows: Tensor, weight: Eight, bias: Tensor | None) -> Tensor:
@@ -70,13 +69,14 @@ def _times_eight(rows: Tensor, weight: Eight, bias: Tensor | None) -> Tensor:
     Sums of integers may be more than float16 has.
     """
     if rows.dtype is torch.float16:
-        return times(rows, dequantize_int8(weight.values, weight.scale, weight.values.shape, rows.dtype), bias)
+        dense = dequantize_int8(weight.values, weight.scale, weight.values.shape, rows.dtype)
+        return matrices.product(rows, dense.t(), bias, unpacked=True)
     n_out, n_in = weight.values.shape
     whole = not (n_in % WHOLE or n_out % WHOLE)
     if rows.dtype is torch.bfloat16 and rows.shape[0] <= MOST and rows.device.type == "cpu" and whole:
         y = torch._weight_int8pack_mm(rows, weight.values, torch.ones(n_out, dtype=rows.dtype))
     else:
-        y = times(rows, weight.dense(rows.dtype))
+        y = matrices.product(rows, weight.dense(rows.dtype).t(), unpacked=True)
     y = y * (weight.scale * INT8_STEP) if y.dtype is not torch.float32 else y.mul_(weight.scale).mul_(INT8_STEP)
     y = y.to(rows.dtype)
     return y if bias is None else y.add_(bias)
@@ -110,25 +110,26 @@ def four(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, levels: str, block: int,
     shape: tuple[int, int], dtype: torch.dtype,
 ) -> Four:  # fmt: skip
-    """What `dequantize_4bit` is given, for products of few rows."""
+    """What `dequantize_4bit` is given, and what a product in bf16 reads packed, where there is one."""
     scales = scales_of(absmax, nested_absmax, offset)
-    made = turned(packed, scales, levels_of(levels, packed.device), block, shape)
+    fits = dtype is torch.bfloat16 and not shape[0] % OUTPUTS and there_is(levels, block)
+    made = turned(packed, scales, levels_of(levels, packed.device), block, shape) if fits else None
     return Four(packed, scales, levels, block, shape, made)
 
 
 def keep_four_bits(graph: fx.Graph, readers: tuple[Any, ...]) -> None:
-    """Hands weights of four bits to products that read packed bytes, where this CPU has such for bf16.
+    """Hands weights of four bits, as they are, to products that can take them.
 
     Args:
         graph: changed in place.
         readers: functions that take a `Four` where they take a weight.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.peftc.dequantize_4bit.default):
-        *_, levels, block, shape, dtype = node.args
+        *_, block, shape, dtype = node.args
         numbers = all(isinstance(size, int) for size in shape) and len(shape) == 2
-        if dtype is not torch.bfloat16 or value(node).device.type != "cpu" or not numbers:
+        if dtype not in (torch.bfloat16, torch.float32) or value(node).device.type != "cpu" or not numbers:
             continue
-        if shape[0] % OUTPUTS or shape[1] % block or not there_is(levels, block):
+        if shape[1] % block:
             continue
         if all(_is_product(user, node) or user.target in readers for user in node.users):
             for user in node.users:

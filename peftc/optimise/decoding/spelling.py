@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from peftc.graph.ir import value
 from peftc.kernels.common.operation import call_directly
+from peftc.optimise.decoding.packed import linear
 
 aten = torch.ops.aten
 
@@ -26,8 +28,11 @@ SOONER: dict[Any, Any] = {
 
 
 def respell(graph: fx.Graph, *, on_cpu: bool) -> None:
-    """Calls functions in place of overloads, in place; of peftc's own operations on the CPU what they run there."""
+    """Calls functions in place of overloads, in place; on the CPU, of peftc's own operations what they run there, and
+    products by the way that is soonest."""
     for node in graph.nodes:
+        if on_cpu and node.target is aten.linear.default and not node.kwargs and value(node).dtype is torch.float32:
+            node.target = linear
         if not node.kwargs and node.target in SOONER:
             node.target = SOONER[node.target]
     if on_cpu:

@@ -1,0 +1,123 @@
+"""Products by whichever way is soonest: all ways have the same numbers, and trying them leaves no trace."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftc.kernels.common import products
+from peftc.kernels.common.products import add_product_, product, way_of
+
+NEAR = 1e-5  # of the largest: fp32, sums in another order
+WAYS = [products._plain, products._turned, products._onednn, products._turned_onednn]
+OF_ONE_ROW = [products._vector, products._twice]
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
+    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def drawn(rows: int, inner: int, columns: int, right_turned: bool) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(rows + inner + columns)
+    right = torch.randn(columns, inner, generator=random).t()
+    return torch.randn(rows, inner, generator=random), right if right_turned else right.contiguous()
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_all_ways_have_the_same_numbers(rows: int, inner: int, columns: int, right_turned: bool) -> None:
+    left, right = drawn(rows, inner, columns, right_turned)
+    expected = (left.double() @ right.double()).float()
+    for way in (*WAYS, *(OF_ONE_ROW if rows == 1 else [])):
+        if way is not products._turned_onednn or right_turned:
+            near(way(left, right), expected)
+
+
+@pytest.fixture(params=WAYS + OF_ONE_ROW, ids=lambda way: way.__name__.strip("_"))
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> products.Way:
+    """A way that is taken for the soonest."""
+    way: products.Way = request.param
+    monkeypatch.setattr(products, "_soonest", lambda *_: way)
+    return way
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_whichever_is_chosen(chosen: products.Way, biased: bool) -> None:
+    left, right = drawn(1 if chosen in OF_ONE_ROW else 7, 260, 310, right_turned=True)
+    bias = torch.randn(620)[::2] if biased else None
+    assert way_of(left, right) is chosen
+    expected = left @ right if bias is None else left @ right + bias
+    near(product(left, right, bias), expected)
+    out = torch.empty(left.shape[0], 310)
+    assert product(left, right, bias, out=out) is out
+    near(out, expected)
+    near(add_product_(torch.ones_like(out), left, right), 1 + left @ right)
+
+
+def test_the_soonest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a way moves itself."""
+    passed = [0.0]
+
+    def slow(left: Tensor, right: Tensor) -> Tensor:
+        passed[0] += 2.0
+        return left @ right
+
+    def sooner(left: Tensor, right: Tensor) -> Tensor:
+        passed[0] += 1.0
+        return left @ right
+
+    def hardly(left: Tensor, right: Tensor) -> Tensor:
+        passed[0] += 0.99
+        return left @ right
+
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: passed[0])
+    for ways, expected in (((slow, sooner), sooner), ((sooner, slow), sooner), ((sooner, hardly), sooner)):
+        products._tried.cache_clear()
+        assert products._tried(ways, 2, 16, 16, 1, True, 1) is expected
+    products._tried.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.zeros(0, 300), torch.zeros(300, 300)),
+        (torch.zeros(4, 20), torch.zeros(20, 20)),
+        (torch.zeros(4, 300, dtype=torch.float64), torch.zeros(300, 300, dtype=torch.float64)),
+        (torch.zeros(4, 300, dtype=torch.bfloat16), torch.zeros(300, 300, dtype=torch.bfloat16)),
+        (torch.zeros(300, 4).t(), torch.zeros(300, 300)),
+        (torch.zeros(4, 300), torch.zeros(300, 600)[:, ::2]),
+    ],
+    ids=["nothing", "small", "fp64", "bf16", "left turned", "with gaps"],
+)  # fmt: skip
+def test_the_rest_is_left_to_torch(left: Tensor, right: Tensor) -> None:
+    assert way_of(left, right) is products._plain
+    assert torch.equal(product(left, right), left @ right)
+
+
+def test_the_same_bits_in_each_run_where_they_are_asked_for() -> None:
+    left, right = drawn(4, 300, 300, right_turned=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert way_of(left, right) is products._plain
+        assert way_of(left[:1], right) is products._vector
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_trying_leaves_no_trace() -> None:
+    """Neither in what counts operations, nor in the numbers at random, nor under autocast."""
+    products._soonest.cache_clear()
+    products._tried.cache_clear()
+    left, right = drawn(5, 257, 303, right_turned=True)
+    before = torch.random.get_rng_state()
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", dtype=torch.bfloat16):
+        way_of(left, right)
+    assert counter.get_total_flops() == 0
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert products._tried.cache_info().currsize == 1
