@@ -58,7 +58,6 @@ class Runtime(Switching):
     size_check: SizeCheck
     other_graphs: list[Runtime]
     tensors_in_common: frozenset[str]
-    is_fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
     def __init__(
@@ -91,6 +90,7 @@ class Runtime(Switching):
             make_continuation=None,
             continues_by=None,
             logits_in_training=fired is None,
+            recomputes_every=0,
         )
         keep_unread(root, self)
         self.settle()
@@ -244,11 +244,11 @@ class Runtime(Switching):
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
         shared = {
             name: self.__dict__[name]
-            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused")
-        } | {
-            name: self.__dict__[name]
-            for name in ("size_check", "tensors_in_common", "capture_again", "make_face", "selected")
-        }
+            for name in (
+                "plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused", "recomputes_every",
+                "size_check", "tensors_in_common", "capture_again", "make_face", "selected",
+            )
+        }  # fmt: skip
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
@@ -270,10 +270,6 @@ class Runtime(Switching):
 
     def __reduce__(self) -> Any:
         raise PeftcError(NoPickle(model=self.plan.sites.model))
-
-    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """What a Trainer calls: a spec says it with `checkpoint`."""
-        raise PeftcError(OnTheBase(model=self.plan.sites.model, name="activation_checkpointing_enable"))
 
     # Facts
 
