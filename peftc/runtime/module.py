@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
 from inspect import get_annotations
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
-from peftc.capture.convention import SAID_BY_POSITIONS, Convention
+from peftc.capture.convention import Convention, others_of
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, tensors
 from peftc.optimise.fuse import Fired
@@ -78,7 +77,7 @@ class Runtime(Switching):
             history=dict(history),
             fired=fired or (),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
+            convention=_convention(plan),
             size_check=_sizes(plan, history[0][1]),
             other_graphs=[],
             tensors_in_common=_kept(plan),
@@ -171,22 +170,15 @@ class Runtime(Switching):
         try:
             given = self.convention.bind(args, kwargs)
         except TypeError as refusal:
-            given = dict(zip(self.convention.inputs, args, strict=False)) | kwargs
-            given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-            if "position_ids" in given:
-                given = {name: value for name, value in given.items() if name not in SAID_BY_POSITIONS}
-            if not given.keys() - set(self.convention.inputs) or not given.keys() <= self._taken_by_base:
+            given = self.convention.named(args, kwargs)
+            taken = {*self.convention.inputs, *self.convention.others}
+            known = self.config is not None and given.keys() <= taken
+            if not known or not all(isinstance(value, Tensor) for value in given.values()):
                 raise
             other = self._other(given, refusal)
             return other, other.convention.bind((), given)
         refused = self.size_check.refusal(given)
         return (self, given) if refused is None else (self._other(given, refused), given)
-
-    @cached_property
-    def _taken_by_base(self) -> frozenset[str]:
-        """What the forward of a transformers model takes."""
-        known = hasattr(self.base, "config")
-        return frozenset(inspect.signature(type(self.base).forward).parameters) if known else frozenset()
 
     def _other(self, given: dict[str, Any], refusal: Exception) -> Runtime:
         """The same model and tensors with a graph that was captured for the sizes of `given`."""
@@ -196,7 +188,7 @@ class Runtime(Switching):
             known = (
                 other
                 for other in self.other_graphs
-                if given.keys() <= set(other.convention.inputs) and other.size_check.refusal(given) is None
+                if other.convention.takes(given) and other.size_check.refusal(given) is None
             )
             other = next(known, None) or self._captured_again(given)
             if other is None:
@@ -333,6 +325,12 @@ class Runtime(Switching):
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
         return Schedule(self)
+
+
+def _convention(plan: Plan) -> Convention:
+    inputs = plan.captured.inputs
+    others = others_of(plan.captured.model, inputs)
+    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others)
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:
