@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from peftc.capture.errors import NoRoom
@@ -21,23 +21,33 @@ HARMLESS = {
 }  # fmt: skip
 # What a collator says of sequences in one row for other kernels of attention: the same as the positions, beside these.
 SAID_BY_POSITIONS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
-# An input that may be left out, and what it is then made of the model's main input.
+# An input that may be left out, and what it is then made of the model's main input. A mask is not where positions are
+# given: without one a model reads off these which tokens are of one text.
 FILLED_IN = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
 LOSS_INPUTS = ("labels",)
 
 
 @dataclass(frozen=True)
 class Convention:
-    """The inputs by name, in order, and the shape of the result."""
+    """The inputs by name, in order, and the shape of the result.
+
+    room         an input, and how long it may be
+    consistency  weight of a loss between two passes of a training step; 0 for one pass
+    others       what the base model's forward takes beside the inputs: a call with it is for another graph
+    """
 
     inputs: tuple[str, ...]
     result: pytree.TreeSpec
-    room: tuple[str, int] | None = None  # an input, and how long it may be
-    consistency: float = 0.0  # weight of a loss between two passes of a training step; 0 for one pass
+    room: tuple[str, int] | None = None
+    consistency: float = 0.0
+    others: tuple[str, ...] = ()
 
     @property
     def signature(self) -> inspect.Signature:
-        """What `inspect.signature(model.forward)` says, which Trainer chooses a data set's columns by."""
+        """What `inspect.signature(model.forward)` says, which Trainer chooses a data set's columns by.
+
+        A column that is not named here is dropped without a word: so all are that the base model would be given.
+        """
         optional = {*FILLED_IN, *LOSS_INPUTS}
         needed = [place for place, name in enumerate(self.inputs) if name not in optional]
         first = next((place for place, name in enumerate(self.inputs) if name in optional), len(self.inputs))
@@ -51,7 +61,26 @@ class Convention:
                 )
                 for place, name in enumerate(self.inputs)
             ]
+            + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.others]
         )
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call gives, by name, less what changes nothing.
+
+        Raises:
+            TypeError: on more than there is a place for, or twice the same.
+        """
+        given = dict(zip(self.inputs, args, strict=False))
+        if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
+            raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
+        if kwargs.get("position_ids") is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in SAID_BY_POSITIONS}
+        given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def takes(self, given: Mapping[str, Any]) -> bool:
+        """Whether this graph is for inputs of these names."""
+        return self._misfit(self._filled(given)) is None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The inputs by name; left out are only labels.
@@ -60,27 +89,32 @@ class Convention:
             TypeError: on a missing input, or one that the graph does not have.
             PeftcError: `no-room` where the model has no positions for both the prompt and the input.
         """
-        given = dict(zip(self.inputs, args, strict=False))
-        if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
-            raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
-        if kwargs.get("position_ids") is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name not in SAID_BY_POSITIONS}
-        given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
-        given = {name: value for name, value in given.items() if value is not None}
-        for name, fill in FILLED_IN.items():
-            if name in self.inputs and name not in given and self.inputs[0] in given:
-                given[name] = fill(given[self.inputs[0]])
+        given = self._filled(self.named(args, kwargs))
+        if (reason := self._misfit(given)) is not None:
+            raise TypeError(reason)
+        if self.room and given[self.room[0]].shape[1] > self.room[1]:
+            raise PeftcError(NoRoom(given=given[self.room[0]].shape[1], room=self.room[1]))
+        return {name: given[name] for name in self.inputs if name in given}
+
+    def _filled(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """With what is made of the main input, tokens, where it is left out."""
+        main = given.get(self.inputs[0])
+        if not isinstance(main, Tensor) or main.is_floating_point():
+            return dict(given)
+        wanting = {name for name in FILLED_IN if name in self.inputs and name not in given}
+        if "position_ids" in given:
+            wanting.discard("attention_mask")
+        return {**given, **{name: FILLED_IN[name](main) for name in wanting}}
+
+    def _misfit(self, given: Mapping[str, Any]) -> str | None:
+        """Why this graph is not for such inputs."""
         if unknown := given.keys() - set(self.inputs):
-            raise TypeError(
+            return (
                 f"the compiled model has no input {', '.join(sorted(unknown))}; it takes {', '.join(self.inputs)} "
                 "(pass example= to compile it with others)"
             )
         missing = [name for name in self.inputs if name not in given and name not in LOSS_INPUTS]
-        if missing:
-            raise TypeError(f"the compiled model needs {', '.join(missing)}")
-        if self.room and given[self.room[0]].shape[1] > self.room[1]:
-            raise PeftcError(NoRoom(given=given[self.room[0]].shape[1], room=self.room[1]))
-        return {name: given[name] for name in self.inputs if name in given}
+        return f"the compiled model needs {', '.join(missing)}" if missing else None
 
     def unflatten(self, leaves: tuple[Any, ...], *, with_loss: bool) -> Any:
         """The base model's kind of result, such as a `CausalLMOutputWithPast`."""
@@ -109,6 +143,13 @@ class Convention:
     def keys(self) -> list[str]:
         """The names of a `ModelOutput`'s fields that are there; none for another kind of result."""
         return fields_of(self.result)
+
+
+def others_of(model: nn.Module, inputs: Container[str]) -> tuple[str, ...]:
+    """The names of what a model's forward takes beside `inputs`."""
+    _, *parameters = inspect.signature(type(model).forward).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(each.name for each in parameters if each.kind not in kinds and each.name not in inputs)
 
 
 def _is_harmless(name: str, value: Any) -> bool:

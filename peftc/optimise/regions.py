@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -92,11 +92,7 @@ class BlockModule(fx.GraphModule):
 
     def _step(self, given: tuple[Any, ...]) -> Callable[[], Any] | None:
         """The call of the planned passes on these inputs; None where the graph is to run as it is."""
-        if self.training not in self._lifted:
-            found = lifted(self, self.graph, self.training)
-            self._lifted[self.training] = None if found is None else (found, found.text())
-        known = self._lifted[self.training]
-        if known is None:
+        if (known := self._lift(self.training)) is None:
             return None
         graph, text = known
         inputs = (*given, *(get_attribute(self, name) for name in graph.names))
@@ -109,6 +105,18 @@ class BlockModule(fx.GraphModule):
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
 
+    def _lift(self, trains: bool) -> tuple[Lifted, str] | None:
+        if trains not in self._lifted:
+            found = lifted(self, self.graph, trains)
+            self._lifted[trains] = None if found is None else (found, found.text())
+        return self._lifted[trains]
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it can be run again by itself."""
+        with LOCK:
+            return self._lift(True) is not None
+
 
 def mark(module: fx.GraphModule, blocks: dict[str, Span]) -> None:
     """Tells the folded blocks of `module` that `checkpoint` statements name.
@@ -118,9 +126,28 @@ def mark(module: fx.GraphModule, blocks: dict[str, Span]) -> None:
     """
     for path, span in blocks.items():
         block = module.get_submodule(path)
-        if not isinstance(block, BlockModule) or lifted(block, block.graph, trains=True) is None:
+        if not isinstance(block, BlockModule) or not block.stands_alone:
             raise PeftcError(CannotCheckpoint(block=path, span=span))
         block.meta[RECOMPUTED] = True
+
+
+def mark_every(module: nn.Module, blocks: Iterable[str], every: int) -> None:
+    """Has every so many of the folded blocks of `module` computed again, from the first one on; of 0 none.
+
+    Raises:
+        PeftcError: `cannot-checkpoint`, and nothing is changed, as `mark`.
+    """
+    there = dict(module.named_modules())
+    chosen = [path for path in blocks if path in there]
+    for place, path in enumerate(chosen):
+        block = there[path]
+        if every and not place % every and not (isinstance(block, BlockModule) and block.stands_alone):
+            raise PeftcError(CannotCheckpoint(block=path))
+    for place, path in enumerate(chosen):
+        if every and not place % every:
+            there[path].meta[RECOMPUTED] = True
+        elif isinstance(there[path], BlockModule):
+            there[path].meta.pop(RECOMPUTED, None)
 
 
 class _Holder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import RLock
 from typing import Any, cast
 
@@ -10,13 +10,23 @@ from torch import nn
 
 from peftc.capture.cached import CACHES
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.optimise.regions import mark_every
 from peftc.runtime.backbone import Backbone, head
-from peftc.runtime.errors import CannotGenerate
+from peftc.runtime.errors import CannotGenerate, CannotRecompute
 from peftc.runtime.generation.decoder import Decoder
 from peftc.runtime.generation.text import view
 from peftc.runtime.holder import Holder
 
 LOCK = RLock()  # one captures at a time
+# What `torch.utils.checkpoint` takes beside the call.
+TORCHS = frozenset({"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"})
+
+
+def recompute(compiled: Asked, every: int) -> None:
+    """Has every so many blocks of a compiled model computed again, unless its spec says which; of 0 none."""
+    if not compiled.plan.recomputed:
+        mark_every(compiled, compiled.plan.sites.blocks, every)
+    compiled.__dict__["recomputes_every"] = every
 
 
 class Asked(Holder):
@@ -24,6 +34,8 @@ class Asked(Holder):
 
     make_continuation: Callable[[Any], Decoder | None] | None
     continues_by: Decoder | None
+    is_fused: bool
+    recomputes_every: int  # every how many blocks, where it was asked for after the compile; 0 for none
 
     def face(self, tasks: Any = None) -> Any:
         """What runs a call."""
@@ -45,11 +57,6 @@ class Asked(Holder):
         return head(self.face())
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether modules compute again what they keep: the graph does so by its own plan."""
-        return False
-
-    @property
     def warnings_issued(self) -> dict[str, bool]:
         """Which warnings trainers have given; theirs to write."""
         known: dict[str, bool] = self.__dict__.setdefault("issued", {})
@@ -69,6 +76,76 @@ class Asked(Holder):
         """Remembers tags for a model card, as transformers does."""
         known = self.__dict__.setdefault("model_tags", [])
         known += [tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in known]
+
+    # Activation checkpointing
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether a training step computes blocks again, because the spec or a call says so."""
+        face = self.face()
+        return bool(face.plan.recomputed or self.recomputes_every)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """transformers' old name for it, by which TRL and HF PEFT ask."""
+        return self.is_activation_checkpointing
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """From now on a training step keeps of a block its inputs alone, as with `checkpoint block` in the spec.
+
+        A spec that says itself which blocks has its way: then this changes nothing, nor does disabling it.
+
+        Args:
+            activation_checkpointing_kwargs: transformers passes them on to `torch.utils.checkpoint`. How a module is
+                run again has no meaning here, as none is: `use_reentrant` and the like make no difference.
+            every_n_layers: only every so many blocks, from the first one on.
+            offload: to keep the inputs in the host's memory; refused.
+
+        Raises:
+            PeftcError: `cannot-recompute` for what is asked beyond that, or of a graph that is run as it is written;
+                `cannot-checkpoint` where a block cannot be run again by itself.
+        """
+        asked = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        if (reason := self._refusal(asked)) is not None:
+            raise PeftcError(CannotRecompute(model=self.plan.sites.model, reason=reason))
+        recompute(self, asked["every_n_layers"])
+
+    def activation_checkpointing_disable(self) -> None:
+        """Ends what `activation_checkpointing_enable` began."""
+        recompute(self, 0)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """transformers' old name for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """transformers' old name for `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    def enable_input_require_grads(self) -> None:
+        """What modules that are run again need for a gradient to reach them; here it does without."""
+
+    def _refusal(self, asked: dict[str, Any]) -> str | None:
+        """Why blocks cannot be computed again so; None where they can."""
+        every = asked["every_n_layers"]
+        if unknown := sorted(asked.keys() - {"every_n_layers", "offload"} - TORCHS):
+            return f"{unknown[0]} is no option of torch.utils.checkpoint"
+        if asked["offload"]:
+            return "offload moves what modules keep, and the graph has none of its own"
+        if asked.get("context_fn") is not None:
+            return "context_fn chooses what is kept, which the graph's own plan does"
+        if not isinstance(every, int) or every < 1:
+            return f"every_n_layers is {every}"
+        if not self.is_fused:
+            return "with fuse=False a graph runs as it is written"
+        return None if self.plan.sites.blocks else "it has none"
 
     # Generation
 

@@ -65,9 +65,21 @@ class OnTheBase(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if "checkpointing" in self.name:
-            return ("say it in the spec, for example: checkpoint block",)
         return ("do it to the base model before the compile, or to what .merge() returns",)
+
+
+class CannotRecompute(Diagnostic):
+    code = "cannot-recompute"
+    model: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"a backward pass of {self.model} cannot compute its blocks again as asked: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("leave that out, or train with activation_checkpointing=False (TRL: gradient_checkpointing=False)",)
 
 
 class OnlyOnTheBase(PeftcError, AttributeError):

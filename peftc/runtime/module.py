@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
 from inspect import get_annotations
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
-from peftc.capture.convention import SAID_BY_POSITIONS, Convention
+from peftc.capture.convention import Convention, others_of
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, tensors
 from peftc.optimise.fuse import Fired
@@ -58,7 +57,6 @@ class Runtime(Switching):
     size_check: SizeCheck
     other_graphs: list[Runtime]
     tensors_in_common: frozenset[str]
-    is_fused: bool
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
     def __init__(
@@ -79,7 +77,7 @@ class Runtime(Switching):
             history=dict(history),
             fired=fired or (),
             base=plan.captured.model,
-            convention=Convention(plan.captured.inputs, plan.captured.result, room(plan), plan.consistency),
+            convention=_convention(plan),
             size_check=_sizes(plan, history[0][1]),
             other_graphs=[],
             tensors_in_common=_kept(plan),
@@ -91,6 +89,7 @@ class Runtime(Switching):
             make_continuation=None,
             continues_by=None,
             logits_in_training=fired is None,
+            recomputes_every=0,
         )
         keep_unread(root, self)
         self.settle()
@@ -171,22 +170,15 @@ class Runtime(Switching):
         try:
             given = self.convention.bind(args, kwargs)
         except TypeError as refusal:
-            given = dict(zip(self.convention.inputs, args, strict=False)) | kwargs
-            given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-            if "position_ids" in given:
-                given = {name: value for name, value in given.items() if name not in SAID_BY_POSITIONS}
-            if not given.keys() - set(self.convention.inputs) or not given.keys() <= self._taken_by_base:
+            given = self.convention.named(args, kwargs)
+            taken = {*self.convention.inputs, *self.convention.others}
+            known = self.config is not None and given.keys() <= taken
+            if not known or not all(isinstance(value, Tensor) for value in given.values()):
                 raise
             other = self._other(given, refusal)
             return other, other.convention.bind((), given)
         refused = self.size_check.refusal(given)
         return (self, given) if refused is None else (self._other(given, refused), given)
-
-    @cached_property
-    def _taken_by_base(self) -> frozenset[str]:
-        """What the forward of a transformers model takes."""
-        known = hasattr(self.base, "config")
-        return frozenset(inspect.signature(type(self.base).forward).parameters) if known else frozenset()
 
     def _other(self, given: dict[str, Any], refusal: Exception) -> Runtime:
         """The same model and tensors with a graph that was captured for the sizes of `given`."""
@@ -196,7 +188,7 @@ class Runtime(Switching):
             known = (
                 other
                 for other in self.other_graphs
-                if given.keys() <= set(other.convention.inputs) and other.size_check.refusal(given) is None
+                if other.convention.takes(given) and other.size_check.refusal(given) is None
             )
             other = next(known, None) or self._captured_again(given)
             if other is None:
@@ -244,11 +236,11 @@ class Runtime(Switching):
         """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
         shared = {
             name: self.__dict__[name]
-            for name in ("plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused")
-        } | {
-            name: self.__dict__[name]
-            for name in ("size_check", "tensors_in_common", "capture_again", "make_face", "selected")
-        }
+            for name in (
+                "plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused", "recomputes_every",
+                "size_check", "tensors_in_common", "capture_again", "make_face", "selected",
+            )
+        }  # fmt: skip
         self.watch.notice(self)  # a copy starts with what this one has learnt
         memo.update({id(value): value for value in (*shared.values(), self.entries, self.watch)})
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
@@ -270,10 +262,6 @@ class Runtime(Switching):
 
     def __reduce__(self) -> Any:
         raise PeftcError(NoPickle(model=self.plan.sites.model))
-
-    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """What a Trainer calls: a spec says it with `checkpoint`."""
-        raise PeftcError(OnTheBase(model=self.plan.sites.model, name="activation_checkpointing_enable"))
 
     # Facts
 
@@ -337,6 +325,12 @@ class Runtime(Switching):
     def callback(self) -> Schedule:
         """`follow` for a `transformers.Trainer`: `Trainer(..., callbacks=[model.callback()])`."""
         return Schedule(self)
+
+
+def _convention(plan: Plan) -> Convention:
+    inputs = plan.captured.inputs
+    others = others_of(plan.captured.model, inputs)
+    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others)
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from peftc.kernels.rows_of_batch import together
 from peftc.planning.plan import of_task
 from peftc.rewrite.splicer import TASK_ROWS
 from peftc.rewrite.state import prepare, rewritten
-from peftc.runtime.asked import LOCK, Asked
+from peftc.runtime.asked import LOCK, Asked, recompute
 from peftc.runtime.errors import NotWhenTraced, UnknownTask
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
@@ -167,6 +167,8 @@ class Switching(Asked):
             if theirs[name] is not (tensor := get_attribute(self, mine)):
                 set_tensor(other, name, tensor)
         other.__dict__["logits_in_training"] = self.logits_in_training
+        if other.__dict__["recomputes_every"] != self.recomputes_every:
+            recompute(cast(Asked, other), self.recomputes_every)
         modules = dict(self.named_modules())
         for path, module in other.named_modules():
             if path in modules:

@@ -148,6 +148,21 @@ def test_a_checkpointed_block_keeps_its_input_alone(spec: str) -> None:
     assert kept_bytes(model, fast, batch) <= kept_bytes(model, model, batch)
 
 
+def test_what_a_trainer_asks_for_after_the_compile_counts() -> None:
+    """The code is compiled anew where blocks are to be computed again, and not to be any more."""
+    model = model_of(LORA)
+    batch = inputs(model.base, 4, 32)
+    fast = compiled(model, "aot_eager", dynamic=False)
+    assert_alike(model, fast, batch)
+    kept = [kept_bytes(model, fast, batch)]
+    for change in (model.activation_checkpointing_enable, model.activation_checkpointing_disable):
+        change()
+        assert_alike(model, fast, batch)
+        kept.append(kept_bytes(model, fast, batch))
+    assert kept[1] < 0.7 * kept[0]
+    assert kept[2] == kept[0]
+
+
 def test_a_block_that_writes_in_place_runs_as_it_is_written() -> None:
     """A region with tags must not: a value that is computed again would be another one."""
     graph = fx.Graph()

@@ -89,6 +89,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole: Run, tmp_p
 
 
 @pytest.mark.slow
+def test_the_best_model_is_loaded_at_the_end_and_can_be_saved(tmp_path: Path) -> None:
+    """The best is said to be the worst here, which is another than the last."""
+    model = compiled("llama", "apply lora(r=4) to attn.*")
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(model, tmp_path / "run", rows(9, 20), steps=6, lr=1e-2, **settings, **best)
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert losses[0] == max(losses) > losses[-1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-6)
+    model.save(tmp_path / "adapter")
+    again = peftc.load(tmp_path / "adapter", model.base)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the child writes files alone
 @pytest.mark.parametrize("over", [False, True], ids=["a new one", "another run's"])
 def test_a_checkpoint_killed_as_it_is_written_resumes_as_a_whole_one_or_not_at_all(tmp_path: Path, over: bool) -> None:

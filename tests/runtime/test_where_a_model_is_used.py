@@ -1,6 +1,6 @@
 """A compiled model where a model is used: pipelines, TRL's trainers, a sequence-to-sequence trainer that generates.
 
-Losses are HF PEFT's from the same start, to 1e-4 (fp32, four steps).
+Losses, norms of gradients and divergences are HF PEFT's from the same start, to 1e-5 (fp32, four steps).
 """
 
 import copy
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import models
 import peftc
+from training import randomise
 
 COMMON: dict[str, Any] = {
     "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
@@ -81,24 +82,17 @@ def libraries() -> tuple[Any, Any]:
     return importlib.import_module("datasets"), importlib.import_module("trl")
 
 
-def supervised(model: Any, folder: Path, *, packing: bool) -> Any:
+def supervised(model: Any, folder: Path, **settings: Any) -> Any:
     datasets, trl = libraries()
-
-    args = trl.SFTConfig(
-        output_dir=str(folder), packing=packing, max_length=64, gradient_checkpointing=False, loss_type="nll",
-        bf16=False, **COMMON,
-    )  # fmt: skip
+    args = trl.SFTConfig(output_dir=str(folder), max_length=64, bf16=False, **COMMON, **settings)
     data = datasets.Dataset.from_list([{"text": text * 3} for text in TEXTS])
     return trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
 
 
-def preferring(model: Any, folder: Path) -> Any:
+def preferring(model: Any, folder: Path, reference: Any = None) -> Any:
     datasets, trl = libraries()
-
-    args = trl.DPOConfig(output_dir=str(folder), max_length=64, gradient_checkpointing=False, bf16=False, **COMMON)
+    args = trl.DPOConfig(output_dir=str(folder), max_length=64, bf16=False, **COMMON)
     pairs = [{"prompt": "Say: ", "chosen": text[:20], "rejected": text[-12:]} for text in TEXTS]
-    # HF PEFT's model is its own reference, with the adapter switched off
-    reference = None if isinstance(model, peft.PeftModel) else copy.deepcopy(llama())
     return trl.DPOTrainer(
         model=model,
         ref_model=reference,
@@ -108,23 +102,74 @@ def preferring(model: Any, folder: Path) -> Any:
     )
 
 
+def rewarded(model: Any, folder: Path, beta: float) -> Any:
+    """Two steps on each group of texts: in the second the texts are of an earlier model, and the loss is not near 0."""
+    datasets, trl = libraries()
+    args = trl.GRPOConfig(
+        output_dir=str(folder), beta=beta, num_generations=4, max_completion_length=8, num_iterations=2, bf16=False,
+        **(COMMON | {"per_device_train_batch_size": 4, "learning_rate": 1e-2}),
+    )  # fmt: skip
+    return trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [len(set(text)) / 10 for text in completions],
+        args=args,
+        train_dataset=datasets.Dataset.from_list([{"prompt": text[:20]} for text in TEXTS]),
+        processing_class=tokenizer(),
+    )
+
+
+# TRL's defaults, gradient_checkpointing=True among them; without bf16, which rounds to three digits.
 TRAINERS: dict[str, Callable[[Any, Path], Any]] = {
-    "supervised": lambda model, folder: supervised(model, folder, packing=False),
+    "supervised": supervised,
     "packed": lambda model, folder: supervised(model, folder, packing=True),
+    "not checkpointed": lambda model, folder: supervised(model, folder, gradient_checkpointing=False),
     "preferring": preferring,
+    "rewarded": lambda model, folder: rewarded(model, folder, beta=0.0),
+    "rewarded, with a reference": lambda model, folder: rewarded(model, folder, beta=0.5),
 }
+TOLD = ("loss", "grad_norm", "kl", "reward")
+LLAMA_LORA = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that came from a folder, where TRL looks for the reference of one that is not HF PEFT's."""
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def told(trainer: Any) -> list[float]:
+    """What a training logs of each step, as far as it is the same in every run."""
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == COMMON["max_steps"]
+    assert len({entry["loss"] for entry in entries}) == len(entries)
+    return [entry[name] for entry in entries for name in TOLD if name in entry]
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
-def test_trl_trains_as_with_hf_peft(kind: str, tmp_path: Path) -> None:
-    config = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    theirs, ours = both(llama(), tmp_path / "adapter", **config)
-    expected = losses(TRAINERS[kind](theirs, tmp_path / "theirs"))
-    assert len(set(expected)) == COMMON["max_steps"]
-    assert losses(TRAINERS[kind](ours, tmp_path / "ours")) == pytest.approx(expected, abs=1e-4)
+def test_trl_trains_as_with_hf_peft(kind: str, saved: Any, tmp_path: Path) -> None:
+    theirs, ours = both(saved, tmp_path / "adapter", **LLAMA_LORA)
+    expected = told(TRAINERS[kind](theirs, tmp_path / "theirs"))
+    trainer = TRAINERS[kind](ours, tmp_path / "ours")
+    assert told(trainer) == pytest.approx(expected, abs=1e-5)
+    assert ours.is_activation_checkpointing is (kind != "not checkpointed")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_of_a_trained_adapter_is_a_copy_of_the_model(tmp_path: Path) -> None:
+    """As HF PEFT's is, of whose adapter TRL makes a copy."""
+    theirs, _ = both(llama(), tmp_path / "start", **LLAMA_LORA)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "trained"))
+    ours = peftc.load_peft(copy.deepcopy(llama()), tmp_path / "trained")
+    expected = told(preferring(theirs, tmp_path / "theirs"))
+    assert told(preferring(ours, tmp_path / "ours", copy.deepcopy(ours))) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -144,11 +189,11 @@ def test_a_trainer_predicts_by_generating(tmp_path: Path) -> None:
         trainer = hf.Seq2SeqTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4])  # type: ignore[arg-type]
         found.append((losses(trainer), trainer.predict(data[:4])))  # type: ignore[arg-type]
     (expected, theirs), (ours, mine) = found
-    assert ours == pytest.approx(expected, abs=1e-4)
+    assert ours == pytest.approx(expected, abs=1e-5)
     assert mine.predictions.tolist() == theirs.predictions.tolist()  # type: ignore[union-attr]
     assert mine.metrics is not None
     assert theirs.metrics is not None
-    assert mine.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], abs=1e-4)
+    assert mine.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], abs=1e-5)
 
 
 # ---- What would be lost ---------------------------------------------------------------------------------------------
