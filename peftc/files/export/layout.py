@@ -78,8 +78,9 @@ class Reader:
     """
 
     def __init__(self, model: PreTrainedModel, architecture: str, config: Mapping[str, Any]) -> None:
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
-        names_of: Any = get_gguf_hf_weights_map  # which has no types
+        processors: dict[str, Any] = TENSOR_PROCESSORS  # which have no types, as what maps names
+        names_of: Any = get_gguf_hf_weights_map
+        self._processor = processors.get(architecture, TensorProcessor)(config=dict(config))
         layers = model.config.num_hidden_layers
         self._names: dict[str, str] = names_of(_Shallow(model), self._processor, architecture, layers)
         self._layouts: dict[tuple[str, tuple[int, ...]], Layout | None] = {}

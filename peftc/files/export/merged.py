@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +89,7 @@ class GgufModel:
         writer = gguf.GGUFWriter(None, self._kind.architecture)
         writer.add_type(gguf.GGUFType.MODEL)
         name = Path(str(self._model.config._name_or_path or "")).name
-        writer.add_name(name or type(self._model).__name__)
+        writer.add_name(name)  # by which llama.cpp knows some tokenizers' tokens; none if it is empty
         for key, value in self._kind.said.items():
             add(writer, key, value)
         writer.add_file_type(FILE_TYPES[dtype])
@@ -150,6 +151,7 @@ class GgufModel:
                 order = [f"attn.{part}" in site.roles for part in "qkv"]
                 if any(order):
                     parts.setdefault(site.owner, []).append((order.index(True), site))
+        reasons |= dict.fromkeys(self._other_scales())
         scattered = [owner for owner, found in parts.items() if not self._in_order(owner, found)]
         if scattered:
             reasons[f"{scattered[0]} would not have all of q, all of k and all of v in turn, as a file's has"] = None
@@ -161,6 +163,13 @@ class GgufModel:
             said = self._kind.said.get(key.format(arch=self._kind.architecture))
             if own and said is not None and said != own:
                 yield f"{key.rpartition('.')[2]} would be {said} in it, and {site.name} has {own}"
+
+    def _other_scales(self) -> Iterator[str]:
+        """Attentions that multiply by another number than 1/sqrt(width of a head), which no file says."""
+        for name, module in self._model.named_modules():
+            scale, width = getattr(module, "scaling", None), getattr(module, "head_dim", None)
+            if isinstance(scale, float) and isinstance(width, int) and not math.isclose(scale, width**-0.5):
+                yield f"{name.rpartition('.')[2]} multiplies by {scale:.4g}, and a file's attention by {width**-0.5:.4g}"
 
     def _in_order(self, owner: str, found: list[tuple[int, Linear]]) -> bool:
         """Whether the parts of a fused weight lie one after another in a file, q first and v last."""

@@ -49,7 +49,7 @@ def export_adapter(compiled: Runtime, folder: Path, dtype: str | None) -> list[C
     problems: list[Diagnostic] = [NotInVllm(reason=one.reason, instead=AS_MERGED, span=one.span) for one in odd]
     sites = {site.owner: site for site in compiled.plan.sites if isinstance(site, Linear) and site.rows is None}
     for change in changes:
-        if (reason := _reason(compiled.base, change, sites.get(change.parameter))) is not None:
+        if (reason := _reason(compiled.base, change, sites[change.parameter])) is not None:
             problems.append(NotInVllm(reason=reason, instead=AS_MERGED, span=change.span))
     if not changes and not problems:
         problems.append(NotInVllm(reason="nothing was learned", instead="compile a spec that has a method"))
@@ -81,10 +81,8 @@ def export_merged(compiled: Runtime, folder: Path, dtype: str | None, tokenizer:
     return len(model.state_dict())
 
 
-def _reason(base: nn.Module, change: Change, site: Linear | None) -> str | None:
+def _reason(base: nn.Module, change: Change, site: Linear) -> str | None:
     """Why vLLM would not take a layer's change, or None."""
-    if site is None:
-        return f"it adapts whole layers, and {change.module} is adapted in parts"
     if change.transposed or type(base.get_submodule(change.module)) is not nn.Linear:
         return f"it adapts linear layers, and {change.module} is a {type(base.get_submodule(change.module)).__name__}"
     if (reason := unfit(base, site)) is not None:
