@@ -19,7 +19,8 @@ import peftc
 from exported import COMMON, TOKENS, byte_level, learned, sentencepiece_like, tiny
 from peftc.files.export.vllm import served_rank
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2")
+QUICK, OTHERS = ("llama", "phi3", "gpt2"), ("mistral", "qwen2", "qwen3", "gemma2")
+KINDS = (*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS))
 SPEC = "apply lora(r=4) to attn.*\napply lora(r=2, alpha=3) to mlp.*"
 
 
@@ -44,17 +45,19 @@ def from_gguf(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_file_is_read_back_as_the_merged_model(kind: str, tmp_path: Path) -> None:
     compiled = learned(peftc.compile(tiny(kind), SPEC))
     (written,) = compiled.export("gguf", tmp_path / "merged.gguf", merged=True, tokenizer=words(kind))
     assert written.tensors == len(read(written.path))
     back, merged = from_gguf(written.path), compiled.merge().eval()
-    assert type(back) is type(merged)
+    assert type(back) is (LlamaForCausalLM if kind == "mistral" else type(merged))  # which computes the same
     assert torch.equal(back(ids()).logits, merged(ids()).logits)
     assert os_names(tmp_path) == {"merged.gguf"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_the_difference_of_merged_and_base(kind: str, tmp_path: Path) -> None:
     model = tiny(kind)
@@ -115,6 +118,30 @@ def test_what_does_not_fit_a_dtype_is_refused(tmp_path: Path) -> None:
         with pytest.raises(peftc.PeftcError, match=r"is read back as other numbers \(F16\)"):
             compiled.export("gguf", tmp_path / "m.gguf", merged=merged, dtype="float16", tokenizer=byte_level())
     assert not os_names(tmp_path)
+
+
+def slowed(**settings: Any) -> LlamaForCausalLM:
+    given = {"rope_theta": 10000.0, "factor": 8.0, **settings}
+    return LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=16, rope_parameters=given))
+
+
+def test_slower_rotations_are_said_as_llama_cpp_has_them(tmp_path: Path) -> None:
+    """transformers' reader passes them by, so that they are held against its own model."""
+    by_place = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = slowed(rope_type="llama3", **by_place)
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.v")
+    compiled.export("gguf", tmp_path / "m.gguf", merged=True, tokenizer=byte_level())
+    factors = read(tmp_path / "m.gguf")["rope_freqs.weight"]
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    frequencies: Any = model.model.rotary_emb.inv_freq
+    np.testing.assert_allclose(plain / factors, frequencies.numpy(), rtol=1e-5)
+    assert factors.min() == pytest.approx(1)
+    assert factors.max() == pytest.approx(8)
+    compiled = peftc.compile(slowed(rope_type="linear"), "apply lora(r=2) to attn.v")
+    compiled.export("gguf", tmp_path / "linear.gguf", merged=True, tokenizer=byte_level())
+    assert said(tmp_path / "linear.gguf", "llama.rope.scaling.type") == "linear"
+    assert said(tmp_path / "linear.gguf", "llama.rope.scaling.factor") == pytest.approx(8)
+    assert "rope_freqs.weight" not in read(tmp_path / "linear.gguf")
 
 
 @pytest.mark.parametrize("make", [byte_level, lambda: sentencepiece_like(adds_space=False)])

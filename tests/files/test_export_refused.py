@@ -14,8 +14,12 @@ from transformers import (
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -78,6 +82,23 @@ def test_settings_that_a_file_does_not_say(settings: dict[str, Any], reason: str
     told = refused(compiled, tmp_path / "a", "gguf", merged=True, tokenizer=byte_level())
     assert reason in told
     compiled.export("gguf", tmp_path / "adapter.gguf")  # which says none of them
+
+
+def test_a_window_that_the_architecture_does_not_have(tmp_path: Path) -> None:
+    model = MistralForCausalLM(MistralConfig(**COMMON, sliding_window=16))
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.q")
+    told = refused(compiled, tmp_path / "a", "gguf", merged=True, tokenizer=byte_level())
+    assert "its sliding_window=16 has no place there, and is read back as None" in told
+    compiled.export("gguf", tmp_path / "adapter.gguf")
+
+
+def test_a_kind_that_gguf_knows_and_transformers_does_not_read(tmp_path: Path) -> None:
+    """Granite is computed as Llama is where its multipliers are 1, and has another architecture all the same."""
+    model = GraniteForCausalLM(GraniteConfig(**COMMON))
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.q")
+    for merged in (True, False):
+        told = refused(compiled, tmp_path / "a", "gguf", merged=merged, tokenizer=byte_level())
+        assert "of gguf's architectures transformers reads none back as a granite" in told
 
 
 def test_another_scale_of_attention(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -43,6 +45,8 @@ def tiny(kind: str) -> PreTrainedModel:
     match kind:
         case "llama":
             made = LlamaForCausalLM(LlamaConfig(**COMMON))
+        case "mistral":
+            made = MistralForCausalLM(MistralConfig(**COMMON, sliding_window=None))
         case "qwen2":
             made = Qwen2ForCausalLM(Qwen2Config(**COMMON, tie_word_embeddings=True))
         case "qwen3":

@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.artifact import INCIDENTAL
 from peftc.files.export.errors import NotInGguf
+from peftc.files.export.standin import computes_the_same
 
 # gguf's key -> what transformers' settings call it; the first that a model has counts.
 SAID = {
@@ -39,7 +41,7 @@ EPSILON = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon
 HEAD = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT]}.weight"  # there where it is not the embedding's
 # Settings that say how a model starts, trains or writes text, and not what it computes of tokens.
 IDLE = INCIDENTAL | {"initializer_range", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id",
-                     "unk_token_id", "_model_name_or_path", "quantization_config", "output_attentions",
+                     "unk_token_id", "_model_name_or_path", "model_type", "quantization_config", "output_attentions",
                      "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder",
                      "reorder_and_upcast_attn", "embd_pdrop", "attn_pdrop", "resid_pdrop"}  # fmt: skip
 NOT_READ = "ask for an adapter instead, or for the merged model as a folder: merge() and save_pretrained"
@@ -49,18 +51,21 @@ NOT_READ = "ask for an adapter instead, or for the merged model as a folder: mer
 class Kind:
     """What a file of a model says it is: gguf's name of the architecture, and gguf's keys with what they say.
 
-    `read` are the settings that transformers reads of such a file, as its reader calls them; `differences` those that
-    are others then, or none, as words.
+    `read` are the settings that transformers reads of such a file, as its reader calls them, and `config` what it makes
+    of them; `differences` has words for each setting of the model that is another then, or none.
     """
 
     architecture: str
     said: dict[str, int | float]
     read: dict[str, Any]
-    differences: tuple[str, ...]
+    config: PreTrainedConfig
+    differences: dict[str, str]
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
     """The architecture that a file of `model` names: of those that transformers reads as this class, the nearest.
+
+    Where gguf has none of the model's name, one that is read as another class, which computes the same.
 
     Raises:
         PeftcError: `not-in-gguf` where there is none.
@@ -68,11 +73,14 @@ def kind_of(model: PreTrainedModel) -> Kind:
     names = [] if getattr(model.config, "tie_word_embeddings", False) else [HEAD]
     with tempfile.TemporaryDirectory() as folder:
         tried = (_read(Path(folder), name, _said(model, name), names, model) for name in gguf.MODEL_ARCH_NAMES.values())
-        found = [kind for kind in tried if kind is not None]
-    if not found:
+        found = sorted((kind for kind in tried if kind is not None), key=lambda kind: len(kind.differences))
+    own = (kind for kind in found if type(kind.config) is type(model.config))
+    has_name = _letters(model.config.model_type) in map(_letters, gguf.MODEL_ARCH_NAMES.values())
+    others = (kind for kind in found if not has_name and computes_the_same(model, kind.config))
+    if (nearest := next(chain(own, others), None)) is None:
         reason = f"of gguf's architectures transformers reads none back as a {model.config.model_type}"
         raise PeftcError(NotInGguf(reason=reason, instead=NOT_READ))
-    return min(found, key=lambda kind: len(kind.differences))
+    return nearest
 
 
 def said_of(model: PreTrainedModel, kind: Kind, names: Iterable[str]) -> Kind:
@@ -83,14 +91,14 @@ def said_of(model: PreTrainedModel, kind: Kind, names: Iterable[str]) -> Kind:
     return found
 
 
-def differences(config: PreTrainedConfig, read: PreTrainedConfig) -> tuple[str, ...]:
-    """Every setting of `config` that what was read back has another value of, as words."""
+def differences(config: PreTrainedConfig, read: PreTrainedConfig) -> dict[str, str]:
+    """Every setting of `config` that what was read back has another value of, with words for it."""
     before, after = config.to_dict(), read.to_dict()
-    return tuple(
-        f"its {name}={before[name]} has no place there, and is read back as {after.get(name)}"
+    return {
+        name: f"its {name}={before[name]} has no place there, and is read back as {after.get(name)}"
         for name in before
         if name not in IDLE and not name.endswith("dropout") and not _equal(before[name], after.get(name))
-    )
+    }
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -123,10 +131,12 @@ def _read(
         config = AutoConfig.from_pretrained(str(folder), gguf_file=path.name)
     except Exception:  # what the reader does not know ends in any of Python's errors
         return None
-    if type(config) is not type(model.config):
-        return None
     config.vocab_size = model.config.vocab_size  # which it may count in a tokenizer that is not there yet
-    return Kind(architecture, said, read, differences(model.config, config))
+    return Kind(architecture, said, read, config, differences(model.config, config))
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: int | float) -> None:

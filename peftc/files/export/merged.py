@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.files.export import rope
 from peftc.files.export.errors import FileThere, NotInGguf
-from peftc.files.export.gguf_file import FILE_TYPES, Stored, error_of, kind_for, quietly, read, write
+from peftc.files.export.gguf_file import FILE_TYPES, TYPES, Stored, error_of, kind_for, quietly, read, write
 from peftc.files.export.hyperparameters import NOT_READ, Kind, add, differences, kind_of, said_of
 from peftc.files.export.layout import Layout, Reader, stored_parameters
+from peftc.files.export.rope import slowed
 from peftc.files.export.tokenizer import Vocabulary
 from peftc.files.folder import new_file
 from peftc.files.merge import merge
@@ -78,6 +80,7 @@ class GgufModel:
             if name in names and (layout := self._reader.layout(name, tuple(tensor.shape))) is not None
         }
         self._kind = self._with_widths(kind)
+        self._slowed = slowed(model, kind.architecture)
         unplaced = [f"{name} has no place there, that transformers reads it from" for name in parameters
                     if name not in self._placed]  # fmt: skip
         reasons = [*unplaced, *self._unsaid(), *self._misread(sites)]
@@ -92,18 +95,23 @@ class GgufModel:
         writer.add_name(name)  # by which llama.cpp knows some tokenizers' tokens; none if it is empty
         for key, value in self._kind.said.items():
             add(writer, key, value)
+        if self._slowed is not None:
+            self._slowed.add_to(writer)
         writer.add_file_type(FILE_TYPES[dtype])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         vocabulary.add_to(writer)
         tensors = [self._stored(placed, dtype) for placed in self._placed.values()]
+        if self._slowed is not None and self._slowed.alike is None:
+            factors = self._slowed.factors
+            tensors.append(Stored(rope.NAME, tuple(factors.shape), TYPES["float32"], factors.numpy))
         write(writer, path, tensors)
         return len(tensors)
 
     def check(self, path: Path) -> None:
         """Raises PeftcError `not-in-gguf` unless transformers reads this model of a file, as far as its numbers go."""
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        reasons = [*differences(self._model.config, config), *self._lost(path)]
-        if type(config) is not type(self._model.config):
+        reasons = [*self._unsaid_of(differences(self._model.config, config)), *self._lost(path)]
+        if type(config) is not type(self._kind.config):
             reasons.append(f"it is read back as a {config.model_type}")
         if reasons:
             raise PeftcError(*(NotInGguf(reason=reason, instead=OTHER_DTYPE) for reason in reasons))
@@ -117,6 +125,8 @@ class GgufModel:
         """What is read back as other numbers than the file's kind of them has to round to, as words."""
         by_name = {placed.name: placed for placed in self._placed.values()}
         for name, kind, tensor in read(path):
+            if name == rope.NAME:
+                continue
             placed = by_name.pop(name)
             wanted = placed.parameter.detach().float().cpu().numpy()
             found = self._reader.read(name, tensor)
@@ -138,7 +148,11 @@ class GgufModel:
         kind = said_of(self._model, self._kind, [placed.name for placed in self._placed.values()])
         context = gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=kind.architecture)
         missing = [] if context in kind.said else ["no setting says how long its texts may be"]
-        return [*kind.differences, *missing]
+        return [*self._unsaid_of(kind.differences), *missing]
+
+    def _unsaid_of(self, differences: dict[str, str]) -> list[str]:
+        """Without what the file does say, and the reader passes by."""
+        return [words for name, words in differences.items() if name != rope.SETTING or self._slowed is None]
 
     def _misread(self, sites: Iterable[Site]) -> Iterator[str]:
         """Where a file would say another attention than the model has, as words, once for each kind of fault."""
@@ -169,7 +183,8 @@ class GgufModel:
         for name, module in self._model.named_modules():
             scale, width = getattr(module, "scaling", None), getattr(module, "head_dim", None)
             if isinstance(scale, float) and isinstance(width, int) and not math.isclose(scale, width**-0.5):
-                yield f"{name.rpartition('.')[2]} multiplies by {scale:.4g}, and a file's attention by {width**-0.5:.4g}"
+                own = name.rpartition(".")[2]
+                yield f"{own} multiplies by {scale:.4g}, and a file's attention by {width**-0.5:.4g}"
 
     def _in_order(self, owner: str, found: list[tuple[int, Linear]]) -> bool:
         """Whether the parts of a fused weight lie one after another in a file, q first and v last."""
