@@ -114,9 +114,14 @@ def test_a_fused_weight_in_another_order(tmp_path: Path) -> None:
     model = FalconForCausalLM(
         FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **settings)
     )
+    reason = (
+        "transformer.h.0.self_attention.query_key_value.weight would not have all of q, all of k and all of v in turn"
+    )
     compiled = peftc.compile(model, "apply lora(r=2) to mlp.up")
-    told = refused(compiled, tmp_path / "a", "gguf", merged=True, tokenizer=byte_level())
-    assert "would not have all of q, all of k and all of v in turn" in told
+    assert reason in refused(compiled, tmp_path / "a", "gguf", merged=True, tokenizer=byte_level())
+    compiled.export("gguf", tmp_path / "adapter.gguf")
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.q")
+    assert reason in refused(compiled, tmp_path / "a", "gguf")
 
 
 @pytest.mark.parametrize("merged", [True, False])

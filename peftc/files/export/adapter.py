@@ -43,11 +43,12 @@ def export_adapter(compiled: Runtime, path: Path, dtype: str) -> list[Change]:
     with quietly(), torch.no_grad():
         kind = kind_of(model)
         reader = Reader(model, kind.architecture, kind.read)
+        fused = reader.out_of_order(model, compiled.plan.sites)
         pairs = {}
         for change in changes:
             pair = _pair(model, reader, change)
-            if pair is None:
-                reason = f"{change.module} has no place there of its own rows and columns"
+            if pair is None or change.parameter in fused:
+                reason = fused.get(change.parameter, f"{change.module} has no place there of its own rows and columns")
                 problems.append(NotInGguf(reason=reason, instead=AS_MERGED, span=change.span))
             else:
                 pairs[reader.names[change.parameter]] = pair

@@ -44,7 +44,7 @@ IDLE = INCIDENTAL | {"initializer_range", "pretraining_tp", "bos_token_id", "eos
                      "unk_token_id", "_model_name_or_path", "model_type", "quantization_config", "output_attentions",
                      "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder",
                      "reorder_and_upcast_attn", "embd_pdrop", "attn_pdrop", "resid_pdrop"}  # fmt: skip
-NOT_READ = "ask for an adapter instead, or for the merged model as a folder: merge() and save_pretrained"
+NOT_READ = "write a folder, by merge() or save_pretrained(), for llama.cpp's own scripts that convert one"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ asked of it with counted ones; what moves them in another way is refused. Nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from peftc.protocol.site import Linear, Site
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -109,6 +112,36 @@ class Reader:
             tried = (self._tried(name, shape, stored) for stored in shapes)
             self._layouts[alike] = next((found for found in tried if found is not None), None)
         return self._layouts[alike]
+
+    def out_of_order(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, str]:
+        """Weights that q, k and v have together, of which a file's has not all of q, all of k and all of v in turn.
+
+        By the parameter's name, with words for it. llama.cpp takes a fused weight so, whatever order the model has.
+        """
+        parts: dict[str, list[tuple[int, Linear]]] = defaultdict(list)
+        for site in sites:
+            if isinstance(site, Linear) and site.rows is not None and site.owner in self.names:
+                place = next((at for at, part in enumerate("qkv") if f"attn.{part}" in site.roles), None)
+                if place is not None:
+                    parts[site.owner].append((place, site))
+        said = "would not have all of q, all of k and all of v in turn, as a file's has"
+        return {
+            owner: f"{owner} {said}" for owner, found in parts.items()
+            if not self._in_order(owner, tuple(model.get_parameter(owner).shape), found)
+        }  # fmt: skip
+
+    def _in_order(self, owner: str, shape: tuple[int, ...], found: list[tuple[int, Linear]]) -> bool:
+        layout = self.layout(owner, shape)
+        sides = None if layout is None else layout.sides(shape, found[0][1].transposed)
+        if sides is None:
+            return False
+        row_of, end = np.argsort(sides[0]), 0
+        for _, site in sorted(found, key=lambda part: part[0]):
+            rows = np.sort(row_of[list(site.rows or ())])
+            if rows[0] != end or rows[-1] - rows[0] + 1 != len(rows):
+                return False
+            end = int(rows[-1]) + 1
+        return True
 
     def _tried(self, name: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> Layout | None:
         none = np.broadcast_to(np.float32(0), stored)  # takes no memory

@@ -25,7 +25,7 @@ from peftc.files.export.rope import slowed
 from peftc.files.export.tokenizer import Vocabulary
 from peftc.files.folder import new_file
 from peftc.files.merge import merge
-from peftc.protocol.site import Attention, Linear, Site
+from peftc.protocol.site import Attention, Site
 from peftc.runtime.module import Runtime
 
 OTHER_DTYPE = "take another dtype: float32 holds whatever the model does"
@@ -156,20 +156,10 @@ class GgufModel:
 
     def _misread(self, sites: Iterable[Site]) -> Iterator[str]:
         """Where a file would say another attention than the model has, as words, once for each kind of fault."""
-        reasons: dict[str, None] = {}
-        parts: dict[str, list[tuple[int, Linear]]] = {}
-        for site in sites:
-            if isinstance(site, Attention):
-                reasons |= dict.fromkeys(self._other_heads(site))
-            elif isinstance(site, Linear) and site.rows is not None and site.owner in self._placed:
-                order = [f"attn.{part}" in site.roles for part in "qkv"]
-                if any(order):
-                    parts.setdefault(site.owner, []).append((order.index(True), site))
-        reasons |= dict.fromkeys(self._other_scales())
-        scattered = [owner for owner, found in parts.items() if not self._in_order(owner, found)]
-        if scattered:
-            reasons[f"{scattered[0]} would not have all of q, all of k and all of v in turn, as a file's has"] = None
-        return iter(reasons)
+        there = list(sites)
+        heads = (words for site in there if isinstance(site, Attention) for words in self._other_heads(site))
+        fused = self._reader.out_of_order(self._model, there)
+        return iter(dict.fromkeys([*heads, *self._other_scales(), *fused.values()]))
 
     def _other_heads(self, site: Attention) -> Iterator[str]:
         keys = gguf.Keys.Attention
@@ -185,19 +175,3 @@ class GgufModel:
             if isinstance(scale, float) and isinstance(width, int) and not math.isclose(scale, width**-0.5):
                 own = name.rpartition(".")[2]
                 yield f"{own} multiplies by {scale:.4g}, and a file's attention by {width**-0.5:.4g}"
-
-    def _in_order(self, owner: str, found: list[tuple[int, Linear]]) -> bool:
-        """Whether the parts of a fused weight lie one after another in a file, q first and v last."""
-        placed = self._placed[owner]
-        sides = placed.layout.sides(tuple(placed.parameter.shape), found[0][1].transposed)
-        if sides is None:
-            return False
-        outputs, _ = sides
-        row_of = np.argsort(outputs)
-        end = 0
-        for _, site in sorted(found, key=lambda part: part[0]):
-            rows = np.sort(row_of[list(site.rows or ())])
-            if rows[0] != end or rows[-1] - rows[0] + 1 != len(rows):
-                return False
-            end = rows[-1] + 1
-        return True

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.export.errors import NotInGguf, NoTokenizerToExport
 
-INSTEAD = "pass another tokenizer, or ask for the merged model as a folder: merge() and save_pretrained"
+INSTEAD = "pass another tokenizer, or write a folder by merge() for llama.cpp's own script that converts one"
 # llama.cpp's names (llama_vocab::impl::load) of ways to split that transformers' table of them leaves out.
 LETTERS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 OWN = {
