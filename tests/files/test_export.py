@@ -110,6 +110,17 @@ def test_numbers_are_rounded_where_they_may_be(dtype: str, tmp_path: Path) -> No
     assert set(adapter.values()) == ({wanted, "F32"} if dtype == "q8_0" else {wanted})
 
 
+def test_a_model_in_half_precision_stays_so(tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    compiled = learned(peftc.compile(model.to(torch.bfloat16), SPEC))
+    compiled.export("gguf", tmp_path / "m.gguf", merged=True, tokenizer=byte_level())
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert found["blk.0.attn_q.weight"] == "BF16"
+    assert "rope_freqs.weight" not in found  # frequencies are as they were before the cast
+    back, merged = from_gguf(tmp_path / "m.gguf").state_dict(), compiled.merge().state_dict()
+    assert all(torch.equal(back[name], tensor.float()) for name, tensor in merged.items())
+
+
 def test_what_does_not_fit_a_dtype_is_refused(tmp_path: Path) -> None:
     compiled = learned(peftc.compile(tiny("llama"), "apply lora(r=2) to attn.v"))
     with torch.no_grad():

@@ -80,7 +80,7 @@ class GgufModel:
             if name in names and (layout := self._reader.layout(name, tuple(tensor.shape))) is not None
         }
         self._kind = self._with_widths(kind)
-        self._slowed = slowed(model, kind.architecture)
+        self._slowed = slowed(model.config, kind.architecture)
         unplaced = [f"{name} has no place there, that transformers reads it from" for name in parameters
                     if name not in self._placed]  # fmt: skip
         reasons = [*unplaced, *self._unsaid(), *self._misread(sites)]
