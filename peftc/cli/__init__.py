@@ -13,6 +13,7 @@ from peftc.cli.bench import BENCH
 from peftc.cli.check import CHECK
 from peftc.cli.common.output import complain
 from peftc.cli.compile import COMPILE
+from peftc.cli.export import EXPORT
 from peftc.cli.generate import GENERATE
 from peftc.cli.merge import MERGE
 from peftc.cli.methods import METHODS
@@ -22,7 +23,7 @@ from peftc.cli.sites import SITES
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 
-COMMANDS = (COMPILE, PLAN, CHECK, SITES, METHODS, SHOW, MERGE, GENERATE, BENCH)  # as `peftc --help` lists them
+COMMANDS = (COMPILE, PLAN, CHECK, SITES, METHODS, SHOW, MERGE, EXPORT, GENERATE, BENCH)  # as `peftc --help` lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:

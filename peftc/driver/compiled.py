@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 from torch import nn
 
 from peftc.driver import tasks
 from peftc.driver.decoding import runs_whole_texts
 from peftc.files.artifact import save
+from peftc.files.export.export import Exported, export_adapter, export_merged
 from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
 from peftc.files.repack import Rounding, repack
@@ -55,6 +56,46 @@ class CompiledModule(Runtime):
             return
         for each in self.tasks:
             save_pretrained(self.face([each]), Path(folder) / each)
+
+    def export(
+        self,
+        to: Literal["gguf", "vllm"],
+        path: str | Path,
+        *,
+        merged: bool = False,
+        dtype: str | None = None,
+        task: str | None = None,
+        tokenizer: Any = None,
+    ) -> list[Exported]:
+        """Writes what another runtime loads, and returns what that is.
+
+        An adapter is beside the base model's own GGUF file or folder: `llama-cli -m BASE --lora PATH`, `vllm serve BASE
+        --enable-lora --lora-modules NAME=PATH`. A merged model is everything: weights, settings and tokenizer.
+
+        Args:
+            to: "gguf", one file for llama.cpp; "vllm", a folder.
+            path: of the file or folder, where nothing may be yet.
+            merged: with what was learned in the weights, of the task in use; any method that merges may be exported
+                so, and an adapter holds low-rank branches alone.
+            dtype: float32, float16, bfloat16, or q8_0 in a GGUF file; by default fp32 for an adapter and the base's own
+                for a merged model. Norms and vectors of a GGUF file stay in fp32.
+            task: that one. Of an adapter with several each has a file or folder of its own, called as the task, in a
+                folder `path`, by default.
+            tokenizer: that of a merged model, or a folder or hub id that has one; by default the base model's.
+
+        Raises:
+            PeftcError: `not-in-gguf` and `not-in-vllm` with all that the runtime would not take, or not take for what
+                it is; `cannot-merge`; `no-tokenizer`; `unknown-task`; `unknown-export`; `bad-output` if something is at
+                `path`; `cannot-write`.
+        """
+        place = Path(path)
+        if merged:
+            face = self.face(None if task is None else [task])
+            return [export_merged(face, to, place, dtype, tokenizer)]
+        if task is not None or not self.tasks:
+            return [export_adapter(self if task is None else self.face([task]), to, place, dtype)]
+        ending = ".gguf" if to == "gguf" else ""
+        return [export_adapter(self.face([each]), to, place / f"{each}{ending}", dtype) for each in self.tasks]
 
     # Tasks
 

@@ -56,6 +56,34 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 @contextmanager
+def new_file(path: Path, problem: Diagnostic) -> Iterator[Path]:
+    """Where to write a file that is at `path` at the end, whole, and not before. Nothing that is there is replaced.
+
+    Raises:
+        PeftcError: `problem` if anything is there; `cannot-write` where the system refuses.
+    """
+    try:
+        mark = _mark(path)
+        if os.path.lexists(path):
+            raise PeftcError(problem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, mark)
+        with scratch([path.parent], mark) as room:
+            new = room / path.name
+            yield new
+            sync(room)
+            try:
+                os.link(new, path)
+            except FileExistsError:  # came meanwhile
+                raise PeftcError(problem) from None
+            except OSError:  # a file system without links
+                new.rename(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise PeftcError(CannotWrite(folder=str(path), reason=error.strerror or str(error))) from None
+
+
+@contextmanager
 def replacing(folder: Path, problem: Callable[[set[str] | None], Diagnostic | None]) -> Iterator[Path]:
     """A new folder to write into, whose files are in `folder` at the end; a link to a folder is followed.
 
@@ -68,7 +96,7 @@ def replacing(folder: Path, problem: Callable[[set[str] | None], Diagnostic | No
     """
     try:
         place = _followed(folder)
-        mark = f"{HIDDEN}{hashlib.sha256(os.fsencode(place.name)).hexdigest()[:12]}-"
+        mark = _mark(place)
         remove_abandoned(place.parent, mark)
         if place.is_dir():
             remove_abandoned(place, mark)
@@ -106,6 +134,11 @@ def steadily(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T:
         else:
             if _state(folder, names) == before:
                 return found
+
+
+def _mark(place: Path) -> str:
+    """How the names of folders begin in which what goes to `place` is made."""
+    return f"{HIDDEN}{hashlib.sha256(os.fsencode(place.name)).hexdigest()[:12]}-"
 
 
 def _state(folder: Path, names: tuple[str, ...]) -> list[object]:
