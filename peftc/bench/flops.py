@@ -32,6 +32,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "transformers::grouped_mm_fallback_backward": _grouped_backward,
         "bitsandbytes::int8_linear_matmul": _by_rows,
         "mkldnn::_linear_pointwise": _by_rows,
+        "aten::addmm_": _added,
     }
     found = {_operation(name): formula for name, formula in known.items()}
     return {operation: formula for operation, formula in found.items() if operation is not None}
@@ -64,3 +65,8 @@ def _grouped_backward(x: Shape, weight: Shape, *_: Any, out_shape: Any = None, *
 def _by_rows(x: Shape, weight: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """x [..., n_in], weight [n_out, n_in]."""
     return 2 * int(torch.Size(x).numel()) * weight[0]
+
+
+def _added(total: Shape, left: Shape, right: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """left [m, k] times right [k, n], added to what is there."""
+    return 2 * left[0] * left[1] * right[1]

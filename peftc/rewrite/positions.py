@@ -70,6 +70,18 @@ class Lengthened:
             )  # fmt: skip
         return self.asked[node]
 
+    def counts_tokens(self, node: fx.Node) -> bool:
+        """Whether each size of a value is that of the sequence or of its new tokens, if it has to do with it.
+
+        An `arange` over every token of the batch, as a router's sorted tokens have one, says nothing of positions.
+        """
+        sizes = map(expression, value(node).shape) if is_tensor(node) else ()
+        return all(
+            isinstance(size, int) or size in (self.tokens, self.tokens - self.before)
+            or not size.free_symbols & self.tokens.free_symbols
+            for size in sizes
+        )  # fmt: skip
+
     def for_text(self, node: fx.Node) -> fx.Node:
         """The longer value less its first entries: those of the text's own tokens."""
         longer = self(node)
@@ -228,7 +240,10 @@ def _before(graph: fx.Graph, plan: Plan, tokens: Any) -> Any:
 def _shift(longer: Lengthened, sites: list[Attention], every: list[Attention], counting: Counting) -> None:
     """Lets all that counts the text's tokens on its way to `sites` count from `longer.by`."""
     inside = stream(sites, every) - {node for site in every for node in core(site)}
-    affected = [node for node in longer.graph.nodes if node in counting.counted and longer.depends(node)]
+    affected = [
+        node for node in longer.graph.nodes
+        if node in counting.counted and longer.depends(node) and longer.counts_tokens(node)
+    ]  # fmt: skip
     moves: set[fx.Node] = set()  # read by nothing but the text on its way, and by what is itself so
     for node in reversed(affected):
         if all(user in moves or (user in counting.hidden and user in inside) for user in node.users):

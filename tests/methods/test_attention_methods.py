@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 LENGTH = 3
 # Where HF PEFT can put a prefix; the models of the last line only in the slow suite.
 PARITY = [
-    *("llama", "gpt2", "bloom", "mistral"),
+    *("llama", "gpt2", "bloom", "mistral", "mixtral"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gemma2", "gemma3", "t5", "bart", "bert")),
 ]
 PADDING = {"none": (), "left": (slice(0, 1), slice(0, 2)), "right": (slice(0, 1), slice(-2, None))}
@@ -88,7 +88,11 @@ def test_a_prefix_is_hf_pefts(name: str, padding: str) -> None:
     batch["attention_mask"][PADDING[padding]] = 0
     theirs.zero_grad()
     ours.zero_grad()
-    expected, found = theirs(**batch), ours(**batch)
+    try:
+        expected = theirs(**batch)
+    except ValueError as refused:  # of encoders, with transformers from 5.24 on
+        pytest.skip(str(refused))
+    found = ours(**batch)
     seen = batch["attention_mask"].bool()
     logits = [out.logits[seen] if out.logits.shape[:2] == seen.shape else out.logits for out in (found, expected)]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)

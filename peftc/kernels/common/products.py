@@ -25,7 +25,7 @@ BETTER = 0.95  # of the time of the plain way: less is noise
 COLD = 1 << 23  # numbers of the matrices that a product of few rows is tried on: more than caches hold
 HOPELESS = 1.2  # times as long as the soonest: no further round
 FEW, MANY = 32, 256  # rows: up to FEW, reading `right` is what takes time; above MANY, no more changes
-WORK = 1 << 26  # multiplications of a product that is tried; a larger one is like it
+WORK = 1 << 28  # multiplications of a product that is tried; a larger one is like it
 
 # Of which a matrix times one row is sooner than of a matrix of one row.
 WIDE = (torch.float32, torch.float64)
