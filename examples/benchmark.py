@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from models import mixtral, smollm2
 from peftc.bench.bench import bench
-from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, PLAIN
+from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, ONE_LIBRARY, PLAIN
 
 FOLDER = Path(__file__).parent / "benchmarks"
 RESULTS = FOLDER / "results.json"
@@ -52,7 +52,7 @@ CASES = (
     Case("lokr", "lokr r=8", 1.20, 0.90),
     Case("experts", "lora r=8 on Mixtral's experts", 0.50, None, mixtral, HF_PEFT),
 )
-HEADINGS = ("spec", "step time", "target", "saved bytes", "target", "unfused", "HF PEFT")
+HEADINGS = ("spec", "step time", "one library", "target", "saved bytes", "target", "unfused", "HF PEFT")
 
 
 def main() -> None:
@@ -119,6 +119,7 @@ def _cells(case: Case, rows: dict[str, Any]) -> Iterable[str]:
     of = "" if case.against == FLOOR else f" × {case.against}"
     yield case.title
     yield f"{own['seconds'] / unit['seconds']:.2f}{of}"
+    yield f"{rows[ONE_LIBRARY]['seconds'] / unit['seconds']:.2f}{of}"
     yield f"≤ {case.time:.2f}"
     yield f"{own['ratio']['saved']:.2f}"
     yield "" if case.saved is None else f"≤ {case.saved:.2f}"

@@ -23,7 +23,17 @@ from peftc.bench.errors import CannotMeasure
 from peftc.bench.flops import count_flops
 from peftc.bench.saved_bytes import saved_bytes
 from peftc.bench.stopwatch import fastest, threads
-from peftc.bench.variants import FLOOR, FUSED, PLAIN, Variant, floor, headline, hf_peft, torch_compiled
+from peftc.bench.variants import (
+    FLOOR,
+    FUSED,
+    ONE_LIBRARY,
+    PLAIN,
+    Variant,
+    floor,
+    headline,
+    hf_peft,
+    torch_compiled,
+)
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver.compiled import CompiledModule
@@ -133,6 +143,8 @@ def bench(
             variants = [floor(model), Variant(FUSED, fused), Variant(PLAIN, plain), hf_peft(model, fused)]
         if with_torch_compile:
             variants += [torch_compiled(variant) for variant in variants]
+        if fused.device.type == "cpu" and fused.dtype is torch.float32:
+            variants.insert(2, Variant(ONE_LIBRARY, fused, one_library=True))
         rows = _measured(variants, arguments, repeats, fused.device, timings)
     given = next(leaf for leaf in (*arguments[0], *arguments[1].values()) if isinstance(leaf, Tensor))
     return Bench(

@@ -11,7 +11,8 @@ from peftc.planning.memory import formatted_bytes
 
 FOOTNOTE = (
     "A step is forward and backward, without an optimiser; × is of the first row. Saved: what autograd keeps for the\n"
-    "backward, parameters aside. Peak: the most that a step allocates above what stays. FLOPs: of products only."
+    "backward, parameters aside. Peak: the most that a step allocates above what stays. FLOPs: of products only.\n"
+    "One library: products as PyTorch multiplies by itself; else each by the way that is soonest here."
 )
 
 

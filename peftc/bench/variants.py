@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from peftc.driver.compiled import CompiledModule
 FLOOR = "frozen base"
 FUSED = "peftc"
 PLAIN = "peftc, fuse=False"
+ONE_LIBRARY = "peftc, one library"  # all variants multiply with the library that PyTorch takes by itself
 HF_PEFT = "HF PEFT"
 
 
@@ -32,6 +34,7 @@ class Variant:
     module: nn.Module | None = None
     missing: str = ""
     compiled: bool = False  # by torch.compile
+    one_library: bool = False
 
     @property
     def foreign(self) -> bool:
@@ -42,7 +45,8 @@ class Variant:
         """The forward pass: the model's own loss, or for one without labels the mean square of its first output."""
         assert self.module is not None
         args, kwargs = arguments
-        output = self.module(*args, **kwargs)
+        with self._libraries():
+            output = self.module(*args, **kwargs)
         loss = getattr(output, "loss", None)
         if loss is None:
             first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
@@ -53,9 +57,21 @@ class Variant:
     def step(self, arguments: Arguments) -> Tensor:
         """Forward and backward; the gradients are dropped. There is no optimiser in it."""
         loss = self.loss(arguments)
-        loss.backward()
+        with self._libraries():
+            loss.backward()
         self.drop_gradients()
         return loss
+
+    @contextmanager
+    def _libraries(self) -> Iterator[None]:
+        """Not `torch.backends.mkldnn.flags`, which warns where there is no Intel GPU."""
+        libraries: Any = torch.backends.mkldnn
+        before = libraries.enabled
+        libraries.enabled = before and not self.one_library
+        try:
+            yield
+        finally:
+            libraries.enabled = before
 
     def drop_gradients(self) -> None:
         """No parameter and no argument keeps a gradient."""

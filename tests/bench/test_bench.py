@@ -18,7 +18,7 @@ from peftc.bench.agreement import Behaviour, differences
 from peftc.bench.batches import batch_for
 from peftc.bench.bench import Bench, Measured, bench
 from peftc.bench.table import bench_table
-from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, PLAIN, Variant, floor, hf_peft, shared_copy
+from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, ONE_LIBRARY, PLAIN, Variant, floor, hf_peft, shared_copy
 from peftc.cli import main
 from peftc.show.tables import rendered
 from zoo import ZOO
@@ -132,7 +132,7 @@ def test_a_run_measures_every_variant() -> None:
     model = ZOO["llama"]()
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = bench(model, "apply lora(r=4, dropout=0.1) to attn.*, mlp.*", batch=3, seq=8, repeats=1)
-    assert [row.name for row in found.rows] == [FLOOR, FUSED, PLAIN, HF_PEFT]
+    assert [row.name for row in found.rows] == [FLOOR, FUSED, ONE_LIBRARY, PLAIN, HF_PEFT]
     assert (found.batch, found.seq, found.dtype, found.device) == (3, 8, "float32", "cpu")
     assert found.agrees, [row.note for row in found.rows]  # dropout off, for that
     for row in found.rows:
@@ -141,7 +141,8 @@ def test_a_run_measures_every_variant() -> None:
         assert row.peak
         assert row.flops
         assert row.peak > row.saved
-    base, fused, plain, theirs = found.rows
+    base, fused, one_library, plain, theirs = found.rows
+    assert (one_library.saved, one_library.flops) == (fused.saved, fused.flops)
     assert base.trainable == 0
     assert fused.trainable == plain.trainable == theirs.trainable
     assert plain.flops == theirs.flops  # HF PEFT's order of products is the best there is
