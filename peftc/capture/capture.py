@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
-import logging
 import traceback
 import warnings
 from collections import defaultdict
@@ -29,7 +28,7 @@ from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
-from peftc.capture.inputs import Example, fake_mode_of
+from peftc.capture.inputs import Example, fake_mode_of, unlogged
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
@@ -153,8 +152,7 @@ def _as_plain_graph(
 def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
     """The model as it is to be traced: train mode, no cache, a flat signature."""
     with ExitStack() as stack:
-        stack.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.CRITICAL)  # what goes wrong is told once, by the diagnostic
+        stack.enter_context(unlogged())
         if not debug.level():
             stack.enter_context(redirect_stderr(io.StringIO()))  # where torch prints the graph it gave up on
         stack.enter_context(warnings.catch_warnings())

@@ -7,7 +7,9 @@ what the labels look like is read off the logits, never off the class's name.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
@@ -200,11 +202,22 @@ def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
 def without_numbers(model: nn.Module, given: Mapping[str, torch.Tensor], more: Mapping[str, Any] | None = None) -> Any:
     """What `model` makes of tensors that have no numbers, as its own have none then; of `more` as it is."""
     fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
-    with fake:
+    with fake, unlogged():
         tensors = (*model.named_parameters(), *model.named_buffers())
         state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
         inputs = {name: _faked(tensor, fake) for name, tensor in given.items()}
         return torch.func.functional_call(model, state, kwargs={**inputs, **(more or {})})
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without what others log of a trace that fails: what goes wrong is told once, by who asked for it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -121,3 +121,9 @@ def test_trying_leaves_no_trace() -> None:
     assert counter.get_total_flops() == 0
     assert torch.equal(before, torch.random.get_rng_state())
     assert products._tried.cache_info().currsize == 1
+
+
+def test_torch_compile_sees_one_product() -> None:
+    left, right = drawn(5, 257, 303, right_turned=True)
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(left, right), left @ right)

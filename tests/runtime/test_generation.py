@@ -4,6 +4,7 @@ Tokens are compared: what cannot be merged is held to the module's own forward o
 other.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -364,3 +365,10 @@ def test_a_model_that_continues_no_text_says_so() -> None:
     assert not model.can_generate()
     with pytest.raises(peftc.PeftcError, match="does not continue text"):
         model.generate(prompts()["input_ids"])
+
+
+def test_a_way_that_was_tried_in_vain_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Products of experts want another precision where tensors have no numbers, which torch tells at length."""
+    made = peftc.compile(base("mixtral"), "apply prefix(length=3) to attn").eval()
+    made.generate(torch.randint(3, 99, (2, 5)), max_new_tokens=2)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

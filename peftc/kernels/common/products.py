@@ -84,6 +84,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def way_of(left: Tensor, right: Tensor, unpacked: bool = False) -> Way:
     """How to multiply [m, k] and [k, n]; what it gives is contiguous, [m, n]."""
+    if torch.compiler.is_compiling():  # what it compiles multiplies by a way of its own
+        return _plain
     if left.dtype not in WIDE or right.dtype is not left.dtype or left.device.type != "cpu":
         return _plain
     (rows, inner), columns = left.shape, right.shape[1]
