@@ -131,7 +131,13 @@ def _four_bits(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    scales = scales_of(absmax, nested_absmax, offset)
+    return decoded(packed, scales_of(absmax, nested_absmax, offset), levels, block, shape, dtype)
+
+
+def decoded(
+    packed: Tensor, scales: Tensor, levels: str, block: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`dequantize_4bit` with the scales of `scales_of`, not through the dispatcher: where no autograd is needed."""
     plain = _plain_decoder(levels, block, dtype)
     if packed.device.type == "cpu" and shape[-1] % block == 0:
         sooner = decoder(levels, block, dtype, plain)

@@ -112,10 +112,12 @@ def _soonest(
 ) -> Way:
     """The soonest way for a class of products; the plain one unless another is clearly sooner."""
     ways = [_vector, _twice] if rows == 1 and right_turned else [_plain, _turned]
+    if unpacked:  # turned, MKL's products gain by how they read memory alone
+        ways = ways[:1]
     if onednn and torch.backends.mkldnn.is_available():
         ways += [_onednn, _turned_onednn] if right_turned else [_onednn]
     inner, columns = _smaller(rows, inner, columns)
-    copies = max(1, COLD // (inner * columns)) if rows <= FEW and not unpacked else 1
+    copies = 0 if unpacked else max(1, COLD // (inner * columns)) if rows <= FEW else 1
     return _tried(tuple(ways), rows, inner, columns, copies, right_turned, threads)
 
 
@@ -133,16 +135,22 @@ def _smaller(rows: int, inner: int, columns: int) -> tuple[int, int]:
 def _tried(
     ways: tuple[Way, ...], rows: int, inner: int, columns: int, copies: int, right_turned: bool, threads: int
 ) -> Way:
-    """Tries them in turn. A product of few rows reads so many matrices that no cache holds them, as a model's are."""
+    """Tries them in turn.
+
+    A product of few rows reads so many matrices that no cache holds them, as a model's are; of 0 it reads one that is
+    written before each time.
+    """
     clock = time.thread_time if threads == 1 else time.perf_counter  # the first does not see who else is at work
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         left = torch.full((rows, inner), 0.5, device="cpu", dtype=torch.float32)
-        shape = (copies, columns, inner) if right_turned else (copies, inner, columns)
-        matrices = torch.full(shape, 0.5, device="cpu", dtype=torch.float32)
+        shape = (columns, inner) if right_turned else (inner, columns)
+        matrices = torch.full((max(copies, 1), *shape), 0.5, device="cpu", dtype=torch.float32)
         rights = [matrix.t() if right_turned else matrix for matrix in matrices]
         best = dict.fromkeys(ways, float("inf"))
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if copies else 2 * ROUNDS):
             for way in [way for way in ways if best[way] <= HOPELESS * min(best.values())]:
+                if not copies:
+                    matrices.fill_(0.5)
                 start = clock()
                 for right in rights:
                     way(left, right)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 import peftc.kernels.common.products as matrices
 from peftc.graph.ir import value
 from peftc.kernels.common.fused4 import OUTPUTS, Turned, product, there_is, turned
-from peftc.kernels.dequantize import INT8_STEP, dequantize_4bit, dequantize_int8, levels_of, scales_of
+from peftc.kernels.dequantize import INT8_STEP, decoded, dequantize_int8, levels_of, scales_of
 
 aten = torch.ops.aten
 WHOLE = 64  # torch's product with int8 reads so many numbers of a row at a time, or fewer, and takes no rest
@@ -45,7 +45,7 @@ class Four(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The numbers."""
-        return dequantize_4bit(self.packed, self.absmax, None, None, self.levels, self.block, self.shape, dtype)
+        return decoded(self.packed, self.absmax, self.levels, self.block, self.shape, dtype)
 
 
 Weight = Tensor | Eight | Four
