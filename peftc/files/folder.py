@@ -71,6 +71,7 @@ def new_file(path: Path, problem: Diagnostic) -> Iterator[Path]:
         with scratch([path.parent], mark) as room:
             new = room / path.name
             yield new
+            _with_usual_modes(room)
             sync(room)
             try:
                 os.link(new, path)
@@ -109,11 +110,23 @@ def replacing(folder: Path, problem: Callable[[set[str] | None], Diagnostic | No
             new = room / "new"
             new.mkdir()
             yield new
+            _with_usual_modes(new)
             sync(new)
             _put(new, place)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise PeftcError(CannotWrite(folder=str(folder), reason=reason)) from None
+
+
+def _with_usual_modes(folder: Path) -> None:
+    """Lets those read the files who may read any new one: safetensors writes its own for their owner alone."""
+    probe = folder / f".{os.getpid()}"
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def current(folder: Path, name: str) -> Path:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 import peftc
 from crashes import failures, kills
 from peftc.files import artifact
 from peftc.files import folder as folders
+from peftc.files.errors import BadArtifact
 from peftc.files.folder import COMMITTED, current, write_folder
 from peftc.files.hf_peft import folder as peft_folder
 from peftc.files.merge import save_merged
@@ -183,6 +185,18 @@ def test_permissions_stay(tmp_path: Path) -> None:
     (tmp_path / "adapter").chmod(0o2770)
     write_folder(tmp_path / "adapter", NEW)
     assert (tmp_path / "adapter").stat().st_mode & 0o7777 == 0o2770
+
+
+def test_new_files_may_be_read_as_any_other(tmp_path: Path) -> None:
+    """safetensors makes one for its owner alone, which another user's server could not read."""
+    (tmp_path / "any").touch()
+    usual = (tmp_path / "any").stat().st_mode
+    with folders.replacing(tmp_path / "adapter", lambda _: None) as new:
+        save_file({"a": torch.ones(3)}, new / "model.safetensors")
+    with folders.new_file(tmp_path / "one", BadArtifact(folder="one", reason="it is there")) as one:
+        save_file({"a": torch.ones(3)}, one)
+    assert (tmp_path / "adapter" / "model.safetensors").stat().st_mode == usual
+    assert (tmp_path / "one").stat().st_mode == usual
 
 
 def test_the_folder_one_works_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
