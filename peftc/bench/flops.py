@@ -22,6 +22,11 @@ def count_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+def formulas() -> dict[Any, Callable[..., Any]]:
+    """By operation: a function of its arguments, and of what it returned as `out_val`."""
+    return FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     """By operation, for those that exist here: some belong to libraries that may not be loaded."""
     known: dict[str, Callable[..., int]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.common.operation import first_derivative, operation
+from peftc.kernels.common.operation import autocast_dtype, first_derivative, operation
 from peftc.kernels.common.products import product
 from peftc.kernels.common.shapes import wide
 
@@ -149,8 +149,7 @@ def cross_entropy(
 
     A head that was unfrozen behind the compiler's back has the definition's gradients, and costs all logits.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (dtype := autocast_dtype(hidden.device.type)) is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return reference(hidden, weight, bias, labels, ignore_index, chunk)
