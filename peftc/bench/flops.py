@@ -32,6 +32,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     known: dict[str, Callable[..., int]] = {
         "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+        "aten::addmm_": _added,
         "aten::_grouped_mm": _grouped,
         "transformers::grouped_mm_fallback": _grouped,
         "transformers::grouped_mm_fallback_backward": _grouped_backward,
@@ -45,6 +46,10 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 def _operation(name: str) -> Any:
     namespace, _, operation = name.partition("::")
     return getattr(getattr(torch.ops, namespace), operation, None)
+
+
+def _added(total: Shape, left: Shape, right: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _attention(q: Shape, k: Shape, v: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:

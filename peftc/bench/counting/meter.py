@@ -32,6 +32,8 @@ LOCK = threading.Lock()
 # Made of other operations, on every device that has no kernel of its own for them.
 IMPLICIT = DispatchKey.CompositeImplicitAutograd
 COMPOSED = (DispatchKey.CompositeExplicitAutograd, DispatchKey.CompositeExplicitAutogradNonFunctional)
+# Operations that have a kernel on CUDA, and on the CPU are composed.
+OF_CUDA = ("aten::_fused_rms_norm", "aten::_fused_rms_norm_backward")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Meter(TorchDispatchMode):
                 stack.enter_context(_told(func._schema.name.replace("::", "."), self._outer))
                 stack.enter_context(self)
                 stack.enter_context(_IsCuda())
-                stack.enter_context(_intercepted(lambda *launch: largest.append(self._launched(*launch))))
+                stack.enter_context(intercepted(lambda *launch: largest.append(self.launched(*launch))))
                 result = function(*args)
         finally:
             self._inside -= 1
@@ -128,7 +130,7 @@ class Meter(TorchDispatchMode):
         self.launches += Counter()  # without those of which none is left
         self.launches[Launch(launch.name, launch.read, launch.written, launch.flops + flops)] += 1
 
-    def _launched(self, kernel: Any, given: dict[str, Any]) -> Launch:
+    def launched(self, kernel: Any, given: dict[str, Any]) -> Launch:
         """A launch of a Triton kernel."""
         used = touched(kernel, given)
         sizes = []
@@ -160,7 +162,7 @@ def _composed(func: Any) -> DispatchKey | None:
     """By which key an operation is made of others; None where each device has a kernel for it."""
     has: Any = torch._C._dispatch_has_kernel_for_dispatch_key
     name = func.name()
-    if func.namespace != "aten" or has(name, "CPU"):
+    if func.namespace != "aten" or has(name, "CPU") or name in OF_CUDA:
         return None
     if has(name, IMPLICIT.name):
         return IMPLICIT
@@ -195,7 +197,7 @@ class _IsCuda(TorchFunctionMode):
 
 
 @contextmanager
-def _intercepted(seen: Callable[[Any, dict[str, Any]], object]) -> Iterator[None]:
+def intercepted(seen: Callable[[Any, dict[str, Any]], object]) -> Iterator[None]:
     """Triton kernels that this thread launches are told to `seen`, with their arguments by name, and not run."""
     import triton
 

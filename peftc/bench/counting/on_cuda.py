@@ -64,8 +64,28 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return torch.native_dropout(x, p, True)[0]
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The kernel and its derivative, past the place where every device but CUDA takes them apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, rstd = aten._fused_rms_norm(x, shape, weight, eps)
+        ctx.shape = shape
+        ctx.save_for_backward(x, rstd, weight)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, rstd, weight = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, dweight = aten._fused_rms_norm_backward(gradient, x, ctx.shape, rstd, weight, needs)
+        return dx, None, dweight, None
+
+
 def _rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    result: Tensor = aten._fused_rms_norm(x, list(normalized_shape), weight, eps)[0]
+    result: Tensor = _RMSNorm.apply(x, list(normalized_shape), weight, eps)  # type: ignore[no-untyped-call]
     return result
 
 
