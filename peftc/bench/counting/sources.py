@@ -24,7 +24,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Touched:
-    """Names of arguments."""
+    """Names of arguments: tensors, and numbers that a function of the kernel's is given."""
 
     read: frozenset[str]
     written: frozenset[str]
@@ -33,14 +33,14 @@ class Touched:
 def touched(kernel: Any, given: Mapping[str, Any]) -> Touched:
     """What a launch of `kernel`, a `triton.jit` function, with arguments `given` by name reads and writes."""
     constants = {item.name: given[item.name] for item in kernel.params if item.is_constexpr and item.name in given}
-    return _touched(kernel, tuple(constants.items()))
+    return _touched(kernel.src, frozenset(kernel.arg_names), tuple(constants.items()))
 
 
 @lru_cache(maxsize=256)
-def _touched(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> Touched:
-    (function,) = ast.parse(kernel.src).body
+def _touched(text: str, arguments: frozenset[str], constants: tuple[tuple[str, Any], ...]) -> Touched:
+    (function,) = ast.parse(text).body
     assert isinstance(function, ast.FunctionDef)
-    source = _Source(frozenset(kernel.arg_names), dict(constants))
+    source = _Source(arguments, dict(constants))
     source.run(function.body)
     return Touched(frozenset(source.read), frozenset(source.written))
 

@@ -69,7 +69,7 @@ def traffic(
         if most is not None and position == 0:
             size = min(size, most)
         written += size if writes else 0
-        blind = (name in SHAPED or name in FILLING or position == "out") and position in (0, "out")
+        blind = position == "out" or (position == 0 and (name in SHAPED or name in FILLING or kwargs.get("beta") == 0))
         read += 0 if blind else size
     return read, written + sum(map(bytes_of, _apart(made)))
 
