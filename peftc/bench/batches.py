@@ -20,7 +20,7 @@ def batch_for(model: nn.Module, given: Any, batch: int, seq: int, seed: int = 0)
     """Arguments of `model`'s forward: `batch` examples of `seq` tokens.
 
     Args:
-        model: a transformers model, or one with an example of its own.
+        model: a transformers model, or one with an example of its own. On the meta device so are the arguments.
         given: that example, which is used as it is; None for a transformers model.
         batch: how many examples.
         seq: how many tokens, where the model takes tokens; an encoder-decoder model takes as many on both sides.
@@ -33,7 +33,9 @@ def batch_for(model: nn.Module, given: Any, batch: int, seq: int, seed: int = 0)
     made: dict[str, Any] = {}
     for name, tensor in example.kwargs.items():
         shape = (batch, seq, *tensor.shape[2:]) if _counts_tokens(tensor) else (batch, *tensor.shape[1:])
-        made[name] = _filled(model, name, tensor, shape, random).to(tensor.device)
+        made[name] = (
+            tensor.new_empty(shape) if tensor.is_meta else _filled(model, name, tensor, shape, random).to(tensor.device)
+        )
     if "input_ids" in made and "labels" in made and made["labels"].shape == made["input_ids"].shape:
         made["labels"] = made["input_ids"].clone()
     return (), made | example.constants

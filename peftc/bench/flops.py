@@ -22,17 +22,22 @@ def count_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+def formulas() -> dict[Any, Callable[..., Any]]:
+    """By operation: a function of its arguments, and of what it returned as `out_val`."""
+    return FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     """By operation, for those that exist here: some belong to libraries that may not be loaded."""
     known: dict[str, Callable[..., int]] = {
         "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+        "aten::addmm_": _added,
         "aten::_grouped_mm": _grouped,
         "transformers::grouped_mm_fallback": _grouped,
         "transformers::grouped_mm_fallback_backward": _grouped_backward,
         "bitsandbytes::int8_linear_matmul": _by_rows,
         "mkldnn::_linear_pointwise": _by_rows,
-        "aten::addmm_": _added,
     }
     found = {_operation(name): formula for name, formula in known.items()}
     return {operation: formula for operation, formula in found.items() if operation is not None}

@@ -15,6 +15,7 @@ from peftc.cli.common.inputs import (
     RANDOM_WEIGHTS,
     SPEC,
     TRUST,
+    amount,
     calibration_batches,
     checked_spec,
     load_model,
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
 
     from peftc import api
     from peftc.bench import bench, generation, table
+    from peftc.bench.counting import cards, count
+    from peftc.bench.counting import table as count_table
+    from peftc.diagnostics.timings import Timings
     from peftc.driver import loading
     from peftc.show import tables
+    from peftc.spec.resolve import Intentions
 else:
     api, loading = Lazy("peftc.api"), Lazy("peftc.driver.loading")
     bench = Lazy("peftc.bench.bench")
+    cards, count = Lazy("peftc.bench.counting.cards"), Lazy("peftc.bench.counting.count")
+    count_table = Lazy("peftc.bench.counting.table")
     generation = Lazy("peftc.bench.generation")
     table = Lazy("peftc.bench.table")
     tables = Lazy("peftc.show.tables")
@@ -42,6 +49,8 @@ def run(given: Namespace) -> int:
     """Measures a training step against the frozen base model and HF PEFT."""
     with progress(given) as timings:
         spec = checked_spec(given, timings)
+        if given.count:
+            return _counted(spec, given, timings)
         with timings.stage("load"):
             batches = calibration_batches(given)
             loaded = load_model(given, dtype=given.dtype)
@@ -64,6 +73,23 @@ def run(given: Namespace) -> int:
     else:
         tables.print_all(table.bench_table(found))
     return 0 if found.agrees else 1
+
+
+def _counted(spec: Intentions, given: Namespace, timings: Timings) -> int:
+    """A step on shapes alone."""
+    scale = 1e12
+    card = cards.card_of(given.card, given.bandwidth and given.bandwidth * scale, given.tflops and given.tflops * scale)
+    with timings.stage("load"):
+        loaded = load_model(given, dtype=given.dtype, meta=True)
+    found = count.count(
+        loaded.model, spec, example=loaded.example, batch=given.batch or 1, seq=given.seq or 512,
+        card=card, timings=timings,
+    )  # fmt: skip
+    if given.json:
+        print_json(found.to_json() | {"time": timings.seconds})
+    else:
+        tables.print_all(count_table.count_table(found, verbose=given.verbose))
+    return 0
 
 
 def _generated(found: generation.GenerationBench, given: Namespace) -> int:
@@ -90,6 +116,11 @@ BENCH = Command(
         MODEL,
         JSON,
         Argument("--generate", type=positive, metavar="TOKENS", help="measure text of so many new tokens, not a step"),
+        Argument("--count", action="store_true", help="count launches and bytes of a step on a GPU, without one"),
+        Argument("--card", metavar="NAME", help="with --count: estimate a step's time, on h100, h200, a100, …"),
+        Argument("--bandwidth", type=amount, metavar="TB/S", help="of the card's memory, in place of what is known"),
+        Argument("--tflops", type=amount, metavar="RATE", help="of the card's products, in place of what is known"),
+        Argument("--verbose", action="store_true", help="with --count: the ten kinds with the most launches and bytes"),
         Argument("--batch", type=positive, help="examples in a step (2), or texts at once (1, or 2 a task)"),
         Argument("--seq", type=positive, help="tokens in an example (128), or in what a text begins with (16)"),
         Argument("--repeats", type=positive, default=5, help="rounds, of which the fastest counts"),

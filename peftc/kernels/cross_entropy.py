@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from peftc.kernels.common.operation import first_derivative, operation
+from peftc.kernels.common.operation import autocast_dtype, first_derivative, operation
 from peftc.kernels.common.products import product
 from peftc.kernels.common.shapes import wide
+
+ON_CUDA = 512  # tokens a chunk, at least: each reads the head's weight, whose products are to last longer than that
 
 
 def reference(
@@ -61,9 +63,9 @@ def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     if dhidden is not None:
         exponentials.scatter_add_(1, labels, -total)
         if exponentials.dtype == hidden.dtype:
-            dhidden.copy_(product(exponentials, weight).div_(total))
+            product(exponentials, weight, out=dhidden).div_(total)
         else:  # a sum of many exponentials is more than fp16 holds
-            dhidden.copy_(product(exponentials.div_(total).to(hidden.dtype), weight))
+            product(exponentials.div_(total).to(hidden.dtype), weight, out=dhidden)
     return (loss + total.log_()).sum()
 
 
@@ -72,6 +74,8 @@ def _run(
     dhidden: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss and the count; the gradient is written to `dhidden` if there is one."""
+    if hidden.is_cuda:
+        chunk = max(chunk, ON_CUDA)
     used, targets, index = _with_label(hidden, labels, ignore_index)
     gradient = dhidden if dhidden is None or index is None else torch.empty_like(used)
     loss = hidden.new_zeros((), dtype=wide(hidden.dtype))
@@ -149,8 +153,7 @@ def cross_entropy(
 
     A head that was unfrozen behind the compiler's back has the definition's gradients, and costs all logits.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (dtype := autocast_dtype(hidden.device.type)) is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return reference(hidden, weight, bias, labels, ignore_index, chunk)

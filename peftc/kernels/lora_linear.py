@@ -47,7 +47,10 @@ def accumulate_(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> T
     """y += scale * left @ right, in the factors' dtype and without a temporary of y's size if that is y's too."""
     if y.dtype == left.dtype:
         return y.addmm_(left, right, alpha=scale)
-    return y.add_((left @ right).mul_(scale).to(y.dtype))
+    added = left @ right
+    if y.is_cuda:  # whose kernels cast as they read
+        return y.add_(added, alpha=scale)
+    return y.add_((added if scale == 1 else added.mul_(scale)).to(y.dtype))
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:
@@ -146,11 +149,17 @@ def backward(
     hidden = rows(hidden)
     dhidden = hidden.new_empty(hidden.shape)
     pieces = [slice(sum(A.shape[0] for A in a[:i]), sum(A.shape[0] for A in a[: i + 1])) for i in range(n)]
-    for grad, B, scale, piece in zip(flat_grads, b, scales, pieces, strict=True):
-        if grad is None:
+    factors = []  # each beside S's part: both read the gradient in B's precision, which is made once
+    for i, (grad, B, scale, piece) in enumerate(zip(flat_grads, b, scales, pieces, strict=True)):
+        exact = None if grad is None else grad.to(B.dtype)
+        if exact is None:
             dhidden[:, piece] = 0
+        elif exact.is_cuda:
+            dhidden[:, piece].addmm_(exact, B, beta=0, alpha=scale)
         else:
-            torch.mul(product(grad.to(B.dtype), B), scale, out=dhidden[:, piece])
+            torch.mul(product(exact, B), scale, out=dhidden[:, piece])
+        if needs[1 + n + i]:
+            factors.append(_output_factor_gradient(exact, hidden[:, piece], B, scale))
     needs_a = any(needs[1 : 1 + n])
     dx = _base_gradient(flat_grads, x, weights, transposed) if needs[0] else None
     stacked = _stacked(a)
@@ -158,10 +167,7 @@ def backward(
     results = [] if dx is None else [dx.view(x.shape)]
     if together is not None:
         results += [together[pieces[i]].clone() if n > 1 else together for i in range(n) if needs[1 + i]]
-    for i in range(n):
-        if needs[1 + n + i]:
-            results.append(_output_factor_gradient(flat_grads[i], hidden[:, pieces[i]], b[i], scales[i]))
-    return results
+    return results + factors
 
 
 def _base_gradient(
@@ -183,7 +189,10 @@ def _branch_gradients(
     if seed is None or not dropout.dropped_levels(p):
         if dx is not None:
             accumulate_(dx, dhidden, a)
-        return None if x is None else product(dhidden.t().contiguous(), x.to(a.dtype))
+        if x is None:
+            return None
+        left = dhidden.t()
+        return product(left if left.is_cuda else left.contiguous(), x.to(a.dtype))
     if a.is_cuda:
         return _branch_gradients_on_cuda(dx, x, dhidden, a, seed, p, salt)
     dhidden = dhidden * dropout.kept_scale(p)
@@ -215,7 +224,9 @@ def _output_factor_gradient(grad: Tensor | None, hidden: Tensor, b: Tensor, scal
     """dB = scale * gradᵀ S: the product that has the long side last is the faster one, and turning dB is cheap."""
     if grad is None:
         return torch.zeros_like(b, memory_format=torch.contiguous_format)
-    return product((hidden * scale).t().contiguous(), grad.to(b.dtype)).t().contiguous()
+    if grad.is_cuda:  # which multiplies whatever is turned
+        return torch.addmm(b, grad.t(), hidden, beta=0, alpha=scale)
+    return product((hidden * scale).t().contiguous(), grad).t().contiguous()
 
 
 @lora_linear_backward.register_fake

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute, is_mutable, is_tensor, value
-from peftc.kernels.common.operation import call_directly, first_derivative
+from peftc.kernels.common.operation import autocast_dtype, call_directly, first_derivative
 from peftc.kernels.common.products import product
 from peftc.optimise.errors import CannotCheckpoint
 from peftc.optimise.joint import Joint, Lifted, joint, lifted
@@ -48,7 +49,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a program depends on; equal kinds share one. `text` says all that matters of the graph."""
+    """What a program depends on; equal kinds share one. `text` says all that matters of the graph.
+
+    `modes` are the caller's modes for functions, which a trace goes through.
+    """
 
     text: str
     needs: tuple[bool, ...]
@@ -56,6 +60,7 @@ class Kind:
     device: torch.device
     autocast: tuple[str, torch.dtype] | None
     recompute_all: bool
+    modes: tuple[type, ...] = ()
 
 
 class BlockModule(fx.GraphModule):
@@ -101,7 +106,7 @@ class BlockModule(fx.GraphModule):
             return None
         constants = tuple(inputs[place] for place in graph.constants)
         device = next(item.device for item in inputs if isinstance(item, Tensor))
-        kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(RECOMPUTED)))
+        kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(RECOMPUTED)), _modes())
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
 
@@ -169,8 +174,12 @@ def _differs(item: Any, node: fx.Node) -> bool:
 
 
 def _autocast(device: torch.device) -> tuple[str, torch.dtype] | None:
-    kind = device.type
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    dtype = autocast_dtype(device.type)
+    return None if dtype is None else (device.type, dtype)
+
+
+def _modes() -> tuple[type, ...]:
+    return tuple(map(type, _get_current_function_mode_stack()))
 
 
 @lru_cache(maxsize=MOST)
@@ -253,4 +262,4 @@ class _Step(torch.autograd.Function):
 def _no_autocast(given: Any) -> Any:
     """What autocast would do is in the traced graphs."""
     device = next(item.device.type for item in given if isinstance(item, Tensor))
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

@@ -56,6 +56,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ArgumentTypeError(f"expects a number above 0, not {text!r}")
+    return number
+
+
 def checked_spec(given: Namespace, timings: Timings) -> Intentions:
     """What the spec wants. Raises `PeftcError` with everything that is wrong and can be known without a model."""
     with timings.stage("check"):
@@ -77,11 +88,11 @@ def model_to_compile(given: Namespace, timings: Timings, dtype: str | None) -> t
     return loaded.model, loaded.example
 
 
-def load_model(given: Namespace, *, dtype: str | None) -> references.Loaded:
+def load_model(given: Namespace, *, dtype: str | None, meta: bool = False) -> references.Loaded:
     """The model, its example, and how its checkpoint differs from it."""
     quieten()
     reference = references.parse_reference(given.model, trust_remote_code=given.trust_remote_code)
-    return references.read_model(reference, random_weights=given.random_weights, dtype=dtype)
+    return references.read_model(reference, meta=meta, random_weights=given.random_weights, dtype=dtype)
 
 
 def quieten() -> None:

@@ -42,19 +42,27 @@ def save_pretrained(compiled: Runtime, folder: Path) -> None:
         PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec`, `bad-artifact`
             and `cannot-write` as for `save`.
     """
+    config, tensors = exported(compiled)
+    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
+    write_folder(folder, files)
+
+
+def exported(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors that HF PEFT has for the adapter; of a model on the meta device they have no numbers.
+
+    Raises:
+        PeftcError: `cannot-export` and `not-in-spec` as for `save_pretrained`.
+    """
     compiled.watch.refuse_unplanned(compiled)
     problems = _problems(compiled)
     if problems:
         raise PeftcError(*problems)
     if has_prompt(compiled):
-        config, tensors = prompt_folder(compiled)
-    elif has_prefix(compiled):
-        config, tensors = prefix_folder(compiled)
-    else:
-        config, tensors = modules_folder(compiled)
-    blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
-    write_folder(folder, files)
+        return prompt_folder(compiled)
+    if has_prefix(compiled):
+        return prefix_folder(compiled)
+    return modules_folder(compiled)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.kernels.common.errors import SecondDerivative
 
 _CPU: dict[str, Callable[..., Any]] = {}
+_CUDA: dict[str, Callable[..., Any]] = {}
 _AUTOCAST = torch.library.Library("peftc", "IMPL")
 
 
@@ -25,6 +26,8 @@ def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[
 
     def register(function: Callable[..., object]) -> CustomOpDef:
         _CPU[f"peftc::{name}"] = function
+        if "cuda" in device_types:
+            _CUDA[f"peftc::{name}"] = function
         made = custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
         if name.endswith("_backward"):
             made.register_autograd(_refuse, setup_context=_refuse)  # the context is set up where a graph is asked for
@@ -61,6 +64,13 @@ def on_cuda(op: CustomOpDef, module: str, function: str) -> None:
         return _CPU[op._qualname](*arguments) if result is NotImplemented else result
 
     op.register_kernel("cuda", run)
+    _CUDA[op._qualname] = run
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The precision of autocast on a type of device; None where it is off, or where there is none, as on `meta`."""
+    known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if known else None
 
 
 def follow_autocast(op: CustomOpDef) -> None:
@@ -93,6 +103,11 @@ def cpu_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     core; who has real CPU tensors and needs no autograd can call the function itself.
     """
     return _CPU.get(op._schema.name)
+
+
+def cuda_function(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """What the dispatcher calls for `op` on CUDA tensors below autograd, or None for operations of others."""
+    return _CUDA.get(op._schema.name)
 
 
 def call_directly(graph: fx.Graph) -> None:

@@ -59,4 +59,4 @@ def power_of_two(size: int, least: int, most: int) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
