@@ -134,7 +134,8 @@ def test_dora_in_half_precision_is_one_operation_and_as_near(dtype: torch.dtype)
 
     def function(case: Any, x: Tensor) -> Tensor:
         y = F.linear(x, case.w)
-        return (case.m * lora(x.to(case.a.dtype), y.to(case.a.dtype), case.a, case.b, 2.0)).to(x.dtype)
+        inner = lora(x.to(case.a.dtype), y.to(case.a.dtype), case.a, case.b, 2.0)
+        return torch.as_tensor((case.m * inner).to(x.dtype))
 
     def case(frozen: torch.dtype, learning: torch.dtype) -> Case:
         model = Case(function, w=(24, 32), a=(2, 32), b=(24, 2), m=(24,)).to(learning)
