@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from peftc.graph.ir import value as fake
-from peftc.graph.patterns import add, either, mul, value
+from peftc.graph.patterns import add, cast, either, mul, value
 from peftc.protocol.branches import BesideFrozen, beside, frozen, unbiased
 from peftc.protocol.rule import Editor, Match, Miss, fusion
 
@@ -26,8 +26,8 @@ class DoraLinear(BesideFrozen):
 
     name = "dora_linear"
     pattern = either(
-        add(mul(_length, beside(unbiased())), value("removed")),
-        mul(_length, beside(frozen())),
+        cast(add(mul(_length, beside(cast(unbiased()))), value("removed"))),
+        cast(mul(_length, beside(cast(frozen())))),
     )
 
     def check(self, match: Match, editor: Editor) -> Miss | None:

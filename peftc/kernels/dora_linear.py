@@ -77,19 +77,21 @@ def dora_linear_backward(
                 dlengths.append(torch.zeros_like(lengths[i]))
             continue
         flat = rows(grad)
-        product = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+        narrow = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+        # In the lengths' precision: products of small gradients are nothing in fp16.
+        product = narrow if narrow.dtype is lengths[i].dtype else narrow.new_empty(flat.shape, dtype=lengths[i].dtype)
         if needs[1 + 2 * n + i]:
             inner = rows(outputs[i])
             if biases and (bias := biases[i]) is not None:  # taken off each: of the sums only their rounding would stay
                 inner = torch.sub(inner, bias.to(inner.dtype), out=product)
-            total = torch.mul(flat, inner, out=product).sum(0, dtype=lengths[i].dtype)
+            total = torch.mul(flat, inner, out=product).sum(0)
             total /= lengths[i]
             if total.is_cuda:  # which would have to wait to know how many there are
                 total.masked_fill_(lengths[i] == 0, 0)
             elif len(short := (lengths[i].abs() < SHORT).nonzero()[:, 0]):
                 total[short] = _of_short(flat[:, short], x, hidden, weights, a, b, scales, transposed, i, short)
             dlengths.append(total)
-        inner_grads.append(torch.mul(flat, lengths[i].to(flat.dtype), out=product))
+        inner_grads.append(torch.mul(flat, lengths[i], out=narrow))
     results = lora_linear.backward(
         inner_grads, x, hidden, weights, a, b, scales, transposed, seed, p, salt, needs[: 1 + 2 * n]
     )

@@ -171,6 +171,15 @@ def test_what_is_added_to_is_read_too() -> None:
     assert launch == Launch("lora_linear.input_gradient_kernel", F32 * (48 + 16 + 12) + LONG, F32 * 48)
 
 
+def test_an_operation_within_another_is_a_part_of_it() -> None:
+    """Dropout in the gradient of a LoRA linear's A: the masked x is made again, by an operation of its own."""
+    x, weight, a, b, seed = empty(8, 6), empty(10, 6), empty(2, 6), empty(10, 2), empty(dtype=torch.int64)
+    found = counted(lambda: torch.ops.peftc.lora_linear_backward(
+        [empty(8, 10)], x, empty(8, 2), [weight], [a], [b], [1.0], False, seed, 0.1, 0, [False, True, False]
+    ))  # fmt: skip
+    assert found[("seeded_dropout.dropout_kernel", F32 * 48 + LONG, F32 * 48, 0)] == 1
+
+
 def test_a_kernel_without_products_by_formula_is_counted_in_both_passes() -> None:
     gate, up = empty(4, 6, learns=True), empty(4, 6, learns=True)
     y = torch.ops.peftc.gated_activation(gate, up, "silu")

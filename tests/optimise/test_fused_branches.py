@@ -128,6 +128,36 @@ def test_dora_linear(outs: list[int], n_in: int, tokens: int, bias: bool) -> Non
     fires(Case(function, **shapes), (number(tokens, n_in),), trained, dora_linear=1, lora_linear=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dora_in_half_precision_is_one_operation_and_as_near(dtype: torch.dtype) -> None:
+    """Beside the same graph in float64, with branches in float32: no gradient is further off than twice the plain's."""
+
+    def function(case: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, case.w)
+        inner = lora(x.to(case.a.dtype), y.to(case.a.dtype), case.a, case.b, 2.0)
+        return torch.as_tensor((case.m * inner).to(x.dtype))
+
+    def case(frozen: torch.dtype, learning: torch.dtype) -> Case:
+        model = Case(function, w=(24, 32), a=(2, 32), b=(24, 2), m=(24,)).to(learning)
+        model.w = nn.Parameter(case_weight.to(frozen))
+        return model
+
+    case_weight, x = number(24, 32).to(dtype), number(40, 32).to(dtype)
+    exact, _, _ = rewritten(case(torch.float64, torch.float64), (x.double(),), ("a", "b", "m"), [])
+    plain, fused, (fired,) = rewritten(case(dtype, torch.float32), (x,), ("a", "b", "m"), ["dora_linear"])
+    assert fired.count == 1
+    found = []
+    for module, tokens in ((exact, x.double()), (plain, x), (fused, x)):
+        result = module(tokens)
+        result = result[0] if isinstance(result, tuple) else result
+        weights = torch.linspace(0.5, 1.5, result.numel()).view(result.shape).to(result.dtype)
+        learned = [module.get_parameter(name) for name in "abm"]
+        found.append([one.double() for one in torch.autograd.grad((result * weights).sum(), learned)])
+    for true, slow, fast in zip(*found, strict=True):
+        near = float((slow - true).abs().max()) + torch.finfo(dtype).eps * float(true.abs().max())
+        assert float((fast - true).abs().max()) <= 2 * near
+
+
 def test_a_residual_is_no_bias() -> None:
     def function(case: Any, x: Tensor) -> Tensor:
         return torch.as_tensor(x + case.m * lora(x, F.linear(x, case.w), case.a, case.b, 2.0))

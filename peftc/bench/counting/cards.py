@@ -24,6 +24,10 @@ class Card:
     half: float
     full: float
 
+    def rate(self, dtype: torch.dtype) -> float:
+        """Operations a second of products in a precision."""
+        return self.half if dtype in HALVES else self.full
+
     def seconds(self, launches: Mapping[Launch, int], dtype: torch.dtype) -> float:
         """The roofline: each launch takes as long as its bytes or its products need, and LAUNCH.
 
@@ -31,7 +35,7 @@ class Card:
             launches: kinds of launch, and how often each occurs.
             dtype: the precision that all products are taken to be in.
         """
-        rate = self.half if dtype in HALVES else self.full
+        rate = self.rate(dtype)
         return sum(
             count * (max(launch.bytes / self.bandwidth, launch.flops / rate) + LAUNCH)
             for launch, count in launches.items()

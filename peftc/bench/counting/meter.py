@@ -28,7 +28,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.kernels.common.operation import cuda_function
 
 aten = torch.ops.aten
-LOCK = threading.Lock()
+LOCK = threading.RLock()  # an operation of peftc's may call another
 # Made of other operations, on every device that has no kernel of its own for them.
 IMPLICIT = DispatchKey.CompositeImplicitAutograd
 COMPOSED = (DispatchKey.CompositeExplicitAutograd, DispatchKey.CompositeExplicitAutogradNonFunctional)

@@ -75,8 +75,9 @@ def _about_the_estimate(counts: Counts) -> list[Text]:
     card = counts.card
     if card is None:
         return []
+    rate = card.rate(counts.dtype)
     text = (
         f"The estimate for {card.name}: each launch takes what its bytes need at {card.bandwidth / 1e12:g} TB/s or its "
-        f"products at {card.half / 1e12:g} TFLOP/s\n(fp32: {card.full / 1e12:g}), and {LAUNCH * 1e6:g} µs beside that."
+        f"products at\n{rate / 1e12:g} TFLOP/s, all in the model's precision, and {LAUNCH * 1e6:g} µs beside that."
     )
     return [Text(text)]
