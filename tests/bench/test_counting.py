@@ -283,6 +283,19 @@ def test_what_decides_by_numbers_is_refused() -> None:
     assert refusal.value.diagnostics[0].code == "needs-values"
 
 
+def test_what_needs_weights_to_be_compiled_is_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(PeftcError, match="cannot be compiled without its weights") as refusal:
+        count(model, f"quantize attn.* with nf4\n{LORA}", seq=8)
+    assert refusal.value.diagnostics[0].code == "cannot-measure"
+
+
+def test_a_convolution_is_one_kernel() -> None:
+    x, weight = empty(2, 3, 8, 8), empty(5, 3, 2, 2)
+    ((name, read, written, flops),) = counted(lambda: F.conv2d(x, weight, stride=2))
+    assert (name, read, written) == ("convolution", F32 * (2 * 3 * 64 + 60), F32 * 2 * 5 * 16)
+    assert flops == 2 * written // F32 * 12
+
+
 def test_where_nothing_learns_nothing_is_counted(model: LlamaForCausalLM) -> None:
     with pytest.raises(PeftcError) as refusal:
         count(model, "freeze norm", seq=8)

@@ -148,7 +148,12 @@ def count(
     with timings.stage("frozen base"):
         base = floor(bare)
         rows = [_counted(base, arguments)]
-    compiled = compile(bare, intend(spec), example=example, timings=timings)
+    intentions = intend(spec)
+    try:
+        compiled = compile(bare, intentions, example=example, timings=timings)
+    except NotImplementedError as error:  # what torch raises where numbers are asked for
+        reason = f"it cannot be compiled without its weights ({headline(error)})"
+        raise PeftcError(CannotMeasure(model=type(model).__name__, reason=reason)) from error
     with timings.stage("peftc"):
         rows.append(_counted(Variant(FUSED, compiled), arguments))
     with timings.stage("HF PEFT"):

@@ -32,8 +32,10 @@ LOCK = threading.RLock()  # an operation of peftc's may call another
 # Made of other operations, on every device that has no kernel of its own for them.
 IMPLICIT = DispatchKey.CompositeImplicitAutograd
 COMPOSED = (DispatchKey.CompositeExplicitAutograd, DispatchKey.CompositeExplicitAutogradNonFunctional)
-# Operations that have a kernel on CUDA, and on the CPU are composed.
-OF_CUDA = ("aten::_fused_rms_norm", "aten::_fused_rms_norm_backward")
+# Operations that have a kernel on CUDA, and elsewhere are composed or what a backend makes of them.
+OF_CUDA = frozenset(
+    f"aten::{name}" for name in ("_fused_rms_norm", "_fused_rms_norm_backward", "convolution", "convolution_backward")
+)
 
 
 @dataclass(frozen=True)
