@@ -34,6 +34,8 @@ class DoraLinear(BesideFrozen):
         length, weight = match["length"], match["weight"]
         if fake(length).dim() != 1 or fake(length).shape[0] != fake(weight).shape[0]:
             return Miss(match.root, f"{length.name} has no entry for each row", (length,))
+        if fake(match.root).dtype is torch.float16 and fake(length).dtype is not torch.float16:
+            return Miss(match.root, "of lengths in fp32, gradients are not read off outputs in fp16", (length,))
         if match["bias"] is not None:
             return Miss(match.root, "the bias is scaled, too", (match["bias"],))
         if match["removed"] is not None and editor.learns(match["removed"]):

@@ -145,7 +145,7 @@ def test_dora_in_half_precision_is_one_operation_and_as_near(dtype: torch.dtype)
     case_weight, x = number(24, 32).to(dtype), number(40, 32).to(dtype)
     exact, _, _ = rewritten(case(torch.float64, torch.float64), (x.double(),), ("a", "b", "m"), [])
     plain, fused, (fired,) = rewritten(case(dtype, torch.float32), (x,), ("a", "b", "m"), ["dora_linear"])
-    assert fired.count == 1
+    assert fired.count == (dtype is torch.bfloat16)  # fp16 has bits for more than is read off an output
     found = []
     for module, tokens in ((exact, x.double()), (plain, x), (fused, x)):
         result = module(tokens)
