@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftc.kernels.common import products
 from peftc.kernels.common.products import add_product_, product, way_of
 
-NEAR = 1e-5  # of the largest: fp32, sums in another order
+NEAR = 1e-5  # of the sum of all magnitudes: fp32, sums in another order
 WAYS = [products._plain, products._turned, products._onednn, products._turned_onednn]
 OF_ONE_ROW = [products._vector, products._twice]
 
 
-def near(found: Tensor, expected: Tensor) -> None:
+def near(found: Tensor, expected: Tensor, left: Tensor, right: Tensor) -> None:
     assert found.shape == expected.shape
     assert found.is_contiguous()
-    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+    assert ((found - expected).abs() <= NEAR * (1 + left.abs() @ right.abs())).all()
 
 
 def drawn(rows: int, inner: int, columns: int, right_turned: bool) -> tuple[Tensor, Tensor]:
@@ -29,13 +29,14 @@ def drawn(rows: int, inner: int, columns: int, right_turned: bool) -> tuple[Tens
     return torch.randn(rows, inner, generator=random), right if right_turned else right.contiguous()
 
 
+@example(1, 169, 1, False)
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.booleans())
 def test_all_ways_have_the_same_numbers(rows: int, inner: int, columns: int, right_turned: bool) -> None:
     left, right = drawn(rows, inner, columns, right_turned)
     expected = (left.double() @ right.double()).float()
     for way in (*WAYS, *(OF_ONE_ROW if rows == 1 else [])):
         if way is not products._turned_onednn or right_turned:
-            near(way(left, right), expected)
+            near(way(left, right), expected, left, right)
 
 
 @pytest.fixture(params=WAYS + OF_ONE_ROW, ids=lambda way: way.__name__.strip("_"))
@@ -52,11 +53,11 @@ def test_whichever_is_chosen(chosen: products.Way, biased: bool) -> None:
     bias = torch.randn(620)[::2] if biased else None
     assert way_of(left, right) is chosen
     expected = left @ right if bias is None else left @ right + bias
-    near(product(left, right, bias), expected)
+    near(product(left, right, bias), expected, left, right)
     out = torch.empty(left.shape[0], 310)
     assert product(left, right, bias, out=out) is out
-    near(out, expected)
-    near(add_product_(torch.ones_like(out), left, right), 1 + left @ right)
+    near(out, expected, left, right)
+    near(add_product_(torch.ones_like(out), left, right), 1 + left @ right, left, right)
 
 
 def test_the_soonest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
