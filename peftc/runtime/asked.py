@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from threading import RLock
 from typing import Any, cast
 
@@ -41,8 +42,8 @@ class Asked(Holder):
         """What runs a call."""
         raise NotImplementedError
 
-    def lay_together(self, tasks: Any) -> None:
-        """Puts the tensors of tasks where a batch of several of them reads them soonest."""
+    def lying_together(self, tasks: Any) -> AbstractContextManager[None]:
+        """Inside, the tensors of tasks lie where a batch of several of them reads them soonest."""
         raise NotImplementedError
 
     # What trainers of other libraries ask for
@@ -191,11 +192,10 @@ class Asked(Holder):
         Raises:
             PeftcError: `cannot-generate` for a model that does not continue text.
         """
-        if tasks is not None:
-            self.lay_together(tasks)
         if (face := self.face(tasks)) is not self:
             face.__dict__["own_generation_config"] = self.generation_config
-            return face.generate(*args, **kwargs)
+            with self.lying_together(tasks):
+                return face.generate(*args, **kwargs)
         with self.continuation().holding(self):
             return view(self).generate(*args, **kwargs)
 

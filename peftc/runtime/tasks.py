@@ -14,11 +14,10 @@ from itertools import chain
 from typing import Any, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, set_tensor, tensors
-from peftc.kernels.rows_of_batch import together
 from peftc.planning.plan import of_task
 from peftc.rewrite.splicer import TASK_ROWS
 from peftc.rewrite.state import prepare, rewritten
@@ -128,10 +127,10 @@ class Switching(Asked):
             set_tensor(face.module, TASK_ROWS, torch.tensor(rows, device=self.device))
         return face.module
 
-    @torch.no_grad()
-    def lay_together(self, tasks: Sequence[str | None]) -> None:
-        """Moves the tensors of all tasks of a kind, name by name, into one piece of memory: so they are read by row
-        without a copy. A parameter stays the same one, with its gradient.
+    @contextmanager
+    def lying_together(self, tasks: Sequence[str | None] | None) -> Iterator[None]:
+        """Inside, the tensors of all tasks of a kind lie name by name in one piece of memory, to be read by row without
+        a copy; after it each has its own again, as who saves a model takes one piece for one tensor.
 
         Args:
             tasks: those of a batch; of others there is nothing to do.
@@ -139,17 +138,20 @@ class Switching(Asked):
         Raises:
             PeftcError: `unknown-task`.
         """
-        self.known(tasks)
-        kinds = {self.kind(task) for task in tasks if task is not None} if len(set(tasks)) > 1 else set()
-        for kind in kinds:
-            members = [task for task in self.plan.tasks if self.kind(task) == kind]
-            for name in self.plan.own_tensors(members[0]):
-                theirs = [get_attribute(self, of_task(task, name)) for task in members]
-                one_piece = {(type(tensor.data), tensor.shape, tensor.dtype, tensor.device) for tensor in theirs}
-                if len(members) == 1 or len(one_piece) > 1 or together(theirs) is not None:
-                    continue
-                for tensor, part in zip(theirs, torch.stack([tensor.detach() for tensor in theirs]), strict=True):
-                    tensor.data = part
+        self.known(tasks or ())
+        kinds = {self.kind(task) for task in tasks or () if task is not None} if len(set(tasks or ())) > 1 else set()
+        moved: list[Tensor] = []
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for kind in kinds:
+                    members = [task for task in self.plan.tasks if self.kind(task) == kind]
+                    for name in self.plan.own_tensors(members[0]) if len(members) > 1 else ():
+                        moved += _in_one_piece([get_attribute(self, of_task(task, name)) for task in members])
+            yield
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor in moved:
+                    tensor.data = tensor.detach().clone()
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -204,3 +206,13 @@ class Switching(Asked):
 def _filled(tasks: list[str]) -> list[str]:
     """As many as a power of two, the last one again and again."""
     return tasks + [tasks[-1]] * ((1 << (len(tasks) - 1).bit_length()) - len(tasks))
+
+
+def _in_one_piece(tensors: list[Tensor]) -> list[Tensor]:
+    """Moves tensors of one kind behind each other, each the same object as before; returns what was moved."""
+    alike = {(type(tensor.data), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
+    if len(alike) > 1 or not all(tensor.is_contiguous() and not tensor.is_shared() for tensor in tensors):
+        return []
+    for tensor, part in zip(tensors, torch.stack([tensor.detach() for tensor in tensors]), strict=True):
+        tensor.data = part
+    return tensors

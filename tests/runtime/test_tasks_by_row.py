@@ -10,6 +10,7 @@ import torch
 
 import peftc
 from manytasks import BY_ROW, IDS, LORA, ROWS, compiled, gradients, llama, written
+from peftc.optimise.decoding.by_row import groups, products, stacked_a, stacked_b
 from zoo import ZOO, inputs
 
 
@@ -152,18 +153,63 @@ def test_rows_lie_in_any_order(rows: str, scales: str) -> None:
 
 
 def test_tensors_of_a_kind_lie_together() -> None:
-    """In one piece of memory, as the parameters that they were, with their gradients; a file has each by itself."""
+    """In one piece of memory for as long as text is written, as the parameters that they were, with their gradients."""
     several = compiled("", KIND)
     several(input_ids=IDS[:3], labels=IDS[:3], tasks=[*"abc"]).loss.backward()
     before = {name: (parameter, parameter.clone(), parameter.grad) for name, parameter in several.named_parameters()}
+
+    def pieces() -> int:
+        return len({parameter.untyped_storage().data_ptr() for parameter in several.trainable_parameters().values()})
+
+    every = pieces()
+    with several.lying_together([*"abc"]):
+        assert pieces() == every / 3
+    assert pieces() == every
     several.generate(IDS[:3], tasks=[*"abc"], max_new_tokens=2)
-    pieces = {parameter.untyped_storage().data_ptr() for parameter in several.trainable_parameters().values()}
-    assert len(pieces) == len(several.trainable_parameters()) / 3
+    assert pieces() == every
     for name, parameter in several.named_parameters():
         same, numbers, grad = before[name]
         assert parameter is same
         assert torch.equal(parameter, numbers)
         assert parameter.grad is grad
+
+
+def test_a_kind_of_three_is_read_where_it_lies() -> None:
+    """A graph has places for four of them; the last is there twice."""
+    first, second, third = torch.randn(3, 4, 6)
+    apart = [first.clone(), second.clone(), third.clone()]
+    there = stacked_a([first, second, third, third.detach()])
+    assert there.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    assert torch.equal(there, stacked_a([*apart, apart[-1]])[:3])
+    assert stacked_b([first, second]).shape == (2, 6, 4)
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [2, 0, 0, 1, -1, 1]])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["whole", "half of a wider one", "every other token"])
+def test_products_by_row_of_inputs_that_are_views(rows: list[int], tokens: int, kind: str) -> None:
+    torch.manual_seed(0)
+    x = {
+        "whole": torch.randn(6, tokens, 8),
+        "half of a wider one": torch.randn(6, tokens, 16)[..., :8],
+        "every other token": torch.randn(6, 2 * tokens, 8)[:, ::2],
+    }[kind]
+    weight, a, b = torch.randn(5, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2)
+    by_task = groups(torch.tensor(rows), range(3), torch.float32)
+    for scales in (2.0, (2.0, 1.0, 0.5)):
+        found = products(x, weight, None, stacked_a([*a]), stacked_b([*b]), scales, by_task)
+        each = [scales] * 3 if isinstance(scales, float) else scales
+        for at, task in enumerate(rows):
+            own = each[task] * x[at] @ a[task].t() @ b[task].t() if task >= 0 else 0
+            torch.testing.assert_close(found[at], x[at] @ weight.t() + own, atol=1e-5, rtol=1e-5)
+
+
+def test_text_in_inference_mode_leaves_what_can_be_trained() -> None:
+    several = compiled("", KIND)
+    with torch.inference_mode():
+        several.generate(IDS[:3], tasks=[*"abc"], max_new_tokens=2)
+    several(input_ids=IDS[:3], labels=IDS[:3], tasks=[*"abc"]).loss.backward()
+    assert len(gradients(several)) == len(several.trainable_parameters())
 
 
 def test_what_lies_together_is_trained_saved_and_copied(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def way_of(left: Tensor, right: Tensor, unpacked: bool = False) -> Way:
     """How to multiply [m, k] and [k, n]; what it gives is contiguous, [m, n]."""
-    if torch.compiler.is_compiling():  # what it compiles multiplies by a way of its own
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # which have ways of their own
         return _plain
     if left.dtype not in WIDE or right.dtype is not left.dtype or left.device.type != "cpu":
         return _plain

@@ -90,10 +90,10 @@ def stacked_b(matrices: Sequence[Tensor]) -> Tensor:
 
 def _in_place(matrices: Sequence[Tensor]) -> Tensor | None:
     """Matrices that lie together, turned, without a copy; the last may be there again and again, for no row."""
-    distinct = [*matrices]
-    while len(distinct) > 1 and distinct[-1] is distinct[-2]:
+    distinct = [*matrices] if type(matrices[0].data) is Tensor else []
+    while len(distinct) > 1 and distinct[-1].data_ptr() == distinct[-2].data_ptr():
         distinct.pop()
-    found = together(distinct)
+    found = together(distinct) if distinct else None
     return None if found is None else found.transpose(1, 2)
 
 
@@ -116,10 +116,9 @@ def products(
     flat = x.reshape(-1, n_in)
     y = times(flat, weight, bias)
     tasks, steps, rows, places, theirs = by_task
-    if tasks < a.shape[0]:
-        a, b = a[:tasks], b[:tasks]
+    a, b = a[:tasks], b[:tasks]
     if steps is not None and (tokens == 1 or steps[1] == 1):
-        rows, places, x = None, None, _in_groups(flat, tasks, steps, tokens)
+        rows, places, x = None, None, _in_groups(flat.contiguous(), tasks, steps, tokens)
     elif steps is not None:
         order = torch.arange(batch, device=x.device).view(-1, tasks)
         rows, places = order.t().flatten(), order.view(tasks, -1).t().flatten()
@@ -139,7 +138,7 @@ def products(
 
 
 def _in_groups(flat: Tensor, tasks: int, steps: tuple[int, int], tokens: int) -> Tensor:
-    """The rows of [batch * tokens, n] by task, in place: [tasks, rows of each, n]."""
+    """The rows of a contiguous [batch * tokens, n] by task, in place: [tasks, rows of each, n]."""
     wide, (between, within) = flat.shape[1], steps
     of_each = flat.shape[0] // tasks
     return flat.as_strided((tasks, of_each, wide), (between * tokens * wide, within * wide, 1))

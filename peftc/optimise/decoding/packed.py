@@ -4,6 +4,7 @@ the packed bytes themselves, where the CPU has a product for that.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ def _times_eight(rows: Tensor, weight: Eight, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., n_in] times Wᵀ, and bias."""
-    return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    y = times(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def keep_eight_bits(graph: fx.Graph, readers: tuple[Any, ...]) -> None:
