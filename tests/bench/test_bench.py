@@ -228,7 +228,7 @@ def test_the_command_prints_data(config: Path, spec: Path, capsys: pytest.Captur
     data = json.loads(out)
     assert data["agrees"]
     assert (data["batch"], data["seq"]) == (1, 8)
-    assert [row["name"] for row in data["rows"]] == [FLOOR, FUSED, PLAIN, HF_PEFT]
+    assert [row["name"] for row in data["rows"]] == [FLOOR, FUSED, ONE_LIBRARY, PLAIN, HF_PEFT]
     assert data["rows"][0]["ratio"] == {"seconds": 1, "saved": 1, "peak": 1, "flops": 1}
 
 
