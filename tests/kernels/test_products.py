@@ -112,12 +112,14 @@ def test_the_same_bits_in_each_run_where_they_are_asked_for() -> None:
 
 
 def test_trying_leaves_no_trace() -> None:
-    """Neither in what counts operations, nor in the numbers at random, nor under autocast."""
+    """Neither in what counts operations, nor in the numbers at random; under autocast nothing is tried."""
     products._soonest.cache_clear()
     products._tried.cache_clear()
     left, right = drawn(5, 257, 303, right_turned=True)
     before = torch.random.get_rng_state()
-    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", dtype=torch.bfloat16):
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert way_of(left, right) is products._plain
         way_of(left, right)
     assert counter.get_total_flops() == 0
     assert torch.equal(before, torch.random.get_rng_state())
