@@ -22,7 +22,7 @@ from peftc.driver.compiled import CompiledModule
 FLOOR = "frozen base"
 FUSED = "peftc"
 PLAIN = "peftc, fuse=False"
-ONE_LIBRARY = "peftc, one library"  # all variants multiply with the library that PyTorch takes by itself
+ONE_LIBRARY = "peftc, one library"  # multiplying with the library that PyTorch takes by itself, as the others do
 HF_PEFT = "HF PEFT"
 
 

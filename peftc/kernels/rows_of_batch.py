@@ -55,7 +55,7 @@ def _(which: Tensor, owners: Sequence[int], ranks: Sequence[int], scales: Sequen
 def together(tensors: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape that lie in one piece of memory, each as far behind the one before: one [n, …], no copy."""
     first, *others = tensors
-    if not others or type(first.data) is not Tensor:
+    if not others:
         return None
     step = others[0].storage_offset() - first.storage_offset()
     for place, tensor in enumerate(tensors):

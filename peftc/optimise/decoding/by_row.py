@@ -166,15 +166,8 @@ def fewer_by_row(graph: fx.Graph) -> None:
             a = _made(graph, stacked_a, (found.a,))
             b = _made(graph, stacked_b, (found.b,))
         found.total.target = products
-        found.total.args = (
-            found.x,
-            found.weight,
-            found.bias,
-            a,
-            b,
-            scales[0] if len({*scales}) == 1 else scales,
-            known[asked],
-        )
+        alpha = scales[0] if len({*scales}) == 1 else scales
+        found.total.args = (found.x, found.weight, found.bias, a, b, alpha, known[asked])
     drop_unread(graph)
 
 
