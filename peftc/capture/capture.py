@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +29,14 @@ from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of, unlogged
+from peftc.capture.once import tracing_once
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.graph.ir import get_attribute, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
+from peftc.graph.repeat import repeated
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
@@ -101,15 +103,25 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
     if (name := next((name for name, own in tensors(model).items() if own.is_inference()), None)) is not None:
         raise PeftcError(MadeForInference(model=type(model).__name__, parameter=name))
+    try:
+        return _captured(model, example, timings, once=True)
+    except Exception as error:
+        debug.tell(1, [f"each block is traced, also equal ones: {error}"])
+        return _captured(model, example, timings, once=False)
+
+
+def _captured(model: nn.Module, example: Example, timings: Timings, *, once: bool) -> Captured:
+    """Equal blocks are traced `once`; then what anything raises may come of that."""
     with timings.stage("torch.export"), untouched(model), _prepared(model, example), listening() as asked:
         try:
-            program = torch.export.export(
-                model,
-                example.args,
-                example.kwargs,
-                dynamic_shapes=example.dynamic_shapes(),
-                strict=False,
-            )
+            with tracing_once(model) if once else nullcontext():
+                program = torch.export.export(
+                    model,
+                    example.args,
+                    example.kwargs,
+                    dynamic_shapes=example.dynamic_shapes(),
+                    strict=False,
+                )
         except Exception as error:
             raise PeftcError(_diagnose(model, error)) from error
     with timings.stage("capture"):
@@ -144,8 +156,21 @@ def _as_plain_graph(
     if (node := stays_random(module.graph)) is not None:
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
         raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
+    module = _whole(module, tensors(model))
     inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
     return Captured(module, inputs, result, assumptions, model, example)
+
+
+def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """With what was traced once in the place of each block that is equal, on the model's `own` tensors.
+
+    Raises:
+        NotAlikeError: where a block cannot be repeated.
+    """
+    graph, origins = repeated(module.graph, own)
+    names = {str(node.target) for node in graph.find_nodes(op="get_attr")} - {"training"}
+    found = {name: own[name] if name in own else get_attribute(module, origins.get(name, name)) for name in names}
+    return fx.GraphModule(aliases_of(found), graph, class_name=type(module).__name__)
 
 
 @contextmanager

@@ -40,17 +40,45 @@ def untouched(model: nn.Module) -> Iterator[None]:
             step()
 
 
+def watched(thing: Any) -> Callable[[], bool]:
+    """What tells whether anything that `thing` holds, at any depth, has changed since; of tensors no numbers."""
+    before = [(one, _state(one)) for one in _Walk(thing).seen.values()]
+
+    def changed() -> bool:
+        return any(not _are_same(_state(one), state) for one, state in before)
+
+    return changed
+
+
+def _state(thing: Any) -> list[Any]:
+    match thing:
+        case dict():
+            return [*thing.keys(), *thing.values()]
+        case list() | set() | deque():
+            return [*thing]
+        case CellType():
+            return [_held(thing)]
+        case type():
+            return [held for held in vars(thing).values() if not callable(held)] if _is_own(thing) else []
+    slots = {name for cls in type(thing).__mro__ for name in _slots(cls)} if _is_own(type(thing)) else ()
+    return [getattr(thing, name, EMPTY) for name in slots]
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
+
+
 class _Walk:
     """Over all that can be reached from a model: `steps` that each put one thing back if it is another then."""
 
     def __init__(self, model: nn.Module) -> None:
         self.steps: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}  # the things themselves, as the id of one that is gone may be another's
+        self.seen: dict[int, Any] = {}  # the things themselves, as the id of one that is gone may be another's
         waiting: list[Any] = [model]
         while waiting:
             thing = waiting.pop()
-            if type(thing) not in PLAIN and id(thing) not in self._seen:
-                self._seen[id(thing)] = thing
+            if type(thing) not in PLAIN and id(thing) not in self.seen:
+                self.seen[id(thing)] = thing
                 waiting += self._look(thing)
 
     def _look(self, thing: Any) -> Iterable[Any]:
@@ -93,7 +121,7 @@ class _Walk:
     def _module(self, module: nn.Module) -> Iterable[Any]:
         """torch.export puts fake tensors in the place of parameters and buffers, so that none is written on itself."""
         for tensors in (module._parameters, module._buffers):
-            self._seen[id(tensors)] = tensors
+            self.seen[id(tensors)] = tensors
             self._contents(tensors)
         return self._object(module)
 

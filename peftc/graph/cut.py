@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 import peftc.kernels  # noqa: F401 - registers the operation that is named below
-from peftc.graph.ir import is_tensor, memory
+from peftc.graph.ir import Memory, is_tensor, memory
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ def cheapest(
     return {node for node, side in near - {SINK} if side == "out" and (node, "in") not in near}
 
 
-def weight_of(node: fx.Node, gratis: set[int]) -> float:
+def weight_of(node: fx.Node, gratis: set[Memory]) -> float:
     """Bytes that keeping a value takes, of a view those of the whole tensor and one more: rather keep what it shows."""
     given = node.meta.get("val")
     if isinstance(given, torch.Tensor):

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from peftc.diagnostics.source import Span
 
 PROVENANCE = "peftc"
+COPY = "peftc copy"  # the path of the block for which a node was copied from an equal one, with its fake value
 STACK = "nn_module_stack"
+Memory = tuple[int, str]
 NOWHERE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export says of a node that no module made
 
 
@@ -49,9 +51,19 @@ def is_mutable(node: fx.Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-def memory(node: fx.Node) -> int:
+def memory(node: fx.Node) -> Memory:
     """Which memory a value lies in: views of one tensor share it."""
-    return int(value(node).untyped_storage()._cdata)
+    return _memory(node, int(value(node).untyped_storage()._cdata))
+
+
+def _memory(node: fx.Node, fake: int) -> Memory:
+    """Nodes of equal blocks have one fake value, and what a block is given may have that of what it returns."""
+    while (copy := node.meta.get(COPY)) is None:
+        source = next((one for one in node.all_input_nodes if fake in _storages(one)), None)
+        if source is None:
+            return fake, ""
+        node = source
+    return fake, str(copy)
 
 
 def expression(size: Any) -> Any:
@@ -59,9 +71,14 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def memories(node: fx.Node) -> set[int]:
+def memories(node: fx.Node) -> set[Memory]:
     """The same of all tensors that a node computes."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {_memory(node, fake) for fake in _storages(node)}
+
+
+def _storages(node: fx.Node) -> set[int]:
+    given = node.meta.get("val")
+    leaves = (given,) if isinstance(given, torch.Tensor) else pytree.tree_leaves(given)
     return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
@@ -173,7 +190,7 @@ def elsewhere(graph: fx.Graph, fakes: Any) -> Any:
         )
 
 
-def moved(node: fx.Node, before: int) -> None:
+def moved(node: fx.Node, before: Memory) -> None:
     """Computes the values behind `node` again that lay in the memory `before`: its views lie in its own now."""
     touched, after = {node}, False
     for other in node.graph.nodes:
@@ -233,7 +250,7 @@ def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
 def drop_unread(graph: fx.Graph) -> None:
     """Erases every call that no output depends on, random ones, too; a write counts for all views of what it writes."""
     live: set[fx.Node] = set()
-    read: set[int] = set()  # memory that something behind reads
+    read: set[Memory] = set()  # memory that something behind reads
     for node in reversed(graph.nodes):
         writes = is_mutable(node) and any(is_tensor(source) and memory(source) in read for source in node.args[:1])
         if node.op == "output" or writes or any(user in live for user in node.users):

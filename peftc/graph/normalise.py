@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from peftc.graph.assignments import assigned
-from peftc.graph.ir import PROVENANCE, STACK, Provenance, computed, fake_mode, is_tensor, memory, moved, value
+from peftc.graph.ir import PROVENANCE, STACK, Memory, Provenance, computed, fake_mode, is_tensor, memory, moved, value
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def _is_private(node: fx.Node) -> bool:
     return not any(operand.op != "call_function" and _lies_in(operand, own) for operand in source.all_input_nodes)
 
 
-def _lies_in(node: fx.Node, where: int) -> bool:
+def _lies_in(node: fx.Node, where: Memory) -> bool:
     return is_tensor(node) and memory(node) == where
 
 

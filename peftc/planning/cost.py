@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from peftc.graph.cut import cheapest, is_dear, may_repeat, weight_of
-from peftc.graph.ir import block_of, is_tensor, memory, value
+from peftc.graph.ir import Memory, block_of, is_tensor, memory, value
 from peftc.planning.memory import Kept
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Site
@@ -71,7 +71,7 @@ class Step:
             needed[block] |= dict.fromkeys(tensor for tensor in _kept_by(node, self.needs) if is_tensor(tensor))
             if block not in self.recomputed:
                 beside += _kept_beside(node)
-        replaced: dict[int, Kept] = {}
+        replaced: dict[Memory, Kept] = {}
         for binding in self.bindings:
             block = self._block_of_site(binding.site)
             if block not in self.recomputed:
@@ -131,7 +131,7 @@ def _kept_beside(node: fx.Node) -> list[Kept]:
     return []
 
 
-def _kept_by_branch(binding: Binding, needed: dict[fx.Node, None], replaced: dict[int, Kept]) -> list[Kept]:
+def _kept_by_branch(binding: Binding, needed: dict[fx.Node, None], replaced: dict[Memory, Kept]) -> list[Kept]:
     """What an inserted branch keeps: the site's input, which branches share, and each narrow product of it."""
     site = binding.site
     shapes = [state.shape for state in binding.state.values() if state.trainable]

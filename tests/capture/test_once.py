@@ -1,0 +1,159 @@
+"""Of equal blocks one is traced: the graph is the one that a trace of each gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from peftc.capture.alike import Watched, groups_of
+from peftc.capture.capture import Captured, _captured, capture
+from peftc.capture.inputs import example_inputs
+from peftc.diagnostics.timings import Timings
+from peftc.graph.ir import get_attribute, is_tensor, memories, tensors
+from peftc.graph.repeat import STANDS, repeated
+from zoo import ZOO
+
+QUICK = ("llama", "phi", "falcon", "mixtral", "bart")
+
+
+def captured(model: nn.Module, example: Any = None, *, once: bool) -> Captured:
+    return _captured(model, example_inputs(model, example), Timings(), once=once)
+
+
+def described(found: Captured, own: dict[str, Tensor]) -> list[Any]:
+    """All that each tensor of a graph is, and what it is made of; sizes as expressions, constants as numbers."""
+    places: dict[fx.Node, int] = {}
+    first: dict[Any, int] = {}
+
+    def operand(node: fx.Node) -> Any:
+        return places[node] if node in places else str(node.meta["val"])
+
+    lines: list[Any] = []
+    for node in found.module.graph.nodes:
+        value = node.meta.get("val")
+        args = fx.map_arg((node.args, node.kwargs), operand)
+        target: Any = node.target
+        if node.op == "get_attr" and target not in own and is_tensor(node):
+            target = get_attribute(found.module, target).tolist()
+        lies = [first.setdefault(one, len(first)) for one in memories(node)] if is_tensor(node) else []
+        if memories(node) or node.op == "output":
+            places[node] = len(places)
+            stack = [(str(path), cls) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
+            lines.append((node.op, str(target), str(args), str(getattr(value, "shape", "")), lies, stack))
+    return lines
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO])
+def test_the_graph_is_the_one_of_a_trace_of_each(name: str) -> None:
+    model = ZOO[name]()
+    each, once = (described(captured(model, once=way), tensors(model)) for way in (False, True))
+    for one, other in zip(each, once, strict=True):
+        assert one == other
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, use: Callable[["Block", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.index, self.use = index, use
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x + self.down(torch.relu(self.up(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, use: Callable[[Block, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(index, use) for index in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * 2
+
+
+def equal(_block: Block, y: Tensor) -> Tensor:
+    return y
+
+
+def times(block: Block, y: Tensor) -> Tensor:
+    return y * block.index
+
+
+def asks(block: Block, y: Tensor) -> Tensor:
+    return y + 1 if isinstance(block.index, int) and block.index in (1, 3) else y
+
+
+def lists(block: Block, y: Tensor) -> Tensor:
+    return y + [5, 6, 7, 8][block.index]
+
+
+def writes(block: Block, y: Tensor) -> Tensor:
+    block.last = str(y.shape[-1])  # type: ignore[assignment]
+    return y
+
+
+class Kept:
+    """What a block leaves for the next is no argument of it."""
+
+    last: Tensor | None = None
+
+    def __call__(self, _block: Block, y: Tensor) -> Tensor:
+        y = y if self.last is None else y + self.last
+        self.last = y
+        return y
+
+
+def writes_over(_block: Block, y: Tensor) -> Tensor:
+    return y.mul_(3)
+
+
+@pytest.mark.parametrize("use", [equal, times, asks, lists, writes, writes_over, Kept()], ids=str)
+def test_numbers_are_those_of_the_model(use: Callable[[Block, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(use), torch.randn(3, 5, 6)
+    found = capture(model, example_inputs(model, x))
+    if isinstance(use, Kept):
+        assert use.last is None
+    torch.testing.assert_close(found.module(x)[0], model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("use", "stood"), [(equal, 3), (writes_over, 3), (asks, 0), (lists, 0), (writes, 0), (Kept(), 0)], ids=str
+)
+def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
+    use: Callable[[Block, Tensor], Tensor], stood: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counting(graph: fx.Graph, own: dict[str, Tensor]) -> Any:
+        seen.append(len(graph.find_nodes(op="call_function", target=STANDS)))
+        return repeated(graph, own)
+
+    monkeypatch.setattr("peftc.capture.capture.repeated", counting)
+    captured(Stack(use), torch.randn(3, 5, 6), once=True)
+    assert seen == [stood]
+
+
+def test_blocks_of_other_kinds_are_no_group() -> None:
+    model = Stack(equal)
+    model.blocks[1].up.weight = model.blocks[0].up.weight  # type: ignore[union-attr]
+    model.blocks[2].requires_grad_(False)
+    assert [group.paths for group in groups_of(model)] == [("blocks.0", "blocks.1")]  # of the one and the same
+    other = Stack(equal)
+    other.blocks[3].register_forward_hook(lambda *_: None)
+    assert [group.paths for group in groups_of(other)] == [("blocks.0", "blocks.1", "blocks.2")]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda n: n + 1, lambda n: 1 - n, lambda n: n == 2, lambda n: [0, 1, 2][n], lambda n: isinstance(n, int),
+     lambda n: f"{n}", lambda n: {2: 0}[n], lambda n: bool(n), lambda n: range(n), lambda n: n < 3,
+     lambda n: torch.ones(3)[n], lambda n: torch.ones(n)],
+)  # fmt: skip
+def test_a_watched_number_does_what_it_stands_for_and_tells(look: Callable[[Any], Any]) -> None:
+    used: list[None] = []
+    assert str(look(Watched(2, used))) == str(look(2))
+    assert used
