@@ -10,6 +10,7 @@ what it may change. `run` holds it to that, and lets the verifier look at the gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from peftc.driver.verify import Verifier
 from peftc.graph.ir import copied
 from peftc.graph.normalise import tidy
 from peftc.graph.printing import as_text, diff
+from peftc.graph.surroundings import uncollected
 from peftc.optimise.fuse import Fired, fuse
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Stage
@@ -184,15 +186,16 @@ def run(work: Work, passes: Sequence[Pass], timings: Timings) -> Iterator[tuple[
     for step in passes:
         if missing := [name for name in step.needs if name not in work.given]:
             raise ValueError(f"pass {step.name!r} needs {', '.join(missing)}, which no pass before it gives")
-        with timings.stage(step.name):
-            given = step.run(work)
-        if step.gives:
-            work.given[step.gives] = given
-        with timings.stage("verify"):
-            allowed = {"graph": step.graph, "tensors": step.tensors, "state": "state" in work.given}
-            changed = verifier.check(work.module, step.name, **allowed)
-        with timings.stage("history"):
-            after = copied(work.module.graph)[0] if changed else before
+        with uncollected() if step.graph else nullcontext():
+            with timings.stage(step.name):
+                given = step.run(work)
+            if step.gives:
+                work.given[step.gives] = given
+            with timings.stage("verify"):
+                allowed = {"graph": step.graph, "tensors": step.tensors, "state": "state" in work.given}
+                changed = verifier.check(work.module, step.name, **allowed)
+            with timings.stage("history"):
+                after = copied(work.module.graph)[0] if changed else before
         _tell(step.name, timings.seconds[step.name], before, after)
         yield step.name, after
         before = after

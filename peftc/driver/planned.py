@@ -16,6 +16,7 @@ from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import CAPTURE
 from peftc.graph.ir import copied, get_attribute, keep_unread, set_tensor, tensors, value
+from peftc.graph.surroundings import uncollected
 from peftc.planning.plan import Plan, of_task
 from peftc.planning.planner import make_plan
 from peftc.rewrite.state import rewritten
@@ -24,6 +25,7 @@ from peftc.runtime.module import Runtime
 from peftc.spec.resolve import Intentions
 
 
+@uncollected()
 def plan_model(model: nn.Module, intentions: Intentions, example: Example, timings: Timings) -> Plan:
     """The stages that need shapes only; they run as well on the meta device."""
     captured = capture(model, example, timings)

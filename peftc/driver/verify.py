@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.errors import VerifierFailed
-from peftc.graph.ir import PROVENANCE, Provenance, computed, get_attribute
+from peftc.graph.ir import PROVENANCE, Provenance, asked, computed, get_attribute
 from peftc.graph.ir import tensors as tensors_of
 from peftc.planning.plan import Plan
 
@@ -25,7 +24,7 @@ class Verifier:
         self.graph = _graph(module)
         self.tensors = _tensors(module)
         self.checked: set[fx.Node] = set()
-        self.known: dict[tuple[Any, str], str] = {}
+        self.known: dict[Any, tuple[list[Any], str]] = {}
         self.frozen = {
             str(node.target): get_attribute(module, str(node.target))
             for node in module.graph.find_nodes(op="get_attr")
@@ -83,16 +82,15 @@ class Verifier:
 
     def _shapes(self, node: fx.Node, pass_name: str, stamp: Any) -> None:
         """Runs one node on the fake values of its inputs and compares with what the graph says."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
         claimed = node.meta["val"]
         if not isinstance(claimed, torch.Tensor):
             return
-        key = (node.target, str(pytree.tree_map(_signature, (args, kwargs))))
+        key = asked(node)
         if key not in self.known:  # equal blocks ask the same question
-            self.known[key] = _signature(computed(node))
-        if self.known[key] != _signature(claimed):
-            reason = f"{node.name} is {self.known[key]} where {_signature(claimed)} was promised"
-            self._fail(pass_name, reason, stamp)
+            operands = [given.meta["val"] for given in node.all_input_nodes]
+            self.known[key] = operands, _signature(computed(node))
+        if (found := self.known[key][1]) != (promised := _signature(claimed)):
+            self._fail(pass_name, f"{node.name} is {found} where {promised} was promised", stamp)
 
     def _learning(self, module: fx.GraphModule, pass_name: str, state: bool) -> None:
         """Frozen tensors are the same objects, so tied ones are still tied; what learns is what was planned."""

@@ -9,6 +9,7 @@ is there and what is needed, each value weighing its bytes (as in min-cut remate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -57,20 +58,31 @@ def cheapest(
         weight: bytes that keeping a node's value takes; inf where it cannot be kept.
         again: whether it can be computed again from what it reads.
     """
-    graph: nx.DiGraph[Any] = nx.DiGraph()
-    for node in nodes:
-        bytes_ = weight(node)
-        graph.add_edge((node, "in"), (node, "out"), **({} if bytes_ == inf else {"capacity": bytes_}))
-        if again(node):
-            graph.add_edges_from(((operand, "out"), (node, "in")) for operand in node.all_input_nodes)
-        else:
-            graph.add_edge(SOURCE, (node, "in"))
-        if node in needed:
-            graph.add_edge((node, "out"), SINK)
     if not needed:
         return set()
+    ordered = list(nodes)
+    place = {node: index for index, node in enumerate(ordered)}
+    network = tuple(
+        (weight(node), tuple(place[one] for one in node.all_input_nodes) if again(node) else None, node in needed)
+        for node in ordered
+    )
+    return {ordered[index] for index in _cheapest(network)}
+
+
+@lru_cache(maxsize=64)  # equal blocks ask the same
+def _cheapest(network: tuple[tuple[float, tuple[int, ...] | None, bool], ...]) -> frozenset[int]:
+    """Of values, each with its weight, the places of those that it can be computed of, and whether it is needed."""
+    graph: nx.DiGraph[Any] = nx.DiGraph()
+    for place, (weight, operands, needed) in enumerate(network):
+        graph.add_edge((place, "in"), (place, "out"), **({} if weight == inf else {"capacity": weight}))
+        if operands is None:
+            graph.add_edge(SOURCE, (place, "in"))
+        else:
+            graph.add_edges_from(((operand, "out"), (place, "in")) for operand in operands)
+        if needed:
+            graph.add_edge((place, "out"), SINK)
     _, (_, near) = nx.minimum_cut(graph, SOURCE, SINK)  # of several, networkx finds the cut next to the sink
-    return {node for node, side in near - {SINK} if side == "out" and (node, "in") not in near}
+    return frozenset(place for place, side in near - {SINK} if side == "out" and (place, "in") not in near)
 
 
 def weight_of(node: fx.Node, gratis: set[Memory]) -> float:
@@ -86,7 +98,11 @@ def nominal(size: Any) -> int:
     """A size with every symbol at its nominal value."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    expression = size.node.expr
+    return _nominal(size.node.expr)
+
+
+@lru_cache(maxsize=4096)
+def _nominal(expression: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, NOMINAL)))
 
 

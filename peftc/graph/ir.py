@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,8 @@ from torch.utils import _pytree as pytree
 from peftc.diagnostics.source import Span
 
 PROVENANCE = "peftc"
-COPY = "peftc copy"  # the path of the block for which a node was copied from an equal one, with its fake value
+COPY = "peftc copy"  # on a node that has a fake value of another: whose memory that stands for here
+FOUND = "peftc found"  # beside a fake mode: what was computed of which fake values, for as long as these are there
 STACK = "nn_module_stack"
 Memory = tuple[int, str]
 NOWHERE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export says of a node that no module made
@@ -58,12 +60,19 @@ def memory(node: fx.Node) -> Memory:
 
 def _memory(node: fx.Node, fake: int) -> Memory:
     """Nodes of equal blocks have one fake value, and what a block is given may have that of what it returns."""
-    while (copy := node.meta.get(COPY)) is None:
+    while True:
+        its, name = node.meta.get(COPY, ((), ""))
+        if fake in its:
+            return fake, name
         source = next((one for one in node.all_input_nodes if fake in _storages(one)), None)
         if source is None:
             return fake, ""
         node = source
-    return fake, str(copy)
+
+
+def share(node: fx.Node, name: str) -> None:
+    """Says that the fake value of `node` is another's, too; here it lies in memory called `name`."""
+    node.meta[COPY] = (frozenset(_storages(node)), name)
 
 
 def expression(size: Any) -> Any:
@@ -78,7 +87,9 @@ def memories(node: fx.Node) -> set[Memory]:
 
 def _storages(node: fx.Node) -> set[int]:
     given = node.meta.get("val")
-    leaves = (given,) if isinstance(given, torch.Tensor) else pytree.tree_leaves(given)
+    if isinstance(given, torch.Tensor):
+        return {given.untyped_storage()._cdata}
+    leaves = pytree.tree_leaves(given) if isinstance(given, tuple | list | dict) else ()
     return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
@@ -158,11 +169,51 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
     """The one `get_attr` node of `path`, made at the top of the graph on first use."""
     for node in graph.find_nodes(op="get_attr", target=path):
         return cast(fx.Node, node)
-    first = next(node for node in graph.nodes if node.op == "placeholder")
+    first = next(iter(graph.find_nodes(op="placeholder")))
     with graph.inserting_before(first):
         made = graph.create_node("get_attr", path)
-    made.meta["val"] = fake_mode(graph).from_tensor(get_attribute(root, path), static_shapes=True)
+    tensor = get_attribute(root, path)
+    mode = fake_mode(graph)
+    known = vars(mode).setdefault(FOUND, {})
+    key = (type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    if key in known:
+        made.meta["val"] = known[key]
+        share(made, path)
+    else:
+        made.meta["val"] = known[key] = mode.from_tensor(tensor, static_shapes=True)
     return made
+
+
+def compute(node: fx.Node) -> None:
+    """Gives `node` the fake value that `computed` finds; nodes of equal blocks get one, found once."""
+    known = vars(fake_mode(node.graph)).setdefault(FOUND, {})
+    node.meta.pop(COPY, None)
+    if (key := asked(node)) not in known:
+        node.meta["val"] = computed(node)
+        known[key] = [given.meta["val"] for given in node.all_input_nodes], node.meta["val"]
+        return
+    node.meta["val"] = known[key][1]
+    if not any(_storages(node) & _storages(given) for given in node.all_input_nodes):  # else it lies where that does
+        share(node, f"{node.name} {next(_names)}")
+
+
+def asked(node: fx.Node) -> tuple[Any, str]:
+    """What a node computes of which fake values: equal for nodes that compute the same, while these values are held."""
+    return node.target, str(fx.map_arg((node.args, node.kwargs), cast(Any, _Asked)))
+
+
+class _Asked:
+    """An operand, as it is written down to be compared with others."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.value = node.meta["val"]
+
+    def __repr__(self) -> str:
+        tensors = isinstance(self.value, torch.Tensor | list | tuple)
+        return f"<{id(self.value)}>" if tensors else str(expression(self.value))
+
+
+_names = count()
 
 
 def computed(node: fx.Node) -> Any:
@@ -235,7 +286,7 @@ def splice(
         node.meta.pop("stack_trace", None)
     for node in pytree.tree_leaves(result):
         if node in made:  # what another copy of the template has made lies somewhere else
-            node.meta["val"] = computed(node)
+            compute(node)
     return cast(fx.Node, result), made
 
 

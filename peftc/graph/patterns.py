@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -63,15 +63,18 @@ class _State:
     named: dict[str, Any] = field(default_factory=dict)
     nearest: Miss | None = None
 
-    def fail(self, reason: str, culprit: object) -> bool:
+    def fail(self, culprit: object, reason: Callable[[], str]) -> bool:
+        """Most misses are forgotten for one that came nearer: the reason is put into words only for that."""
         depth = len(self.inner)
         if self.nearest is None or depth > self.nearest.depth:
             culprits = (culprit,) if isinstance(culprit, fx.Node) else ()
-            self.nearest = Miss(self.root, reason, culprits, depth)
+            self.nearest = Miss(self.root, reason(), culprits, depth)
         return False
 
     def attempt(self, pattern: Pattern, found: object) -> bool:
         """Tries `pattern`, and forgets what it named where it does not fit, and what did not fit where it does."""
+        if isinstance(found, fx.Node) and not pattern.may_begin(found):
+            return pattern.fits(found, self)  # it does not, and says so before it names anything
         inner, named, nearest = list(self.inner), dict(self.named), self.nearest
         if pattern.fits(found, self):
             self.nearest = nearest
@@ -84,7 +87,7 @@ class _State:
             return True
         known = self.named.setdefault(name, found)
         same = known is found or (not isinstance(found, fx.Node) and known == found)
-        return same or self.fail(f"{found} stands where {known} is to be read again", found)
+        return same or self.fail(found, lambda: f"{found} stands where {known} is to be read again")
 
 
 class Pattern:
@@ -98,6 +101,15 @@ class Pattern:
     def size(self) -> int:
         """How many operations the pattern has at least."""
         return 0
+
+    @cached_property
+    def roots(self) -> frozenset[Any] | None:
+        """The operations, or the names of some, that its result can be of; None where it can be of any."""
+        return None
+
+    def may_begin(self, node: fx.Node) -> bool:
+        """Whether it is worth trying at `node`."""
+        return self.roots is None or node.target in self.roots or str(node.target) in self.roots
 
     def match(self, root: fx.Node) -> Match | Miss:
         """At one node."""
@@ -116,9 +128,9 @@ class _Value(Pattern):
 
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, fx.Node) or not is_tensor(found):
-            return state.fail(f"{found} is no tensor", found)
+            return state.fail(found, lambda: f"{found} is no tensor")
         if self.where is not None and (reason := self.where(found)):
-            return state.fail(reason, found)
+            return state.fail(found, lambda: reason)
         return state.name(self.label, found)
 
 
@@ -137,9 +149,9 @@ class _Number(Pattern):
 
     def fits(self, found: object, state: _State) -> bool:
         if isinstance(found, bool) or not isinstance(found, int | float):
-            return state.fail(f"{found} is no number", found)
+            return state.fail(found, lambda: f"{found} is no number")
         if self.near is not None and abs(found - self.near) > 1e-6 * abs(self.near):
-            return state.fail(f"{found:g} is not {self.near:g}", found)
+            return state.fail(found, lambda: f"{found:g} is not {self.near:g}")
         return state.name(self.label, float(found))
 
 
@@ -155,11 +167,15 @@ class _Op(Pattern):
     def size(self) -> int:
         return 1 + sum(map(_size, self.arguments))
 
+    @cached_property
+    def roots(self) -> frozenset[Any] | None:
+        return frozenset(self.targets)
+
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, fx.Node) or not (found.target in self.targets or str(found.target) in self.targets):
-            return state.fail(f"{_described(found)}, not {_short(self.targets[0])}", found)
+            return state.fail(found, lambda: f"{_described(found)}, not {_short(self.targets[0])}")
         if found.kwargs != self.keywords or len(found.args) != len(self.arguments):
-            return state.fail(f"{found.name} has other options: {found.args[1:]} {found.kwargs}", found)
+            return state.fail(found, lambda: f"{found.name} has other options: {found.args[1:]} {found.kwargs}")
         state.inner.append(found)
         if not any(state.attempt(order, found) for order in self._orders):
             return False
@@ -190,7 +206,7 @@ class _Arguments(Pattern):
                 if not wanted.fits(given, state):
                     return False
             elif given != wanted:
-                return state.fail(f"{found.name} reads {given}, not {wanted}", found)
+                return state.fail(found, partial("{} reads {}, not {}".format, found.name, given, wanted))
         return True
 
 
@@ -201,6 +217,11 @@ class _Either(Pattern):
     @cached_property
     def size(self) -> int:
         return min(choice.size for choice in self.choices)
+
+    @cached_property
+    def roots(self) -> frozenset[Any] | None:
+        known = [choice.roots for choice in self.choices]
+        return None if None in known else frozenset().union(*(roots for roots in known if roots is not None))
 
     def fits(self, found: object, state: _State) -> bool:
         before = state.nearest
@@ -220,6 +241,10 @@ class _Cast(Pattern):
     @cached_property
     def size(self) -> int:
         return self.pattern.size
+
+    @cached_property
+    def roots(self) -> frozenset[Any] | None:
+        return None if self.pattern.roots is None else self.pattern.roots | CASTS
 
     def fits(self, found: object, state: _State) -> bool:
         if isinstance(found, fx.Node) and found.target in CASTS and state.attempt(_Through(self), found):

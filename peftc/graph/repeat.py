@@ -7,19 +7,17 @@ equal. `repeated` copies the one for the others, with their own parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from peftc.graph.ir import COPY, STACK, Memory, between, fake_mode, is_mutable, is_tensor, memories
+from peftc.graph.ir import STACK, Memory, between, compute, is_mutable, is_tensor, memories, share
 
 NUMBERED = re.compile(r"_\d+$")
 ROOT = "L__self__"  # what torch.export calls the model where it says which module made a node
@@ -100,9 +98,8 @@ def repeated(graph: fx.Graph, own: Mapping[str, Tensor]) -> tuple[fx.Graph, dict
         NotAlikeError: where a block cannot be copied.
     """
     copy = _Copy(graph, own, _bodies(graph))
-    with copy.values():
-        for node in graph.nodes:
-            copy.write(node)
+    for node in graph.nodes:
+        copy.write(node)
     return copy.graph, copy.origins
 
 
@@ -127,7 +124,7 @@ class _Copy:
     """
 
     def __init__(self, old: fx.Graph, own: Mapping[str, Tensor], bodies: Mapping[Any, _Body]) -> None:
-        self.own, self.bodies, self.mode = own, bodies, fake_mode(old)
+        self.own, self.bodies = own, bodies
         self.graph = fx.Graph()
         self.known: dict[fx.Node, fx.Node] = {}
         self.results: dict[fx.Node, list[fx.Node]] = {}
@@ -136,13 +133,6 @@ class _Copy:
         self.place = {name: place for place, name in enumerate(own)}
         self.origins: dict[str, str] = {}
         self._attributes(old)
-
-    @contextmanager
-    def values(self) -> Iterator[None]:
-        """Where fake values are computed; no guard is kept that they lead to."""
-        assert self.mode.shape_env is not None
-        with self.mode, self.mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
-            yield
 
     def _attributes(self, old: fx.Graph) -> None:
         """What is read of the model, in its order; that of copies, too."""
@@ -160,7 +150,7 @@ class _Copy:
             made = self.named[name] = self.graph.get_attr(name)
             made.meta = dict(wanted[name].meta)
             if name in self.origins:
-                made.meta[COPY] = name
+                share(made, name)
             else:
                 self.known[there[name]] = made
 
@@ -181,7 +171,7 @@ class _Copy:
         else:
             made = self.known[node] = self._one(node, self.known)
             if not self.moved.isdisjoint(memories(node)):
-                self._compute(made)
+                compute(made)
 
     def _body(self, body: _Body, node: fx.Node) -> list[fx.Node]:
         """A copy for one block; returns what it returns."""
@@ -194,9 +184,9 @@ class _Copy:
             known[each] = made = self._one(each, known)
             made.meta[STACK] = _elsewhere(made.meta.get(STACK), body.path, path)
             if each in body.views:
-                self._compute(made)
+                compute(made)
             else:
-                made.meta[COPY] = path
+                share(made, path)
         return [known[one] for one in body.made]
 
     def _one(self, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -205,11 +195,6 @@ class _Copy:
         made = self.graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         made.meta = dict(node.meta)
         return made
-
-    def _compute(self, node: fx.Node) -> None:
-        if memories(node):  # else it is a size
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
-            node.meta["val"] = cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def _elsewhere(stack: Mapping[str, Any] | None, old: str, new: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,18 @@ def ordinary_tensors() -> Iterator[None]:
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of circular garbage, which would walk all of a growing graph again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def physical_memory() -> int:

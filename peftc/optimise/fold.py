@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from peftc.graph.ir import STACK, block_of, keep_unread
+from peftc.graph.surroundings import uncollected
 
 
 @dataclass
@@ -23,6 +24,7 @@ class _Run:
     nodes: list[fx.Node]
 
 
+@uncollected()
 def fold_blocks(
     module: fx.GraphModule, blocks: tuple[str, ...], kind: type[fx.GraphModule] = fx.GraphModule
 ) -> fx.Graph:

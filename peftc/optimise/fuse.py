@@ -86,7 +86,7 @@ def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
     taken: set[fx.Node] = set()
     written = {node: writer for writer in editor.graph.nodes if is_mutable(writer) for node in _seen_through(writer)}
     for node in reversed(editor.graph.nodes):
-        if node.op != "call_function" or node in taken:
+        if node.op != "call_function" or node in taken or not rule.pattern.may_begin(node):
             continue
         found = rule.pattern.match(node)
         if isinstance(found, Match):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
-from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, computed, get_attribute, module_path
+from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, compute, get_attribute, module_path
 from peftc.graph.patterns import Match, Miss, Pattern, read_elsewhere
 from peftc.protocol.params import demand, import_all
 
@@ -103,7 +103,7 @@ class Editor:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {PROVENANCE: self.stamp(match), STACK: match.root.meta.get(STACK)}
-        node.meta["val"] = computed(node)
+        compute(node)
         return node
 
     def hoist(self, node: fx.Node, before: fx.Node) -> None:
