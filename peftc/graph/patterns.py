@@ -109,7 +109,11 @@ class Pattern:
 
     def may_begin(self, node: fx.Node) -> bool:
         """Whether it is worth trying at `node`."""
-        return self.roots is None or node.target in self.roots or str(node.target) in self.roots
+        return self.roots is None or node.target in self.roots or (self._by_name and str(node.target) in self.roots)
+
+    @cached_property
+    def _by_name(self) -> bool:
+        return any(isinstance(root, str) for root in self.roots or ())
 
     def match(self, root: fx.Node) -> Match | Miss:
         """At one node."""
@@ -197,6 +201,12 @@ class _Arguments(Pattern):
     def _most_first(self) -> list[int]:
         """The places of what says most, first: misses tell more then."""
         return sorted(range(len(self.wanted)), key=lambda place: -_size(self.wanted[place]))
+
+    def may_begin(self, node: fx.Node) -> bool:
+        if not self.wanted:
+            return True
+        given, wanted = node.args[self._most_first[0]], self.wanted[self._most_first[0]]
+        return not (isinstance(wanted, Pattern) and isinstance(given, fx.Node)) or wanted.may_begin(given)
 
     def fits(self, found: object, state: _State) -> bool:
         assert isinstance(found, fx.Node)
