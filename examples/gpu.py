@@ -26,7 +26,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -88,9 +88,9 @@ def results(command: Sequence[str], end: float, environment: Mapping[str, str]) 
 
     The command's first line has the parts' names and limits, the others are their results, as in gpu_parts.py.
     """
-    parts: list[tuple[str, float]] = []
+    parts: list[tuple[str, float]] | None = None
     done = 0
-    while not parts or done < len(parts):
+    while parts is None or done < len(parts):
         worker = subprocess.Popen(
             [*command, "--skip", str(done)], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -110,8 +110,6 @@ def results(command: Sequence[str], end: float, environment: Mapping[str, str]) 
                 yield {"part": name, "took": round(time.monotonic() - began, 2)} | result
                 if "error" in result:
                     break
-            if not parts:
-                return
         finally:
             _end(worker)
         if end <= time.monotonic():
@@ -122,10 +120,14 @@ def results(command: Sequence[str], end: float, environment: Mapping[str, str]) 
 def _lines(worker: subprocess.Popen[str]) -> SimpleQueue[str]:
     """Lines as they come; the empty one at the end."""
     lines: SimpleQueue[str] = SimpleQueue()
+    assert worker.stdout is not None
+    stream = worker.stdout
 
     def read() -> None:
-        for line in chain(worker.stdout or (), [""]):
-            lines.put(line)
+        with stream:
+            for line in stream:
+                lines.put(line)
+        lines.put("")
 
     Thread(target=read, daemon=True).start()
     return lines
@@ -145,10 +147,8 @@ def _silence(worker: subprocess.Popen[str], line: str | None, seconds: float) ->
 
 def _end(worker: subprocess.Popen[str]) -> None:
     """With all that it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()
 
 
