@@ -162,16 +162,12 @@ def told(result: Mapping[str, Any]) -> str:
     if "error" in result:
         return str(result["error"])
     if "rows" not in result:
-        figures = {
-            name: value for name, value in result.items() if name not in ("part", "took", "allocated", "versions")
-        }
-        return (
-            ", ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in figures.items()
-            )
-            or "right"
-        )
+        left_out = ("part", "took", "allocated", "versions")
+        known = {name: value for name, value in result.items() if name not in left_out}
+        said = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in known.items()
+        ]
+        return ", ".join(said) or "right"
     cells = []
     for row in result["rows"]:
         ratio = row["ratio"] if isinstance(row["ratio"], Mapping) else {"tokens": row["ratio"]}

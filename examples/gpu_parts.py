@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 from peftc.bench.bench import bench, device_name, versions
@@ -60,12 +60,15 @@ class Size:
     tokens: int  # of text
     side: int  # of square matrices
 
-    def model(self, spec: str = "") -> PreTrainedModel:
+    def model(self, spec: str = "") -> Any:
         """With random weights, the same each time."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            made = MixtralForCausalLM(MixtralConfig(**self.mixtral)) if spec == "experts" else None
-            return (made or LlamaForCausalLM(LlamaConfig(**self.llama))).to(self.dtype)
+            if spec == "experts":
+                made: Any = MixtralForCausalLM(MixtralConfig(**self.mixtral))
+            else:
+                made = LlamaForCausalLM(LlamaConfig(**self.llama))
+            return made.to(self.dtype)
 
 
 REAL = Size(

@@ -352,7 +352,7 @@ def _kept(plan: Plan) -> frozenset[str]:
     return frozenset((*base, *plan.tensors, *packed, *([TASK_ROWS] if plan.by_row else [])))
 
 
-@torch.compiler.disable(reason=NotWhenTraced().title)  # where one graph is asked for, torch says no more than this
+@torch.compiler.disable(reason=NotWhenTraced().title)  # type: ignore[untyped-decorator]
 def _refuse_traced() -> None:
-    """Outside of what is traced: torch 2.11 cannot trace the raising of an exception."""
+    """Outside of what is traced: torch 2.11 cannot trace the raising. Who asks for one graph is told the reason."""
     raise PeftcError(NotWhenTraced())

@@ -163,8 +163,9 @@ def four_bits(dtype: torch.dtype) -> None:
         for absmax, outer, offset in cases:
             arguments = packed, absmax, outer, offset
             ours = gpu_dequantize.dequantize_4bit(*arguments, *tables, block, (count,), dtype)
-            there: Any = [one if one is None else one.cpu() for one in arguments]
-            assert torch.equal(ours.cpu(), dequantize_4bit(*there, "nf4", block, (count,), dtype))
+            there: list[Any] = [one if one is None else one.cpu() for one in arguments]
+            rest: Any = ("nf4", block, (count,), dtype)
+            assert torch.equal(ours.cpu(), dequantize_4bit(*there, *rest))
 
 
 if __name__ == "__main__":
