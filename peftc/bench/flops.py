@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 Shape = tuple[int, ...]
+CUDA_KINDS = ("flash", "efficient", "cudnn")
 
 
 def count_flops(step: Callable[[], object]) -> int:
@@ -30,6 +31,8 @@ def formulas() -> dict[Any, Callable[..., Any]]:
 def _formulas() -> dict[Any, Callable[..., int]]:
     """By operation, for those that exist here: some belong to libraries that may not be loaded."""
     known: dict[str, Callable[..., int]] = {
+        **{f"aten::_scaled_dot_product_{kind}_attention": _attention for kind in CUDA_KINDS},
+        **{f"aten::_scaled_dot_product_{kind}_attention_backward": _attention_backward for kind in CUDA_KINDS},
         "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
         "aten::addmm_": _added,
@@ -50,11 +53,16 @@ def _operation(name: str) -> Any:
 
 def _attention(q: Shape, k: Shape, v: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """q kᵀ and its product with v; half of the keys being hidden saves nothing here, as on every other backend."""
-    return int(sdpa_flop_count(q, k, v))
+    return int(sdpa_flop_count(q, _of_each_head(k, q), _of_each_head(v, q)))
 
 
 def _attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, q, k, v))
+    return int(sdpa_backward_flop_count(grad, q, _of_each_head(k, q), _of_each_head(v, q)))
+
+
+def _of_each_head(kept: Shape, q: Shape) -> Shape:
+    """The shape of keys or values with as many heads as q, which torch 2.11 counts alone."""
+    return (kept[0], q[1], *kept[2:])
 
 
 def _grouped(x: Shape, weight: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -8,6 +8,7 @@ not zero answers for all of them, with no knowledge of any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,11 +59,20 @@ def rows_of_parts(
     path = path_between(source, target)
     key = f"{parts.__qualname__}\n{_shape_of_path(module, source, path)}"
     if key not in known:
+        masked = any(_is_mask(argument) for node in path for argument in node.all_input_nodes)
+        asked = []
         with torch.enable_grad():  # also where the caller compiles or loads without gradients
-            start, result, weights = _run(module, source, target, path)
-            pairs = zip(parts(result), parts(weights), strict=True)
-            known[key] = tuple(_touched(start, part, own) for part, own in pairs)
+            for masks in (True, False) if masked else (True,):  # one fills where it is set, another where it is not
+                start, result, weights = _run(module, source, target, path, masks)
+                pairs = zip(parts(result), parts(weights), strict=True)
+                asked.append([_touched(start, part, own) for part, own in pairs])
+        known[key] = tuple(tuple(sorted({*chain(*rows)})) for rows in zip(*asked, strict=True))
     return known[key]
+
+
+def _is_mask(node: fx.Node) -> bool:
+    fake = node.meta.get("val")
+    return isinstance(fake, torch.Tensor) and fake.dtype is torch.bool
 
 
 def _touched(start: torch.Tensor, result: torch.Tensor, weights: torch.Tensor) -> tuple[int, ...]:
@@ -72,9 +82,12 @@ def _touched(start: torch.Tensor, result: torch.Tensor, weights: torch.Tensor) -
 
 
 def _run(
-    module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node]
+    module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node], masks: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random numbers for the source, what the target makes of them, and random weights for its sum."""
+    """Random numbers for the source, what the target makes of them, and random weights for its sum.
+
+    Masks that the model makes are set everywhere, or nowhere.
+    """
     generator = torch.Generator().manual_seed(0)
     env: dict[fx.Node, Any] = {}
     start = _number(source, generator).requires_grad_()
@@ -82,7 +95,7 @@ def _run(
     for node in path:
         for argument in node.all_input_nodes:
             if argument not in env:
-                env[argument] = _operand(module, argument, generator)
+                env[argument] = _operand(module, argument, generator, masks)
         assert callable(node.target)
         args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
         env[node] = node.target(*on_cpu(args), **on_cpu(kwargs))
@@ -126,7 +139,7 @@ def path_between(source: fx.Node, target: fx.Node) -> list[fx.Node]:
     return path[::-1]
 
 
-def _operand(module: fx.GraphModule, node: fx.Node, generator: torch.Generator) -> Any:
+def _operand(module: fx.GraphModule, node: fx.Node, generator: torch.Generator, masks: bool = True) -> Any:
     """A value for something the path reads: stored index tensors as they are, everything else random."""
     if node.op == "get_attr":
         stored = get_attribute(module, str(node.target))
@@ -136,19 +149,19 @@ def _operand(module: fx.GraphModule, node: fx.Node, generator: torch.Generator) 
         assert callable(node.target)
         return node.target(*on_cpu(node.args), **on_cpu(node.kwargs))
     if node.op == "call_function" and "lift_fresh" in str(node.target):
-        return _operand(module, node.all_input_nodes[0], generator)
-    return _number(node, generator)
+        return _operand(module, node.all_input_nodes[0], generator, masks)
+    return _number(node, generator, masks)
 
 
-def _number(node: fx.Node, generator: torch.Generator) -> Any:
-    """Random numbers of the node's fake shape and dtype; its hint for a symbolic size."""
+def _number(node: fx.Node, generator: torch.Generator, masks: bool = True) -> Any:
+    """Random numbers of the node's fake shape and dtype, a mask set or not; its hint for a symbolic size."""
     fake = node.meta["val"]
     if not isinstance(fake, torch.Tensor):
         return hint(fake)
     shape = [hint(size) for size in fake.shape]
     if fake.is_floating_point():
         return torch.rand(shape, generator=generator, dtype=torch.float32).to(fake.dtype) + 0.5
-    return torch.ones(shape, dtype=fake.dtype)
+    return torch.full(shape, masks if fake.dtype is torch.bool else 1, dtype=fake.dtype)
 
 
 def hint(size: Any) -> Any:

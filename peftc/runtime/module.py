@@ -148,7 +148,7 @@ class Runtime(Switching):
                 return graph._run(given, tokens)
             given = self.convention.bind(args, kwargs)
             if torch.compiler.is_dynamo_compiling() and not self.size_check.holds_traced(given):
-                raise PeftcError(NotWhenTraced())
+                _refuse_traced()
             return self._run(given, tokens)
 
         signature = self.convention.signature
@@ -350,3 +350,9 @@ def _kept(plan: Plan) -> frozenset[str]:
     base = tensors(plan.captured.model)
     packed = (full for item in plan.packed.values() for full in item.buffers)
     return frozenset((*base, *plan.tensors, *packed, *([TASK_ROWS] if plan.by_row else [])))
+
+
+@torch.compiler.disable(reason=NotWhenTraced().title)  # type: ignore[untyped-decorator]
+def _refuse_traced() -> None:
+    """Outside of what is traced: torch 2.11 cannot trace the raising. Who asks for one graph is told the reason."""
+    raise PeftcError(NotWhenTraced())

@@ -52,3 +52,16 @@ def test_four_bits_are_decoded_bit_for_bit(dtype: torch.dtype) -> None:
         for device in ("cuda", "cpu")
     )
     assert torch.equal(ours, theirs)
+
+
+def test_dora_with_a_length_of_0() -> None:
+    """All as on the CPU, but that length's own gradient, which is not read off the output there and counts as 0."""
+    op, arguments = subjects(F32)["dora_linear"]
+    length = arguments[5][0]
+    length.data[0] = 0
+    learned = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    place = next(index for index, leaf in enumerate(learned) if leaf is length) - len(learned)
+    ours, theirs = _results(op, arguments, "cuda"), _results(op, arguments, "cpu")
+    assert ours[place][0] == 0
+    theirs[place][0] = 0
+    agree_values(ours, theirs)

@@ -251,7 +251,7 @@ def test_oracle_of_fused_gate_rows(name: str) -> None:
     for row in range(tensor.shape[-2]):
         one, two, three = outputs(row)
         change, bend = (two - one).abs().max(), (one - 2 * two + three).abs().max()
-        assert change > 1e-4
+        assert change > 1e-5  # of outputs below 1e-2, whose rounding is below 1e-9
         found["up" if bend < 1e-4 * change else "gate"].append(row)
     assert found == {part: FUSED_ROWS[name][f"{weight}[{part}]"] for part in found}
 

@@ -7,6 +7,7 @@ other.
 import logging
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import peftc
+from peftc.capture.cached import CACHES
 from peftc.driver.compiled import WHOLE_TEXTS
 
 SIZES: dict[str, Any] = {
@@ -56,6 +58,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 LORA = "apply lora(r=4, alpha=64) to attn.*, mlp.*"
 NEW = 12
+CACHE = next(name for name in CACHES if name in signature(hf.LlamaForCausalLM.forward).parameters)
 
 
 def base(name: str) -> Any:
@@ -216,8 +219,8 @@ def test_a_call_goes_on_from_a_cache(kind: str) -> None:
     whole = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     cache, found = DynamicCache(), []
     for part in tokens.split([5, 1, 1, 3, 8], 1):
-        out = model(input_ids=part, cache=cache)
-        assert out.cache is cache
+        out = model(input_ids=part, **{CACHE: cache})
+        assert out[CACHE] is cache
         found.append(out.logits)
     assert cache.get_seq_length() == tokens.shape[1]
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5)
@@ -336,7 +339,7 @@ def test_without_a_cache_the_whole_text_runs() -> None:
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "other-cache": lambda model: model(
-        input_ids=prompts()["input_ids"], cache=StaticCache(config=model.config, max_cache_len=20)
+        input_ids=prompts()["input_ids"], **{CACHE: StaticCache(config=model.config, max_cache_len=20)}
     ),
     "other-sizes": lambda model: model(
         input_ids=prompts()["input_ids"], attention_mask=torch.ones(2, 7, dtype=torch.long), use_cache=True

@@ -1,7 +1,8 @@
-"""Triton's kernels in its interpreter, on CPU tensors, against their definitions.
+"""Triton's kernels against their definitions: in its interpreter on CPU tensors, or on a GPU.
 
 Run as a script with TRITON_INTERPRET=1: an access out of bounds can end the process, and once the variable is set
-nothing can be compiled in it. The interpreter computes with raw bits in bf16, so only fp32 and fp16 are tried.
+nothing can be compiled in it. The interpreter computes with raw bits in bf16, so only fp32 and fp16 are tried in it.
+`examples/gpu.py` runs the cases on CUDA, which is torch's default device then.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def lora(dtype: torch.dtype) -> None:
             arguments: Any = (x, weights, biases, a, b, *rest)
             agree_values(gpu_lora.forward(*arguments), lora_linear.reference(*arguments))
             lengths = [normal(o, dtype=dtype, seed=4) for o, _ in sizes]
+            lengths[0][0] = 0
             arguments = (x, weights, [], a, b, lengths, *rest)
             agree_values(gpu_lora.dora_forward(*arguments), dora_linear.reference(*arguments))
 
@@ -151,7 +153,8 @@ def bottleneck(dtype: torch.dtype) -> None:
 @case
 def four_bits(dtype: torch.dtype) -> None:
     """Bit for bit what the operation makes on the CPU."""
-    tables = levels_of("nf4", torch.device("cpu")), dynamic_map(torch.device("cpu"))
+    device = torch.get_default_device()
+    tables = levels_of("nf4", device), dynamic_map(device)
     for count, block in ((128, 64), (4097, 64), (40000, 128), (2, 64)):
         blocks = -(-count // block)
         packed = torch.randint(256, (-(-count // 2), 1), dtype=torch.uint8)
@@ -160,7 +163,9 @@ def four_bits(dtype: torch.dtype) -> None:
         for absmax, outer, offset in cases:
             arguments = packed, absmax, outer, offset
             ours = gpu_dequantize.dequantize_4bit(*arguments, *tables, block, (count,), dtype)
-            assert torch.equal(ours, dequantize_4bit(*arguments, "nf4", block, (count,), dtype))
+            there: list[Any] = [one if one is None else one.cpu() for one in arguments]
+            rest: Any = ("nf4", block, (count,), dtype)
+            assert torch.equal(ours.cpu(), dequantize_4bit(*there, *rest))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ ops = torch.ops.peftc
 
 
 def normal(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+    """The same numbers on every device; they lie on torch's default device."""
+    generator = torch.Generator("cpu").manual_seed(sum(shape) + 1000 * seed)
+    drawn = torch.randn(shape, generator=generator, dtype=F64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
