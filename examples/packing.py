@@ -1,0 +1,122 @@
+"""Texts in a row without padding against the same texts padded: a part of `examples/benchmark.py`.
+
+64 texts whose lengths are drawn from a log-normal distribution (median 90; the longest of 64 is expected to have 512,
+and none has more), in batches of 8 in the order drawn. HF PEFT gets each batch padded to its longest text, peftc as
+`transformers.DataCollatorWithFlattening` makes it, and in a third way also padded. A step is a forward pass with labels
+and `loss.backward()`, on one thread, by the time of that thread; in a round each way takes each batch once, one after
+the other, and of each batch the fastest round counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+
+import peftc
+from models import smollm2
+from peftc.bench.bench import SEED, versions
+from peftc.bench.saved_bytes import saved_bytes
+from peftc.bench.stopwatch import threads
+from peftc.bench.variants import FUSED, HF_PEFT, Variant, hf_peft
+
+NAME = "packing"
+TEXTS, BATCH, MEDIAN, MOST = 64, 8, 90, 512
+SPREAD = math.log(MOST / MEDIAN) / 2.39  # of 64 normal numbers the largest is expected at 2.39
+TARGET = 0.45
+PADDED = f"{FUSED}, padded"
+Batch = dict[str, Any]
+
+
+def lengths(count: int = TEXTS) -> list[int]:
+    """How many tokens each text has."""
+    random = torch.Generator().manual_seed(SEED)
+    drawn = (torch.randn(count, generator=random) * SPREAD + math.log(MEDIAN)).exp()
+    return [min(max(round(length), 2), MOST) for length in drawn.tolist()]
+
+
+def drawn(sizes: list[int], vocabulary: int) -> list[Tensor]:
+    """Texts of these lengths, of random tokens that are no padding."""
+    random = torch.Generator().manual_seed(SEED)
+    return [torch.randint(3, vocabulary, (length,), generator=random) for length in sizes]
+
+
+def padded(texts: list[Tensor]) -> Batch:
+    """A row a text."""
+    longest = max(map(len, texts))
+
+    def rows(fill: int, items: list[Tensor]) -> Tensor:
+        return torch.stack([torch.nn.functional.pad(item, (0, longest - len(item)), value=fill) for item in items])
+
+    masks = [torch.ones_like(text) for text in texts]
+    return {"input_ids": rows(0, texts), "attention_mask": rows(0, masks), "labels": rows(-100, texts)}
+
+
+def flattened(texts: list[Tensor]) -> Batch:
+    """All in one row, as transformers' collator has them."""
+    batch: Batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": text.tolist()} for text in texts])
+    return batch
+
+
+def measured(spec: Path, repeats: int) -> dict[str, Any]:
+    """All figures of one run."""
+    model = smollm2()
+    texts = drawn(lengths(), model.config.vocab_size)
+    groups = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    with threads(1):
+        compiled = peftc.compile(model, spec)
+        random = torch.Generator().manual_seed(SEED)
+        with torch.no_grad():
+            for parameter in compiled.trainable_parameters().values():
+                parameter += 0.01 * torch.randn(parameter.shape, generator=random)
+        theirs = hf_peft(model, compiled)
+        ways = {
+            FUSED: (Variant(FUSED, compiled), [flattened(group) for group in groups]),
+            PADDED: (Variant(PADDED, compiled), [padded(group) for group in groups]),
+            HF_PEFT: (theirs, [padded(group) for group in groups]),
+        }
+        rows = _rows(ways, repeats)
+    tokens, places = sum(map(len, texts)), sum(batch["input_ids"].numel() for batch in ways[HF_PEFT][1])
+    return {
+        "texts": TEXTS, "batch": BATCH, "tokens": tokens, "padded_tokens": places, "longest": max(map(len, texts)),
+        "repeats": repeats, "threads": 1, "dtype": "float32", "rows": rows, "versions": versions(),
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _rows(ways: Mapping[str, tuple[Variant, list[Batch]]], repeats: int) -> list[dict[str, Any]]:
+    """For each way the seconds and what autograd keeps, over all batches, and its losses."""
+    losses: dict[str, list[float]] = {}
+    for name, (variant, batches) in ways.items():  # every size is met once before the clock runs
+        print(f"packing: {name} …", file=sys.stderr, flush=True)
+        losses[name] = [variant.step(((), batch)).item() for batch in batches]
+    best = {name: [math.inf] * len(batches) for name, (_, batches) in ways.items()}
+    gc.disable()
+    for _ in range(repeats):
+        gc.collect()
+        for place in range(len(next(iter(best.values())))):
+            for name, (variant, batches) in ways.items():
+                best[name][place] = min(best[name][place], _seconds(lambda: variant.step(((), batches[place]))))  # noqa: B023
+    gc.enable()
+    rows = []
+    for name, (variant, batches) in ways.items():
+        assert variant.module is not None
+        own = (*variant.module.parameters(), *variant.module.buffers())
+        saved = [saved_bytes(lambda: variant.loss(((), batch)), (*own, *batch.values())) for batch in batches]  # noqa: B023
+        rows.append({"name": name, "seconds": sum(best[name]), "saved": max(saved), "losses": losses[name]})
+    return rows
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.thread_time()
+    step()
+    return time.thread_time() - start
