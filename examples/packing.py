@@ -2,9 +2,9 @@
 
 64 texts whose lengths are drawn from a log-normal distribution (median 90; the longest of 64 is expected to have 512,
 and none has more), in batches of 8 in the order drawn. HF PEFT gets each batch padded to its longest text, peftc as
-`transformers.DataCollatorWithFlattening` makes it, and in a third way also padded. A step is a forward pass with labels
-and `loss.backward()`, on one thread, by the time of that thread; in a round each way takes each batch once, one after
-the other, and of each batch the fastest round counts.
+`transformers.DataCollatorWithFlattening` makes it. A step is a forward pass with labels and `loss.backward()`, on one
+thread, by the time of that thread; in a round each way takes each batch once, one after the other, and of each batch
+the fastest round counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ NAME = "packing"
 TEXTS, BATCH, MEDIAN, MOST = 64, 8, 90, 512
 SPREAD = math.log(MOST / MEDIAN) / 2.39  # of 64 normal numbers the largest is expected at 2.39
 TARGET = 0.45
-PADDED = f"{FUSED}, padded"
 Batch = dict[str, Any]
 
 
@@ -77,11 +77,10 @@ def measured(spec: Path, repeats: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(SEED)
         with torch.no_grad():
             for parameter in compiled.trainable_parameters().values():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=random)
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=random))
         theirs = hf_peft(model, compiled)
         ways = {
             FUSED: (Variant(FUSED, compiled), [flattened(group) for group in groups]),
-            PADDED: (Variant(PADDED, compiled), [padded(group) for group in groups]),
             HF_PEFT: (theirs, [padded(group) for group in groups]),
         }
         rows = _rows(ways, repeats)
@@ -94,29 +93,28 @@ def measured(spec: Path, repeats: int) -> dict[str, Any]:
 
 
 def _rows(ways: Mapping[str, tuple[Variant, list[Batch]]], repeats: int) -> list[dict[str, Any]]:
-    """For each way the seconds and what autograd keeps, over all batches, and its losses."""
+    """For each way the seconds of all batches, the most that autograd keeps of one, and the batches' losses."""
+    best: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    for name, (variant, batches) in ways.items():  # every size is met once before the clock runs
-        print(f"packing: {name} …", file=sys.stderr, flush=True)
-        losses[name] = [variant.step(((), batch)).item() for batch in batches]
-    best = {name: [math.inf] * len(batches) for name, (_, batches) in ways.items()}
+    for name, (variant, batches) in ways.items():  # warm before the clock runs
+        variant.step(((), batches[0]))
+        best[name], losses[name] = [math.inf] * len(batches), [math.nan] * len(batches)
     gc.disable()
-    for _ in range(repeats):
+    for number in range(repeats):
+        print(f"packing: round {number + 1} of {repeats} …", file=sys.stderr, flush=True)
         gc.collect()
         for place in range(len(next(iter(best.values())))):
             for name, (variant, batches) in ways.items():
-                best[name][place] = min(best[name][place], _seconds(lambda: variant.step(((), batches[place]))))  # noqa: B023
+                start = time.thread_time()
+                loss = variant.step(((), batches[place]))
+                best[name][place] = min(best[name][place], time.thread_time() - start)
+                losses[name][place] = loss.item()
     gc.enable()
     rows = []
     for name, (variant, batches) in ways.items():
         assert variant.module is not None
         own = (*variant.module.parameters(), *variant.module.buffers())
-        saved = [saved_bytes(lambda: variant.loss(((), batch)), (*own, *batch.values())) for batch in batches]  # noqa: B023
-        rows.append({"name": name, "seconds": sum(best[name]), "saved": max(saved), "losses": losses[name]})
+        largest = max(batches, key=lambda batch: int(batch["input_ids"].numel()))
+        saved = saved_bytes(partial(variant.loss, ((), largest)), (*own, *largest.values()))
+        rows.append({"name": name, "seconds": sum(best[name]), "saved": saved, "losses": losses[name]})
     return rows
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.thread_time()
-    step()
-    return time.thread_time() - start

@@ -30,7 +30,7 @@ def _tells_texts_apart(mask: fx.Node) -> str | None:
 
 _mask = value("mask", _tells_texts_apart)
 _attention = aten.scaled_dot_product_attention.default
-_options = {"scale": anything("scale")}
+_scale = anything("scale")
 
 
 @fusion
@@ -43,10 +43,10 @@ class VarlenAttention(Fusion):
 
     name = "varlen_attention"
     pattern = either(
-        op(_attention, *_operands, _mask, **_options),
+        op(_attention, *_operands, _mask, scale=_scale),
         op(_attention, *_operands, _mask),
-        op(_attention, *_operands, _mask, 0.0, **_options),
-        op(_attention, *_operands, _mask, enable_gqa=anything("shared"), **_options),
+        op(_attention, *_operands, _mask, 0.0, scale=_scale),
+        op(_attention, *_operands, _mask, enable_gqa=anything("shared"), scale=_scale),
         op(_attention, *_operands, _mask, enable_gqa=anything("shared")),
     )
 
@@ -58,7 +58,9 @@ class VarlenAttention(Fusion):
         if any(fake(item).dim() != 4 for item in (q, k, v)):
             return Miss(match.root, "its operands are no heads of tokens", (q, k, v))
         rows, tokens = (expression(size) for size in fake(says.positions).shape)
-        if any((expression(fake(item).shape[0]), expression(fake(item).shape[2])) != (rows, tokens) for item in (q, k, v)):
+        if any(
+            (expression(fake(item).shape[0]), expression(fake(item).shape[2])) != (rows, tokens) for item in (q, k, v)
+        ):
             return Miss(match.root, f"it has other tokens than {says.positions.name} positions", (q, k, v))
         if [expression(size) for size in fake(mask).shape] != [rows, 1, tokens, tokens]:
             return Miss(match.root, f"{mask.name} is not of all tokens by all", (mask,))

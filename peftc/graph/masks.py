@@ -6,7 +6,6 @@ the last dimension: so an expression stays what it is when values are broadcast 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +52,7 @@ class Compared:
     right: Sum
 
 
-# An input's entry; how far it is from the one before (from a first one, 1); whether that is not 1; how often it was not.
+# An input's entry; how far it is from the one before (a first one by 1); whether not by 1; how often it was not.
 POSITION, STEP, FIRST, TEXT = "position", "step", "first", "text"
 All = frozenset  # of comparisons that hold together: a mask; of none, yes
 Value = Sum | frozenset[Any]
@@ -210,7 +209,8 @@ def _expand(reader: _Reader, node: fx.Node) -> Value:
 
 
 def _slice(reader: _Reader, node: fx.Node) -> Value:
-    source, dim, start, _, step = (*node.args, *(None, 0, 0, None, 1)[len(node.args) :])
+    rest: tuple[Any, ...] = (None, 0, 0, None, 1)
+    source, dim, start, _, step = node.args + rest[len(node.args) :]
     assert isinstance(source, fx.Node)
     assert isinstance(dim, int)
     found = reader.read(source)

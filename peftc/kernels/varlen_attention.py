@@ -9,6 +9,7 @@ end of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Text(NamedTuple):
 def texts(bounds: Tensor, counts: Tensor, length: int) -> Iterator[Text]:
     """The texts of rows of so many tokens."""
     ends = bounds[: int(counts[0]) + 1].tolist()
-    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+    for start, stop in pairwise(ends):
         row = start // length
         yield Text(row, start - row * length, stop - row * length)
 
@@ -110,7 +111,7 @@ def reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bounds: Tensor, counts: Tensor,
     scale: float, causal: bool, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """With P the softmax and D_i = grad_i y_i: dv = P' grad, dS = P (grad v' - D), dq = scale dS k, dk = scale dS' q."""
+    """With P the softmax, dv = P' grad, dS = P (grad v' - grad y), dq = scale dS k, dk = scale dS' q."""
     dq, dk, dv = map(_room, (q, k, v))
     for row, start, stop in texts(bounds, counts, q.shape[2]):
         place = (row, slice(None), slice(start, stop))
@@ -133,8 +134,8 @@ def _scores(queries: Tensor, keys: Tensor, scale: float, causal: bool, window: i
 
 def _text(item: Tensor, shared: int, row: int, start: int, stop: int) -> Tensor:
     """One text's part of an operand, nothing copied: [key heads, heads of queries that share one, tokens, width]."""
-    part = item[row, :, start:stop]
-    return part.unflatten(0, (shared, -1))
+    part: Tensor = item[row, :, start:stop].unflatten(0, (shared, -1))
+    return part
 
 
 def _room(like: Tensor) -> Tensor:
@@ -257,13 +258,13 @@ on_cuda(varlen_attention, "varlen_attention", "forward")
 on_cuda(varlen_attention_backward, "varlen_attention", "backward")
 
 
-@register_flop_formula(torch.ops.peftc.varlen_attention, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.peftc.varlen_attention, get_raw=True)
 def _flops(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, counts: Tensor, *_: Any, **__: Any) -> int:
     """q k' and its product with v, of each text with itself; without numbers as if each row were one."""
     return 2 * q.shape[1] * (q.shape[-1] + v.shape[-1]) * _pairs(q, bounds, counts)
 
 
-@register_flop_formula(torch.ops.peftc.varlen_attention_backward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.peftc.varlen_attention_backward, get_raw=True)
 def _flops_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bounds: Tensor, counts: Tensor, *_: Any,
     **__: Any,

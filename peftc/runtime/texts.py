@@ -44,7 +44,9 @@ def keeps_apart(graph: Any, given: Mapping[str, Any]) -> bool:
     main = graph.convention.inputs[0]
     both, second = _two_texts(given, begins, positions.shape[1])
     length, other = second, {**both, main: _otherwise(both[main], second)}
-    alone = {name: item[:, -length:] if _by_token(item, both[POSITIONS].shape[1]) else item for name, item in both.items()}
+    alone = {
+        name: item[:, -length:] if _by_token(item, both[POSITIONS].shape[1]) else item for name, item in both.items()
+    }
     if any(graph.size_check.refusal(probe) is not None for probe in (both, alone)):
         raise PeftcError(TextsMix(model=model, reason="its graph is for rows of one length alone"))
     with _at_rest(graph):
