@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import math
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -67,10 +66,10 @@ def flattened(texts: list[Tensor]) -> Batch:
     return batch
 
 
-def measured(spec: Path, repeats: int) -> dict[str, Any]:
-    """All figures of one run."""
+def measured(spec: Path, repeats: int, count: int = TEXTS) -> dict[str, Any]:
+    """All figures of one run, on so many texts."""
     model = smollm2()
-    texts = drawn(lengths(), model.config.vocab_size)
+    texts = drawn(lengths(count), model.config.vocab_size)
     groups = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
     with threads(1):
         compiled = peftc.compile(model, spec)
@@ -86,9 +85,8 @@ def measured(spec: Path, repeats: int) -> dict[str, Any]:
         rows = _rows(ways, repeats)
     tokens, places = sum(map(len, texts)), sum(batch["input_ids"].numel() for batch in ways[HF_PEFT][1])
     return {
-        "texts": TEXTS, "batch": BATCH, "tokens": tokens, "padded_tokens": places, "longest": max(map(len, texts)),
+        "texts": count, "batch": BATCH, "tokens": tokens, "padded_tokens": places, "longest": max(map(len, texts)),
         "repeats": repeats, "threads": 1, "dtype": "float32", "rows": rows, "versions": versions(),
-        "python": platform.python_version(),
     }  # fmt: skip
 
 
@@ -101,7 +99,6 @@ def _rows(ways: Mapping[str, tuple[Variant, list[Batch]]], repeats: int) -> list
         best[name], losses[name] = [math.inf] * len(batches), [math.nan] * len(batches)
     gc.disable()
     for number in range(repeats):
-        print(f"packing: round {number + 1} of {repeats} …", file=sys.stderr, flush=True)
         gc.collect()
         for place in range(len(next(iter(best.values())))):
             for name, (variant, batches) in ways.items():
@@ -109,6 +106,8 @@ def _rows(ways: Mapping[str, tuple[Variant, list[Batch]]], repeats: int) -> list
                 loss = variant.step(((), batches[place]))
                 best[name][place] = min(best[name][place], time.thread_time() - start)
                 losses[name][place] = loss.item()
+            done = {name: round(sum(times[: place + 1]), 2) for name, times in best.items()}
+            print(f"packing: round {number + 1} of {repeats}, batch {place + 1}: {done}", file=sys.stderr, flush=True)
     gc.enable()
     rows = []
     for name, (variant, batches) in ways.items():
@@ -118,3 +117,25 @@ def _rows(ways: Mapping[str, tuple[Variant, list[Batch]]], repeats: int) -> list
         saved = saved_bytes(partial(variant.loss, ((), largest)), (*own, *largest.values()))
         rows.append({"name": name, "seconds": sum(best[name]), "saved": saved, "losses": losses[name]})
     return rows
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table: of each way its places, milliseconds a token of the texts, and what autograd keeps, and the ratios."""
+    rows = {row["name"]: row for row in found["rows"]}
+    theirs = rows[HF_PEFT]
+    lines = [
+        "| texts | tokens computed | ms a token | × HF PEFT | target | kept at most | × HF PEFT |",
+        f"|{'---|' * 7}",
+    ]
+    for name, title, places, target in (
+        (FUSED, "peftc, in a row", found["tokens"], f"≤ {TARGET}"),
+        (HF_PEFT, "HF PEFT, padded", found["padded_tokens"], ""),
+    ):
+        row = rows[name]
+        cells = (
+            title, f"{places:,}".replace(",", " "), f"{1000 * row['seconds'] / found['tokens']:.2f}",
+            f"{row['seconds'] / theirs['seconds']:.2f}", target, f"{row['saved'] / 1e6:.0f} MB",
+            f"{row['saved'] / theirs['saved']:.2f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
