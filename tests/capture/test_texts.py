@@ -203,7 +203,6 @@ def test_what_contradicts_itself_is_refused() -> None:
 # What does not keep texts apart
 
 MIXING: dict[str, tuple[Make, str]] = {
-    "a prompt in front": (CASES["llama"][0], "apply prompt(length=3)"),
     "tokens that see those behind": (lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES, **DRY)), LORA),
     "a recurrence": (
         lambda: hf.BambaForCausalLM(
