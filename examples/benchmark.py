@@ -1,10 +1,10 @@
-"""Steps of six specs against the frozen model's own and HF PEFT's, in one table.
+"""Steps of six specs against the frozen model's own and HF PEFT's, in one table; texts in a row against padded ones.
 
-    python examples/benchmark.py [--only lora dora] [--repeats 8] [--output examples/benchmarks/results.json]
+    python examples/benchmark.py [--only lora packing] [--repeats 8] [--output examples/benchmarks/results.json]
 
 SmolLM2-135M in fp32, and a small Mixtral for the experts; batch 2 × 128, one thread. Each line is one run of
 `peftc bench examples/benchmarks/NAME.peft examples/models.py:MODEL`. The README's table is made from the file that
-`--output` writes; tests/test_readme.py holds the two together.
+`--output` writes; tests/test_readme.py holds the two together. What `packing` measures is said in `packing.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+import packing
 from models import mixtral, smollm2
 from peftc.bench.bench import bench
 from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, ONE_LIBRARY, PLAIN
@@ -57,25 +58,46 @@ HEADINGS = ("spec", "step time", "one library", "target", "saved bytes", "target
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="some of the specs")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*(case.name for case in CASES), packing.NAME], help="some of them"
+    )
     parser.add_argument("--repeats", type=int, default=8, help="rounds, of which the fastest counts")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=packing.TEXTS, help="how many texts packing has")
     parser.add_argument("--torch-compile", action="store_true", help="each also under torch.compile")
     parser.add_argument("--output", type=Path, help="keep all figures in this .json file; others' lines in it stay")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    kept = json.loads(given.output.read_text())["runs"] if given.output and given.output.exists() else {}
+    kept = json.loads(given.output.read_text()) if given.output and given.output.exists() else {"runs": {}}
     runs: dict[str, Any] = {}
     for case in CASES:
         if given.only is None or case.name in given.only:
             print(f"{case.name} …", file=sys.stderr, flush=True)
             runs[case.name] = measured(case, given)
             if given.output:
-                given.output.write_text(json.dumps({"runs": kept | runs}, indent=2) + "\n")
-    print(markdown(runs))
+                _keep(given.output, kept | {"runs": kept["runs"] | runs})
+    if runs:
+        print(markdown(runs))
+    if given.only is None or packing.NAME in given.only:
+        spec = FOLDER / "lora.peft"
+        found = _stamped(packing.NAME, given.repeats) | packing.measured(spec, given.repeats, given.texts)
+        if given.output:
+            _keep(given.output, kept | {"runs": kept["runs"] | runs, packing.NAME: found})
+        print(packing.markdown(found))
+
+
+def _keep(path: Path, figures: dict[str, Any]) -> None:
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _stamped(name: str, repeats: int) -> dict[str, Any]:
+    """When, where and by what a run was made."""
+    when = datetime.now(UTC).isoformat(timespec="minutes")
+    command = f"python examples/benchmark.py --only {name} --repeats {repeats}"
+    return {"command": command, "date": when, "cpu": cpu(), "cores": os.cpu_count()}
 
 
 def measured(case: Case, given: argparse.Namespace) -> dict[str, Any]:
@@ -88,9 +110,7 @@ def measured(case: Case, given: argparse.Namespace) -> dict[str, Any]:
         repeats=given.repeats,
         with_torch_compile=given.torch_compile,
     )
-    when = datetime.now(UTC).isoformat(timespec="minutes")
-    command = f"python examples/benchmark.py --only {case.name} --repeats {given.repeats}"
-    return {"command": command, "date": when, "cpu": cpu(), "cores": os.cpu_count(), **found.to_json()}
+    return _stamped(case.name, given.repeats) | found.to_json()
 
 
 def markdown(runs: dict[str, Any]) -> str:
@@ -112,6 +132,14 @@ def recorded() -> str:
     where = f"In {first['dtype']}, batch {first['batch']} × {first['seq']}, one thread of {first['cpu']}"
     when = f"the fastest of {first['repeats']} rounds, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions}."
     return f"{markdown(runs)}\n\n{where}, {when}"
+
+
+def recorded_packing() -> str:
+    """The README's figures of texts in a row."""
+    found = json.loads(RESULTS.read_text())[packing.NAME]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "python")
+    where = f"In {found['dtype']}, one thread of {found['cpu']}, the fastest of {found['repeats']} rounds"
+    return f"{packing.markdown(found)}\n\n{where}, {found['date'][:10]}; {versions}."
 
 
 def _cells(case: Case, rows: dict[str, Any]) -> Iterable[str]:

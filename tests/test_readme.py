@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import peftc
-from benchmark import recorded
+from benchmark import recorded, recorded_packing
 from paths import ROOT
 from peftc.show.tables import methods_markdown, parameterisations_markdown, storages_markdown
 
@@ -34,6 +34,7 @@ def fenced(language: str) -> list[str]:
         ("parameterisations", parameterisations_markdown),
         ("storages", storages_markdown),
         ("benchmarks", recorded),
+        ("packing", recorded_packing),
     ],
 )
 def test_its_tables_are_what_makes_them(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
@@ -109,6 +110,7 @@ def test_its_plans_come_out(line: str) -> None:
     [
         ("compile_time.py --layers 2 --repeat 1", "2"),
         ("benchmark.py --only experts --repeats 1 --batch 1 --seq 16", "|---"),
+        ("benchmark.py --only packing --repeats 1 --texts 1", "|---"),
     ],
 )
 def test_its_benchmarks_run(command: str, begins: str) -> None:

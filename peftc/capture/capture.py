@@ -30,6 +30,7 @@ from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of, unlogged
 from peftc.capture.once import tracing_once
+from peftc.capture.texts import MASK, POSITIONS
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
@@ -37,6 +38,7 @@ from peftc.diagnostics.timings import Timings
 from peftc.graph.ir import get_attribute, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import repeated
+from peftc.graph.texts import tell_texts_apart
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
@@ -157,7 +159,15 @@ def _as_plain_graph(
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
         raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
     module = _whole(module, tensors(model))
-    inputs = tuple(str(node.target) for node in module.graph.find_nodes(op="placeholder"))
+    given = {str(node.target): node for node in module.graph.find_nodes(op="placeholder")}
+    if (
+        POSITIONS in given
+        and MASK not in given
+        and not example.past
+        and tell_texts_apart(module.graph, given[POSITIONS])
+    ):
+        module.recompile()
+    inputs = tuple(given)
     return Captured(module, inputs, result, assumptions, model, example)
 
 

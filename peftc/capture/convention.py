@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from peftc.capture.errors import NoRoom
+from peftc.capture.texts import SAYINGS, with_positions
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import copied, drop_unread
 
@@ -19,8 +20,6 @@ from peftc.graph.ir import copied, drop_unread
 HARMLESS = {
     "return_dict": True, "use_cache": False, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
-# What a collator says of sequences in one row for other kernels of attention: the same as the positions, beside these.
-SAID_BY_POSITIONS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 # An input that may be left out, and what it is then made of the model's main input. A mask is not where positions are
 # given: without one a model reads off these which tokens are of one text.
 FILLED_IN = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
@@ -69,14 +68,14 @@ class Convention:
 
         Raises:
             TypeError: on more than there is a place for, or twice the same.
+            PeftcError: `texts-disagree` where it contradicts itself on which tokens are one text.
         """
         given = dict(zip(self.inputs, args, strict=False))
         if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
             raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
-        if kwargs.get("position_ids") is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name not in SAID_BY_POSITIONS}
         given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        return with_positions(given, self.inputs[0]) if given.keys() & SAYINGS - set(self.inputs) else given
 
     def takes(self, given: Mapping[str, Any]) -> bool:
         """Whether this graph is for inputs of these names."""

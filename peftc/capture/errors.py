@@ -135,3 +135,18 @@ class NoRoom(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("cut the input, or compile a shorter prompt or prefix",)
+
+
+class TextsDisagree(Diagnostic):
+    code = "texts-disagree"
+    one: str
+    other: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.one} and {self.other} do not say the same of the texts in a row: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("position_ids that begin again at each text, with no attention_mask, say it all",)

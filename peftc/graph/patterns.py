@@ -178,12 +178,20 @@ class _Op(Pattern):
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, fx.Node) or not (found.target in self.targets or str(found.target) in self.targets):
             return state.fail(found, lambda: f"{_described(found)}, not {_short(self.targets[0])}")
-        if found.kwargs != self.keywords or len(found.args) != len(self.arguments):
+        if found.kwargs.keys() != self.keywords.keys() or len(found.args) != len(self.arguments):
             return state.fail(found, lambda: f"{found.name} has other options: {found.args[1:]} {found.kwargs}")
         state.inner.append(found)
+        if not all(self._is_option(found, name, state) for name in self.keywords):
+            return False
         if not any(state.attempt(order, found) for order in self._orders):
             return False
         return state.name(self.label, found)
+
+    def _is_option(self, found: fx.Node, name: str, state: _State) -> bool:
+        given, wanted = found.kwargs[name], self.keywords[name]
+        if isinstance(wanted, Pattern):
+            return wanted.fits(given, state)
+        return given == wanted or state.fail(found, lambda: f"{found.name} has another option: {name}={given}")
 
     @cached_property
     def _orders(self) -> list[_Arguments]:

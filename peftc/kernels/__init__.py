@@ -23,6 +23,9 @@ None or a tensor.
   task each row is, and so which columns of all tasks' low-rank branches are its own
 - `expert_linear(x, weight, ends) -> y`: as transformers' `grouped_mm_fallback`, but a frozen weight gets no gradient
   and its x is not kept; weight [E, n_in, n_out], also as a transposed view
+- `text_bounds(positions) -> (bounds, counts)` and `varlen_attention(q, k, v, bounds, counts, scale, causal, window?) ->
+  (y, lse)`: attention of each text of a row to itself; q [batch, heads, tokens, width], k and v with as many heads or
+  fewer that are shared; keeps q, k, v, y and lse
 - `expert_lora(x, weight, ends, a, b, scale) -> (y, S)`: the same with a branch: a [E, r, n_in], b [E, n_out, r]
 """
 
@@ -37,8 +40,9 @@ import peftc.kernels.rms_norm as rms_norm
 import peftc.kernels.rows_of_batch as rows_of_batch
 import peftc.kernels.scaled_linear as scaled_linear
 import peftc.kernels.seeded_dropout as seeded_dropout
+import peftc.kernels.varlen_attention as varlen_attention
 
 __all__ = [
     "adapter", "cross_entropy", "dora_linear", "expert_linear", "expert_lora", "gated_activation", "lora_linear",
-    "rms_norm", "rows_of_batch", "scaled_linear", "seeded_dropout",
+    "rms_norm", "rows_of_batch", "scaled_linear", "seeded_dropout", "varlen_attention",
 ]  # fmt: skip

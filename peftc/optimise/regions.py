@@ -105,7 +105,7 @@ class BlockModule(fx.GraphModule):
         if not any(needs) or any(map(_differs, inputs, graph.inputs)):
             return None
         constants = tuple(inputs[place] for place in graph.constants)
-        device = next(item.device for item in inputs if isinstance(item, Tensor))
+        device = _device(inputs)
         kind = Kind(text, needs, constants, device, _autocast(device), bool(self.meta.get(RECOMPUTED)), _modes())
         single = isinstance(self.graph.output_node().args[0], fx.Node)
         return partial(_run, program(kind, _Holder(graph)), single, inputs)
@@ -261,5 +261,10 @@ class _Step(torch.autograd.Function):
 
 def _no_autocast(given: Any) -> Any:
     """What autocast would do is in the traced graphs."""
-    device = next(item.device.type for item in given if isinstance(item, Tensor))
+    device = _device(given).type
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def _device(given: Iterable[Any]) -> torch.device:
+    """Where it is computed; counts that sizes are chosen by may lie on the CPU."""
+    return next(item.device for item in given if isinstance(item, Tensor) and item.is_floating_point())

@@ -125,9 +125,12 @@ class Editor:
             self.drop(node)
 
     def drop(self, node: fx.Node) -> None:
-        """Erases `node` unless something reads it."""
-        if not node.users and node.op == "call_function":
+        """Erases `node` unless something reads it, and what it alone read."""
+        if not node.users and node.op == "call_function" and not node._erased:
+            sources = node.all_input_nodes
             self.graph.erase_node(node)
+            for source in sources:
+                self.drop(source)
 
 
 F = TypeVar("F", bound=type[Fusion])

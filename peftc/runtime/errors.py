@@ -288,3 +288,20 @@ class UnknownTask(Diagnostic):
         if not self.known:
             return ("the spec has none: task NAME { apply … } makes one",)
         return (suggest(self.name, self.known) or f"there are {', '.join(self.known)}",)
+
+
+class TextsMix(Diagnostic):
+    code = "texts-mix"
+    model: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"of several texts in a row this {self.model} does not make what it makes of each alone: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "give it a row for each text, padded, with an attention_mask",
+            "with an attention_mask, position_ids are positions alone and tell no texts apart",
+        )

@@ -38,6 +38,7 @@ from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_ca
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.tensors.unfrozen import Watch
+from peftc.runtime.texts import keeps_apart
 from peftc.runtime.token_mean import NAME
 
 # Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
@@ -57,6 +58,7 @@ class Runtime(Switching):
     size_check: SizeCheck
     other_graphs: list[Runtime]
     tensors_in_common: frozenset[str]
+    keeps_texts_apart: bool  # whether it was seen to
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
 
     def __init__(
@@ -81,6 +83,7 @@ class Runtime(Switching):
             size_check=_sizes(plan, history[0][1]),
             other_graphs=[],
             tensors_in_common=_kept(plan),
+            keeps_texts_apart=False,
             is_fused=fired is not None,
             capture_again=None,
             make_face=None,
@@ -165,7 +168,8 @@ class Runtime(Switching):
 
         Raises:
             TypeError: on inputs that the base model has not, or that are missing.
-            PeftcError: `other-sizes` where the base model cannot be captured for those of the inputs.
+            PeftcError: `other-sizes` where the base model cannot be captured for those of the inputs; `texts-mix` for
+                several texts in a row of which it would not make what it makes of each.
         """
         try:
             given = self.convention.bind(args, kwargs)
@@ -175,10 +179,14 @@ class Runtime(Switching):
             known = self.config is not None and given.keys() <= taken
             if not known or not all(isinstance(value, Tensor) for value in given.values()):
                 raise
-            other = self._other(given, refusal)
-            return other, other.convention.bind((), given)
-        refused = self.size_check.refusal(given)
-        return (self, given) if refused is None else (self._other(given, refused), given)
+            graph = self._other(given, refusal)
+            given = graph.convention.bind((), given)
+        else:
+            refused = self.size_check.refusal(given)
+            graph = self if refused is None else self._other(given, refused)
+        if not graph.keeps_texts_apart:
+            graph.__dict__["keeps_texts_apart"] = keeps_apart(graph, given)
+        return graph, given
 
     def _other(self, given: dict[str, Any], refusal: Exception) -> Runtime:
         """The same model and tensors with a graph that was captured for the sizes of `given`."""

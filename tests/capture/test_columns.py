@@ -85,7 +85,9 @@ CASES: dict[str, Case] = {
     ),
     "bert: a label a token": (
         partial(bert, hf.BertForTokenClassification, num_labels=3),
-        TEXT | {"labels": partial(tokens, below=3), "position_ids": POSITIONS, "token_type_ids": HALVES},
+        TEXT
+        | {"labels": partial(tokens, below=3), "position_ids": POSITIONS, "token_type_ids": HALVES}
+        | {"attention_mask": [1] * 12},
     ),
     "bert: a span": (partial(bert, hf.BertForQuestionAnswering), SPAN | {"token_type_ids": HALVES}),
     "bert: a span, a mask": (

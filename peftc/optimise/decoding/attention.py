@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftc.graph.ir import expression, is_tensor, value
+from peftc.graph.ir import value
+from peftc.graph.shared_heads import shared_by_both
 from peftc.optimise.shorten import ENDLESS
 
 aten = torch.ops.aten
@@ -54,42 +52,13 @@ def share_keys(graph: fx.Graph) -> None:
         mask = given.get("attn_mask")
         if mask is not None and value(mask).dim() != 4:
             continue
-        k, v = (_shared(given[name]) for name in ("key", "value"))
-        if k is None or v is None or str(value(k).shape[1]) != str(value(v).shape[1]):
-            k, v = given["key"], given["value"]
+        k, v = shared_by_both(given["key"], given["value"]) or (given["key"], given["value"])
         if mask is not None and mask not in masks:
             with graph.inserting_after(mask):
                 masks[mask] = graph.call_function(seen, (mask, value(given["query"]).dtype))
             masks[mask].meta = dict(mask.meta)
         node.target = attended
         node.args, node.kwargs = (given["query"], k, v, mask and masks[mask], given.get("scale")), {}
-
-
-def _shared(operand: fx.Node) -> fx.Node | None:
-    """[batch, shared, tokens, width] of which `operand` has each head several times in a row."""
-    steps = list(_up(operand))
-    kinds = [step.target for step in steps]
-    if kinds[:3] != [aten.reshape.default, aten.expand.default, aten.unsqueeze.default]:
-        return None
-    wide, alone = steps[1], steps[2]
-    source = alone.args[0]
-    assert isinstance(source, fx.Node)
-    expanded = [expression(size) for size in value(wide).shape]
-    own = [expression(size) for size in value(source).shape]
-    result = [expression(size) for size in value(operand).shape]
-    if len(own) != 4 or len(expanded) != 5 or alone.args[1] not in (2, -3):
-        return None
-    fits = [expanded[0], expanded[1], *expanded[3:]] == own and result == [own[0], own[1] * expanded[2], *own[2:]]
-    return source if fits else None
-
-
-def _up(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op == "call_function" and is_tensor(node):
-        yield node
-        source: Any = node.args[0]
-        if not isinstance(source, fx.Node):
-            return
-        node = source
 
 
 def drop_whole_slices(graph: fx.Graph) -> None:
