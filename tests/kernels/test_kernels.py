@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelcases import F32, F64, agree, learns, normal
+from kernelcases import F32, F64, agree, learns, normal, rotary_arguments
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.kernels import (
     cross_entropy,
     gated_activation,
     rms_norm,
+    rotary,
     seeded_dropout,
 )
 from peftc.kernels.common.activations import ACTIVATIONS
@@ -75,6 +76,39 @@ def test_gated_activation(activation: str, dtype: torch.dtype) -> None:
 def test_gated_activation_refuses_others() -> None:
     with pytest.raises(ValueError, match="silu"):
         ops.gated_activation(normal(2), normal(2), "swish")
+
+
+# --- rotary positions ---
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@given(st.integers(1, 3), st.booleans(), st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=3),
+       st.integers(1, 9))  # fmt: skip
+def test_rotary(dtype: torch.dtype, batch: int, alike: bool, tokens: int, heads: list[int], half: int) -> None:
+    """Of any number of tensors and any layout; angles need not be the same in both halves."""
+    sizes = (batch, 1 if alike else batch, tokens)
+    xs, cosine, sine = rotary_arguments(sizes, tuple(heads), 2 * half, dtype)
+    agree(
+        lambda *xs: ops.rotary(list(xs), cosine, sine), lambda *xs: rotary.reference(xs, cosine, sine), *xs,
+        tolerance=5e-2 if dtype == torch.bfloat16 else 1e-5,  # two roundings to 8 bits, of numbers up to 4
+    )  # fmt: skip
+
+
+def test_rotary_under_autocast_is_as_precise_as_its_angles() -> None:
+    (x,), cosine, sine = rotary_arguments((2, 1, 5), (3,), 8, F32)
+    narrow = x.detach().bfloat16().requires_grad_()
+    agree(
+        lambda x: ops.rotary([x], cosine, sine), lambda x: rotary.reference([x], cosine, sine), narrow, tolerance=2e-2
+    )
+    assert ops.rotary([narrow], cosine, sine)[0].dtype is F32
+
+
+def test_rotary_of_which_one_result_is_not_read() -> None:
+    xs, cosine, sine = rotary_arguments((2, 1, 5), (3, 2), 8, F32)
+    ops.rotary(xs, cosine, sine)[1].sum().backward()
+    assert xs[0].grad is None
+    expected = torch.autograd.grad(rotary.reference(xs, cosine, sine)[1].sum(), xs[1])[0]
+    torch.testing.assert_close(xs[1].grad, expected)
 
 
 # --- seeded dropout ---

@@ -122,6 +122,48 @@ def test_gated_activation_needs_equal_shapes_and_the_activation_for_itself() -> 
     assert reason == "silu is read by add, too"
 
 
+# ---- Rotary positions ------------------------------------------------------------------------------------------
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cosine + torch.cat([-x[..., half:], x[..., :half]], -1) * sine
+
+
+@given(batch=st.integers(2, 4), tokens=st.integers(2, 5), heads=st.integers(2, 4), half=st.integers(1, 5))
+@few
+def test_rotary(batch: int, tokens: int, heads: int, half: int) -> None:
+    """Queries and keys in one operation, and what is computed of a result in another."""
+
+    def function(case: Any, q: Tensor, k: Tensor) -> Tensor:
+        angle = case.angles.detach()
+        cosine, sine = angle.cos(), angle.sin()
+        return _turned(_turned(q, cosine, sine) + _turned(k, cosine, sine), cosine, sine)
+
+    inputs = number(batch, heads, tokens, 2 * half), number(batch, heads, tokens, 2 * half, seed=2)
+    fused = fires(Case(function, angles=(tokens, 2 * half)), inputs, (), rotary=1)
+    assert operations(fused).count("peftc.rotary.default") == 2
+
+
+def test_rotary_says_why_not() -> None:
+    def learning(case: Any, q: Tensor) -> Tensor:
+        return _turned(q, case.angles.cos(), case.angles.sin())
+
+    q = number(2, 3, 5, 8)
+    assert misses(Case(learning, angles=(5, 8)), (q,), ("angles",), "rotary") == "cos learns"
+
+    def unequal(case: Any, q: Tensor) -> Tensor:
+        return q * case.angles + torch.cat([-q[..., 3:], q[..., :3]], -1) * case.angles
+
+    reason = misses(Case(unequal, angles=(5, 8)), (q,), (), "rotary")
+    assert reason.startswith("what is turned of")
+
+    def across(case: Any, q: Tensor) -> Tensor:
+        return q * case.angles + torch.cat([-q[:, :, :, 4:], q[:, :, :, :4]], -2).reshape(q.shape) * case.angles
+
+    assert "rotary" not in str(operations(rewritten(Case(across, angles=(5, 8)), (q,), (), ["rotary"])[1]))
+
+
 def _new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
