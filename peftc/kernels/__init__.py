@@ -20,6 +20,7 @@ None or a tensor.
   elsewhere. Tokens with ignored labels cost nothing; 128 to 256 tokens a chunk are as fast as all at once
 - `adapter(x, residual?, down, down_bias?, up, up_bias?, scale, activation) -> (y, z)`: y = h + s (U act(z) + c) with
   z = D x + b, h = residual or x
+- `row_lengths(weight, a, b, scale, least) -> lengths`: |W + scale B A| of each row, no square less than `least`
 - `rows_of_batch(rows, batch) -> which` and `row_scales(which, owners[], ranks[], scales[]) -> [batch, ranks]`: of which
   task each row is, and so which columns of all tasks' low-rank branches are its own
 - `expert_linear(x, weight, ends) -> y`: as transformers' `grouped_mm_fallback`, but a frozen weight gets no gradient
@@ -36,11 +37,12 @@ import peftc.kernels.gated_activation as gated_activation
 import peftc.kernels.lora_linear as lora_linear
 import peftc.kernels.rms_norm as rms_norm
 import peftc.kernels.rotary as rotary
+import peftc.kernels.row_lengths as row_lengths
 import peftc.kernels.rows_of_batch as rows_of_batch
 import peftc.kernels.scaled_linear as scaled_linear
 import peftc.kernels.seeded_dropout as seeded_dropout
 
 __all__ = [
     "adapter", "cross_entropy", "dora_linear", "expert_linear", "expert_lora", "gated_activation", "lora_linear",
-    "rms_norm", "rotary", "rows_of_batch", "scaled_linear", "seeded_dropout",
+    "rms_norm", "rotary", "row_lengths", "rows_of_batch", "scaled_linear", "seeded_dropout",
 ]  # fmt: skip

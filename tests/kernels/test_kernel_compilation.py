@@ -29,6 +29,7 @@ from peftc.kernels.gpu import (
     lora_linear,
     rms_norm,
     rotary,
+    row_lengths,
     scaled_linear,
     seeded_dropout,
 )
@@ -103,6 +104,12 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "norm weight backward": lambda: rms_norm.weight_backward(x, x, d, rstd),
         "rotary": lambda: rotary.forward([heads, heads[:, :2]], heads[:1, :1], heads[:1, :1]),
         "rotary backward": lambda: rotary.backward([heads, heads[:, :2]], heads[:1, :1], heads[:1, :1]),
+        "lengths": lambda: row_lengths.forward(
+            wide, empty(16, 4096, dtype=dtype), empty(256, 16, dtype=dtype), 2.0, 0.0
+        ),
+        "lengths in fp32": lambda: row_lengths.forward(
+            wide, empty(256, 4096, dtype=F32), empty(256, 256, dtype=F32), 2.0, 0.0
+        ),
         "lora": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False)),
         "lora group": lambda: lora_linear.forward(*_lora(dtype, dtype, [576, 192, 192], 16, False, True)),
         "lora group of four": lambda: lora_linear.forward(*_lora(dtype, dtype, [576] * 4, 8, True, False)),

@@ -164,6 +164,36 @@ def test_rotary_says_why_not() -> None:
     assert "rotary" not in str(operations(rewritten(Case(across, angles=(5, 8)), (q,), (), ["rotary"])[1]))
 
 
+# ---- Lengths of rows -------------------------------------------------------------------------------------------
+
+
+def _lengths(case: Any, scale: float, square: float) -> Tensor:
+    a, b = case.a.detach(), case.b.detach()
+    own = torch.linalg.vector_norm(case.w, dim=1, dtype=torch.float32)
+    cross = (b * F.linear(case.w, a)).sum(1)
+    added = (b * (b @ (a @ a.t()))).sum(1)
+    return torch.as_tensor((own * own + 2 * scale * cross + square * added).clamp_min(1e-30).sqrt())
+
+
+@given(n_in=sizes, n_out=sizes, rank=st.integers(1, 4), scale=st.sampled_from([0.5, 1.0, 3.0]))
+@few
+def test_row_lengths(n_in: int, n_out: int, rank: int, scale: float) -> None:
+    def function(case: Any, x: Tensor) -> Tensor:
+        return F.linear(x, case.a) @ case.b.t() / _lengths(case, scale, scale**2)
+
+    model = Case(function, w=(n_out, n_in), a=(rank, n_in), b=(n_out, rank))
+    fires(model, (number(3, 4, n_in),), ("a", "b"), row_lengths=1)
+
+
+def test_row_lengths_says_why_not() -> None:
+    shapes: Any = {"w": (5, 7), "a": (2, 7), "b": (5, 2)}
+    x = number(2, 3, 5)
+    model = Case(lambda case, x: x / _lengths(case, 2.0, 3.0), **shapes)
+    assert misses(model, (x,), ("a", "b"), "row_lengths").startswith("its terms are scaled by 2 and by the root of 3")
+    model = Case(lambda case, x: x / _lengths(case, 2.0, 4.0), **shapes)
+    assert misses(model, (x,), ("a", "b", "w"), "row_lengths") == "w learns, too"
+
+
 def _new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import language as tl
 
 from peftc.kernels.common.shapes import rows
-from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, power_of_two, precision
+from peftc.kernels.gpu.launch import HALVES, TRITON_DTYPES, on_device, power_of_two, precision
 from peftc.kernels.gpu.lora_linear import GROUP, rank_block
 from peftc.kernels.gpu.random_bits import keeps, word_keys
 from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
@@ -227,7 +227,7 @@ def dora_backward(
         return NotImplemented
     n = len(weights)
     inner: list[Tensor | None] = [None] * n
-    dlengths = [torch.zeros_like(length) for length in lengths]
+    dlengths = [torch.empty_like(d) if i in used else torch.zeros_like(d) for i, d in enumerate(lengths)]
     wanted = []
     for i in used:
         grad, bias = grads[i], biases[i] if biases else None
@@ -246,7 +246,7 @@ def _hidden_gradients(members: Sequence[tuple[Tensor, Tensor, Tensor, float]]) -
     """dS_i of some members, in one launch: dy_i, B_i, dS_i and the scale of each."""
     grads, b, results, scales = map(list, zip(*members, strict=True))
     count, ranks, dtype = grads[0].shape[0], [B.shape[1] for B in b], b[0].dtype
-    height, width = power_of_two(count, 16, 64), rank_block(max(ranks), dtype)
+    height, width = power_of_two(count, 16, 64 if dtype in HALVES else 32), rank_block(max(ranks), dtype)
     programs = triton.cdiv(count, height) * sum(triton.cdiv(rank, width) for rank in ranks)
     if programs:
         hidden_gradient_kernel[(programs,)](

@@ -20,6 +20,7 @@ from peftc.kernels import (
     lora_linear,
     rms_norm,
     rotary,
+    row_lengths,
     scaled_linear,
     seeded_dropout,
 )
@@ -32,6 +33,7 @@ from peftc.kernels.gpu import lora_backward as gpu_lora_backward
 from peftc.kernels.gpu import lora_linear as gpu_lora
 from peftc.kernels.gpu import rms_norm as gpu_norm
 from peftc.kernels.gpu import rotary as gpu_rotary
+from peftc.kernels.gpu import row_lengths as gpu_lengths
 from peftc.kernels.gpu import scaled_linear as gpu_scaled
 from peftc.kernels.gpu import seeded_dropout as gpu_dropout
 
@@ -192,6 +194,17 @@ def mixed_lora_backward(dtype: torch.dtype) -> None:
     grads: Any = [normal(*y.shape, dtype=dtype, seed=6) for y in outputs]
     arguments: Any = (grads, x, hidden, weights, a, b, scales, False, None, 0.0, 0, [True] * 5)
     agree_values(gpu_lora_backward.backward(*arguments), lora_linear.backward(*arguments))
+
+
+@case
+def lengths_of_rows(dtype: torch.dtype) -> None:
+    """Of factors as narrow as the weight, and wider ones; the first row is cancelled out."""
+    for n_out, n_in, rank in ((1, 5, 1), (37, 300, 16), (130, 33, 70)):
+        for inner in (dtype, torch.float32):
+            weight, b = normal(n_out, n_in, dtype=dtype), normal(n_out, rank, dtype=inner)
+            weight[0], b[0] = 0, 0
+            arguments: Any = (weight, normal(rank, n_in, dtype=inner), b, 0.3, 2.0**-12)
+            agree_values(gpu_lengths.forward(*arguments), row_lengths.reference(*arguments))
 
 
 @case

@@ -115,6 +115,10 @@ def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
         ),
         "rotary": (ops.rotary, rotary_arguments((2, 1, 5), (4, 2), 8, dtype)),
+        "row_lengths": (
+            ops.row_lengths,
+            (learns(7, 5, dtype=dtype), learns(2, 5, dtype=dtype), learns(7, 2, dtype=dtype), 0.5, 1e-30),
+        ),
         "seeded_dropout": (ops.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
         "lora_linear": (ops.lora_linear, _lora_arguments(dtype=dtype)),
         "lora_linear_dropout": (ops.lora_linear, _lora_arguments(seed, dtype)),
