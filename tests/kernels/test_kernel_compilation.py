@@ -72,14 +72,16 @@ def _backward(arguments: Any) -> Any:
     x, weights, _, a, b, *rest = arguments
     hidden = empty(x.shape[0], sum(A.shape[0] for A in a), dtype=a[0].dtype)
     grads = [empty(x.shape[0], B.shape[0], dtype=x.dtype) for B in b]
-    return lora_backward.backward(grads, x, hidden, weights, a, b, *rest, [True] * (1 + 2 * len(a)))
+    given: Any = (grads, x, hidden, weights, a, b, *rest, [True] * (1 + 2 * len(a)))
+    return lora_backward.backward(*given)
 
 
 def _dora_backward(dtype: torch.dtype) -> Any:
     x, weights, _, a, b, *rest = _lora(dtype, dtype, [1536, 1536], 16, False, True)
     hidden, wide = empty(x.shape[0], 32, dtype=dtype), [empty(x.shape[0], 1536, dtype=dtype)] * 2
     d = [empty(1536, dtype=dtype)] * 2
-    return lora_backward.dora_backward(wide, x, wide, hidden, weights, [d[0], None], a, b, d, *rest, [True] * 7)
+    given: Any = (wide, x, wide, hidden, weights, [d[0], None], a, b, d, *rest, [True] * 7)
+    return lora_backward.dora_backward(*given)
 
 
 def _four_bits(dtype: torch.dtype, double: bool) -> Any:

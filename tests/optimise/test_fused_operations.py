@@ -147,19 +147,20 @@ def test_rotary(batch: int, tokens: int, heads: int, half: int) -> None:
 
 def test_rotary_says_why_not() -> None:
     def learning(case: Any, q: Tensor) -> Tensor:
-        return _turned(q, case.angles.cos(), case.angles.sin())
+        return _turned(q, torch.cos(case.angles), torch.sin(case.angles))
 
     q = number(2, 3, 5, 8)
     assert misses(Case(learning, angles=(5, 8)), (q,), ("angles",), "rotary") == "cos learns"
 
     def unequal(case: Any, q: Tensor) -> Tensor:
-        return q * case.angles + torch.cat([-q[..., 3:], q[..., :3]], -1) * case.angles
+        return torch.as_tensor(q * case.angles + torch.cat([-q[..., 3:], q[..., :3]], -1) * case.angles)
 
     reason = misses(Case(unequal, angles=(5, 8)), (q,), (), "rotary")
     assert reason.startswith("what is turned of")
 
     def across(case: Any, q: Tensor) -> Tensor:
-        return q * case.angles + torch.cat([-q[:, :, :, 4:], q[:, :, :, :4]], -2).reshape(q.shape) * case.angles
+        turned = torch.cat([-q[:, :, :, 4:], q[:, :, :, :4]], -2).reshape(q.shape)
+        return torch.as_tensor(q * case.angles + turned * case.angles)
 
     assert "rotary" not in str(operations(rewritten(Case(across, angles=(5, 8)), (q,), (), ["rotary"])[1]))
 
@@ -179,7 +180,7 @@ def _lengths(case: Any, scale: float, square: float) -> Tensor:
 @few
 def test_row_lengths(n_in: int, n_out: int, rank: int, scale: float) -> None:
     def function(case: Any, x: Tensor) -> Tensor:
-        return F.linear(x, case.a) @ case.b.t() / _lengths(case, scale, scale**2)
+        return torch.as_tensor(F.linear(x, case.a) @ case.b.t() / _lengths(case, scale, scale**2))
 
     model = Case(function, w=(n_out, n_in), a=(rank, n_in), b=(n_out, rank))
     fires(model, (number(3, 4, n_in),), ("a", "b"), row_lengths=1)

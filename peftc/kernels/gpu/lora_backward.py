@@ -20,7 +20,6 @@ from peftc.kernels.gpu.random_bits import keeps, word_keys
 from peftc.kernels.seeded_dropout import dropped_levels, kept_scale
 
 COLUMNS = 64  # numbers of a row that a program works on
-TOKENS = 64  # rows that are multiplied at a time, where rows are what is summed over
 
 
 @triton.jit
@@ -274,7 +273,7 @@ def _factor_gradients(
             *_filled(xs), *_filled(narrow), *_filled(results), *_filled(list(map(float, scales))), *_filled(widths),
             *_filled(ranks), xs[0] if seed is None else seed, salt, dropped_levels(p), count, narrow[0].stride(0),
             MEMBERS=len(xs), DROPOUT=seed is not None, TURNED=turned, WIDE=COLUMNS, RANK=width,
-            DEPTH=rank_block(TOKENS, dtype), PRECISION=precision(dtype), num_warps=4, enable_fp_fusion=True,
+            DEPTH=64 if dtype in HALVES else 16, PRECISION=precision(dtype), num_warps=4, enable_fp_fusion=True,
             num_stages=2,
         )  # fmt: skip
 

@@ -51,9 +51,9 @@ def rotary_kernel(
     else:
         result1 = first * cosine1 - second * sine1
         result2 = second * cosine2 + first * sine2
-    place = y + (batch * yb + head * yh + token * yt)[:, None] + column
-    tl.store(place, result1.to(y.dtype.element_ty), mask=inside)
-    tl.store(place + half, result2.to(y.dtype.element_ty), mask=inside)
+    target = y + (batch * yb + head * yh + token * yt)[:, None] + column
+    tl.store(target, result1.to(y.dtype.element_ty), mask=inside)
+    tl.store(target + half, result2.to(y.dtype.element_ty), mask=inside)
 
 
 def forward(xs: Sequence[Tensor], cosine: Tensor, sine: Tensor) -> list[Tensor]:

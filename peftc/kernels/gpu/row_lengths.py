@@ -6,10 +6,10 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from peftc.kernels.gpu.launch import TRITON_DTYPES, on_device, precision
+from peftc.kernels.gpu.launch import HALVES, TRITON_DTYPES, on_device, precision
 from peftc.kernels.gpu.lora_linear import rank_block
 
-ROWS, WIDE = 16, 128
+ROWS = 16
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def forward(weight: Tensor, a: Tensor, b: Tensor, scale: float, least: float) ->
     with on_device(weight):
         length_kernel[(triton.cdiv(n_out, ROWS),)](
             weight.contiguous(), a.contiguous(), b.contiguous(), lengths, float(scale), float(least), n_out, n_in, rank,
-            ROWS=ROWS, WIDE=WIDE, RANK=rank_block(rank, a.dtype), PRECISION=precision(a.dtype), num_warps=4,
-            enable_fp_fusion=True,
+            ROWS=ROWS, WIDE=128 if a.dtype in HALVES else 64, RANK=rank_block(rank, a.dtype),
+            PRECISION=precision(a.dtype), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return lengths
