@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from peftc.kernels.row_lengths import SHRUNK
 from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
 # The length of a row of zeros, which is divided by; its square is a normal number of float32.
 SMALLEST = 2.0**-63
-SHRUNK = 2.0**-8
 
 
 @method

@@ -147,6 +147,20 @@ class _Anything(Pattern):
 
 
 @dataclass(frozen=True)
+class _Several(Pattern):
+    members: tuple[Pattern, ...]
+
+    @cached_property
+    def size(self) -> int:
+        return sum(map(_size, self.members))
+
+    def fits(self, found: object, state: _State) -> bool:
+        if not isinstance(found, list | tuple) or len(found) != len(self.members):
+            return state.fail(f"{found} is no list of {len(self.members)}", found)
+        return all(member.fits(item, state) for member, item in zip(self.members, found, strict=True))
+
+
+@dataclass(frozen=True)
 class _Number(Pattern):
     label: str | None
     near: float | None
@@ -297,6 +311,11 @@ def value(name: str | None = None, where: Callable[[fx.Node], str | None] | None
 def anything(name: str) -> Pattern:
     """Any argument at all: a flag, a list, a node."""
     return _Anything(name)
+
+
+def several(*members: Pattern) -> Pattern:
+    """A list of as many arguments, in this order."""
+    return _Several(members)
 
 
 def number(name: str | None = None, near: float | None = None) -> Pattern:

@@ -56,7 +56,7 @@ def _(
     return lora_linear.shapes(x, weights, biases, a, b, scales)
 
 
-@operation("dora_linear_backward", ("cpu", "cuda"))
+@operation("dora_linear_backward")
 def dora_linear_backward(
     grads: list[Tensor | None], x: Tensor, outputs: list[Tensor], hidden: Tensor, weights: list[Tensor],
     biases: list[Tensor | None], a: list[Tensor], b: list[Tensor], lengths: list[Tensor], scales: list[float],
@@ -176,3 +176,4 @@ def _backward_flops(
 
 
 on_cuda(dora_linear, "lora_linear", "dora_forward")
+on_cuda(dora_linear_backward, "lora_backward", "dora_backward")

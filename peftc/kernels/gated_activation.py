@@ -38,9 +38,19 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 @operation("gated_activation_backward")
 def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dgate = grad * up * act'(gate) and dup = grad * act(gate), with no temporary beside the two."""
-    dup = activate_into(gate, activation, like(gate)).mul_(grad)
+    return backward_of(grad, gate, up, activate_into(gate, activation, like(gate)), activation)
+
+
+def again(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(gate) * up, and act(gate) for `backward_of`."""
+    activated = activate_into(gate, activation, like(gate))
+    return torch.mul(activated, up, out=like(gate)), activated
+
+
+def backward_of(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """As `gated_activation_backward`, with act(gate), which is written over."""
     dgate = torch.mul(grad, up, out=like(gate))
-    return differentiate_(dgate, gate, activation), dup
+    return differentiate_(dgate, gate, activation), activated.mul_(grad)
 
 
 @gated_activation_backward.register_fake

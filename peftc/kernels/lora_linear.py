@@ -130,7 +130,7 @@ def shapes(
     return [*outputs, x.new_empty((*x.shape[:-1], sum(A.shape[0] for A in a)), dtype=a[0].dtype)]
 
 
-@operation("lora_linear_backward", ("cpu", "cuda"))
+@operation("lora_linear_backward")
 def lora_linear_backward(
     grads: list[Tensor | None], x: Tensor, hidden: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
     scales: list[float], transposed: bool, seed: Tensor | None, p: float, salt: int, needs: list[bool],
@@ -210,7 +210,7 @@ def _branch_gradients(
 def _branch_gradients_on_cuda(
     dx: Tensor | None, x: Tensor | None, dhidden: Tensor, a: Tensor, seed: Tensor, p: float, salt: int
 ) -> Tensor | None:
-    from peftc.kernels.gpu import lora_linear as gpu
+    from peftc.kernels.gpu import lora_backward as gpu
 
     if dx is not None:
         gpu.add_input_gradient_(dx, dhidden, a, seed, p, salt)
@@ -333,3 +333,4 @@ def backward_flops(
 
 
 on_cuda(lora_linear, "lora_linear", "forward")
+on_cuda(lora_linear_backward, "lora_backward", "backward")

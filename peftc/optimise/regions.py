@@ -21,15 +21,14 @@ from torch.overrides import _get_current_function_mode_stack
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Span
-from peftc.graph.ir import get_attribute, is_mutable, is_tensor, value
-from peftc.kernels.common.operation import autocast_dtype, call_directly, first_derivative
-from peftc.kernels.common.products import product
+from peftc.graph.ir import get_attribute, is_mutable, is_tensor
+from peftc.kernels.common.operation import autocast_dtype, first_derivative
 from peftc.optimise.errors import CannotCheckpoint
 from peftc.optimise.joint import Joint, Lifted, joint, lifted
+from peftc.optimise.on_cpu import on_cpu
 from peftc.optimise.partition import partitioned
 from peftc.optimise.two_passes import Passes, split
 
-aten = torch.ops.aten
 MOST = 256  # programs that are remembered: a model has a few kinds of blocks
 RECOMPUTED = "peftc recomputed"
 LOCK = threading.RLock()
@@ -203,24 +202,13 @@ def program(kind: Kind, holder: _Holder) -> Program:
     passes = split(both, free, recompute_all=kind.recompute_all)
     if kind.device.type == "cpu":
         for half in (passes.forward, passes.backward):
-            _multiply_fast(half)
-            call_directly(half)
+            on_cpu(half)
     empty = nn.Module()
     return Program(
         fx.GraphModule(empty, passes.forward).forward,
         fx.GraphModule(empty, passes.backward).forward,
         passes, len(both.outputs), both.differentiable, kind.needs,
     )  # fmt: skip
-
-
-def _multiply_fast(graph: fx.Graph) -> None:
-    """Gives the products that no kernel has to the sooner library."""
-    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        node.target = product
-    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-        bias, left, right = node.args
-        if not node.kwargs and isinstance(bias, fx.Node) and value(bias).dim() == 1:
-            node.target, node.args = product, (left, right, bias)
 
 
 def _shape(node: fx.Node) -> tuple[str, torch.dtype] | None:

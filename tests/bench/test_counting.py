@@ -161,23 +161,25 @@ def test_fused_branches_are_two_kernels() -> None:
 
 
 def test_what_is_added_to_is_read_too() -> None:
-    from peftc.kernels.gpu import lora_linear
+    from peftc.kernels.gpu import lora_backward
 
     dx, narrow, a, seed = empty(8, 6), empty(8, 2), empty(2, 6), empty(dtype=torch.int64)
     meter = Meter()
     with intercepted(meter.launched):
-        lora_linear.add_input_gradient_(dx, narrow, a, seed, 0.1, 0)
+        lora_backward.add_input_gradient_(dx, narrow, a, seed, 0.1, 0)
     (launch,) = meter.launches
-    assert launch == Launch("lora_linear.input_gradient_kernel", F32 * (48 + 16 + 12) + LONG, F32 * 48)
+    assert launch == Launch("lora_backward.input_gradient_kernel", F32 * (48 + 16 + 12) + LONG, F32 * 48)
 
 
 def test_an_operation_within_another_is_a_part_of_it() -> None:
-    """Dropout in the gradient of a LoRA linear's A: the masked x is made again, by an operation of its own."""
-    x, weight, a, b, seed = empty(8, 6), empty(10, 6), empty(2, 6), empty(10, 2), empty(dtype=torch.int64)
+    """Dropout in fp64's gradient of a LoRA linear's A: the masked x is made again, by an operation of its own."""
+    shapes = (8, 6), (8, 2), (10, 6), (2, 6), (10, 2), (8, 10)
+    x, hidden, weight, a, b, grad = (empty(*shape, dtype=torch.float64) for shape in shapes)
+    seed = empty(dtype=torch.int64)
     found = counted(lambda: torch.ops.peftc.lora_linear_backward(
-        [empty(8, 10)], x, empty(8, 2), [weight], [a], [b], [1.0], False, seed, 0.1, 0, [False, True, False]
+        [grad], x, hidden, [weight], [a], [b], [1.0], False, seed, 0.1, 0, [False, True, False]
     ))  # fmt: skip
-    assert found[("seeded_dropout.dropout_kernel", F32 * 48 + LONG, F32 * 48, 0)] == 1
+    assert found[("seeded_dropout.dropout_kernel", 2 * F32 * 48 + LONG, 2 * F32 * 48, 0)] == 1
 
 
 def test_a_kernel_without_products_by_formula_is_counted_in_both_passes() -> None:

@@ -25,8 +25,11 @@ from peftc.kernels.gpu import (
     adapter,
     dequantize,
     gated_activation,
+    lora_backward,
     lora_linear,
     rms_norm,
+    rotary,
+    row_lengths,
     scaled_linear,
     seeded_dropout,
 )
@@ -65,6 +68,22 @@ def _dora(dtype: torch.dtype) -> Any:
     return lora_linear.dora_forward(*arguments)
 
 
+def _backward(arguments: Any) -> Any:
+    x, weights, _, a, b, *rest = arguments
+    hidden = empty(x.shape[0], sum(A.shape[0] for A in a), dtype=a[0].dtype)
+    grads = [empty(x.shape[0], B.shape[0], dtype=x.dtype) for B in b]
+    given: Any = (grads, x, hidden, weights, a, b, *rest, [True] * (1 + 2 * len(a)))
+    return lora_backward.backward(*given)
+
+
+def _dora_backward(dtype: torch.dtype) -> Any:
+    x, weights, _, a, b, *rest = _lora(dtype, dtype, [1536, 1536], 16, False, True)
+    hidden, wide = empty(x.shape[0], 32, dtype=dtype), [empty(x.shape[0], 1536, dtype=dtype)] * 2
+    d = [empty(1536, dtype=dtype)] * 2
+    given: Any = (wide, x, wide, hidden, weights, [d[0], None], a, b, d, *rest, [True] * 7)
+    return lora_backward.dora_backward(*given)
+
+
 def _four_bits(dtype: torch.dtype, double: bool) -> Any:
     packed, absmax = empty(576 * 288, 1, dtype=torch.uint8), empty(576 * 9, dtype=torch.uint8 if double else F32)
     nested, offset = (empty(21, dtype=F32), empty(dtype=F32)) if double else (None, None)
@@ -77,6 +96,7 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     x, wide, d = empty(256, 576, dtype=dtype), empty(256, 4096, dtype=dtype), empty(576, dtype=dtype)
     rstd, seed = torch.empty(256, 1), torch.tensor(1)
     down, up = empty(48, 576, dtype=dtype), empty(576, 48, dtype=dtype)
+    heads = empty(2, 128, 8, 128, dtype=dtype).transpose(1, 2)
     result: dict[str, Callable[[], Any]] = {
         "dropout": lambda: seeded_dropout.seeded_dropout(x, seed, 0.1, 1),
         "norm": lambda: rms_norm.forward(x, d, 1e-5, True),
@@ -84,6 +104,14 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "norm backward": lambda: rms_norm.backward(x, x, d, rstd),
         "norm 4096 backward": lambda: rms_norm.backward(wide, wide, None, rstd),
         "norm weight backward": lambda: rms_norm.weight_backward(x, x, d, rstd),
+        "rotary": lambda: rotary.forward([heads, heads[:, :2]], heads[:1, :1], heads[:1, :1]),
+        "rotary backward": lambda: rotary.backward([heads, heads[:, :2]], heads[:1, :1], heads[:1, :1]),
+        "lengths": lambda: row_lengths.forward(
+            wide, empty(16, 4096, dtype=dtype), empty(256, 16, dtype=dtype), 2.0, 0.0
+        ),
+        "lengths in fp32": lambda: row_lengths.forward(
+            wide, empty(256, 4096, dtype=F32), empty(256, 256, dtype=F32), 2.0, 0.0
+        ),
         "lora": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False)),
         "lora group": lambda: lora_linear.forward(*_lora(dtype, dtype, [576, 192, 192], 16, False, True)),
         "lora group of four": lambda: lora_linear.forward(*_lora(dtype, dtype, [576] * 4, 8, True, False)),
@@ -97,7 +125,11 @@ def subjects(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "lora r 1": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536, 1], 1, False, True)),
         "lora of 30 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 30)),
         "lora of 64 tokens": lambda: lora_linear.forward(*_lora(dtype, dtype, [1536], 16, False, False, 64)),
-        "lora input gradient": lambda: lora_linear.add_input_gradient_(
+        "lora backward": lambda: _backward(_lora(dtype, dtype, [576, 192, 192], 16, False, False)),
+        "lora backward in fp32": lambda: _backward(_lora(dtype, F32, [1536], 16, False, True)),
+        "lora backward r 256": lambda: _backward(_lora(dtype, dtype, [1536], 256, False, False)),
+        "dora backward": lambda: _dora_backward(dtype),
+        "lora input gradient": lambda: lora_backward.add_input_gradient_(
             x, empty(256, 48, dtype=dtype), down, seed, 0.1, 0
         ),
         "adapter": lambda: adapter.forward(x, None, down, None, up, None, 1.0, "relu"),

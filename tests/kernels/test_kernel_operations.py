@@ -61,14 +61,19 @@ class Wrapper(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if self.name == "gated_activation":
             return self.op(x, x * 2, *self.rest[1:])
+        if self.name == "rotary":
+            heads = x[:, None]
+            return self.op([heads, 2 * heads], heads.detach().cos(), heads.detach().sin())
+        if self.name == "row_lengths":
+            return self.op(x, self.rest[0], 2 * x[:, :2], *self.rest[2:])
         if self.name == "cross_entropy":
             return self.op(x, self.rest[0], None, torch.zeros_like(x[:, 0], dtype=torch.int64), *self.rest[3:])
         return self.op(x, *self.rest)
 
 
 def _sizes(name: str) -> tuple[Tensor, Tensor]:
-    width = subjects(F32)[name][1][0].shape[-1]
-    flat = name in ("cross_entropy", "expert_linear", "expert_lora")
+    width = pytree.tree_leaves(subjects(F32)[name][1])[0].shape[-1]
+    flat = name in ("cross_entropy", "expert_linear", "expert_lora", "row_lengths")
     shapes = [(6, width), (7, width)] if flat else [(2, 3, width), (4, 5, width)]
     return learns(*shapes[0]), learns(*shapes[1])
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelcases import F32, F64, agree, learns, normal
+from kernelcases import F32, F64, agree, learns, normal, rotary_arguments
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.kernels import (
     cross_entropy,
     gated_activation,
     rms_norm,
+    rotary,
+    row_lengths,
     seeded_dropout,
 )
 from peftc.kernels.common.activations import ACTIVATIONS
@@ -75,6 +77,65 @@ def test_gated_activation(activation: str, dtype: torch.dtype) -> None:
 def test_gated_activation_refuses_others() -> None:
     with pytest.raises(ValueError, match="silu"):
         ops.gated_activation(normal(2), normal(2), "swish")
+
+
+# --- rotary positions ---
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@given(st.integers(1, 3), st.booleans(), st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=3),
+       st.integers(1, 9))  # fmt: skip
+def test_rotary(dtype: torch.dtype, batch: int, alike: bool, tokens: int, heads: list[int], half: int) -> None:
+    """Of any number of tensors and any layout; angles need not be the same in both halves."""
+    sizes = (batch, 1 if alike else batch, tokens)
+    xs, cosine, sine = rotary_arguments(sizes, tuple(heads), 2 * half, dtype)
+    agree(
+        lambda *xs: ops.rotary(list(xs), cosine, sine), lambda *xs: rotary.reference(xs, cosine, sine), *xs,
+        tolerance=5e-2 if dtype == torch.bfloat16 else 1e-5,  # two roundings to 8 bits, of numbers up to 4
+    )  # fmt: skip
+
+
+def test_rotary_under_autocast_is_as_precise_as_its_angles() -> None:
+    (x,), cosine, sine = rotary_arguments((2, 1, 5), (3,), 8, F32)
+    narrow = x.detach().bfloat16().requires_grad_()
+    agree(
+        lambda x: ops.rotary([x], cosine, sine), lambda x: rotary.reference([x], cosine, sine), narrow, tolerance=2e-2
+    )
+    assert ops.rotary([narrow], cosine, sine)[0].dtype is F32
+
+
+def test_rotary_of_which_one_result_is_not_read() -> None:
+    xs, cosine, sine = rotary_arguments((2, 1, 5), (3, 2), 8, F32)
+    ops.rotary(xs, cosine, sine)[1].sum().backward()
+    assert xs[0].grad is None
+    expected = torch.autograd.grad(rotary.reference(xs, cosine, sine)[1].sum(), xs[1])[0]
+    torch.testing.assert_close(xs[1].grad, expected)
+
+
+# --- lengths of rows ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inner"), [(F64, F64), (F32, F64), (F32, F32), (torch.bfloat16, F32), (torch.float16, F32)]
+)
+@given(n_out=st.integers(1, 9), n_in=st.integers(1, 40), rank=st.integers(1, 5))
+def test_row_lengths(dtype: torch.dtype, inner: torch.dtype, n_out: int, n_in: int, rank: int) -> None:
+    """Of a weight that is narrower than its factors, too, whose product with A is in its own precision."""
+    weight, a, b = (
+        normal(*s, dtype=t) for s, t in (((n_out, n_in), dtype), ((rank, n_in), inner), ((n_out, rank), inner))
+    )
+    ours, theirs = ops.row_lengths(weight, a, b, 0.5, 1e-30), row_lengths.reference(weight, a, b, 0.5, 1e-30)
+    assert ours.dtype is inner
+    # of the square: what is added may all but cancel a row, and the product with A is rounded to 8 or 11 bits
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5 if dtype is F32 else 1e-12)
+    size = (weight.abs().to(inner) + 0.5 * b.abs() @ a.abs()).square().sum(1)
+    assert ((ours.square() - theirs.square()).abs() <= rounding * size).all()
+
+
+def test_a_row_of_zeros_has_the_least_length() -> None:
+    weight, a, b = normal(3, 5), normal(2, 5), normal(3, 2)
+    weight[1], b[1] = 0, 0
+    assert ops.row_lengths(weight, a, b, 0.5, 2.0**-126)[1] == 2.0**-63
 
 
 # --- seeded dropout ---

@@ -80,8 +80,43 @@ def test_the_soonest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(time, clock, lambda: passed[0])
     for ways, expected in (((slow, sooner), sooner), ((sooner, slow), sooner), ((sooner, hardly), sooner)):
         products._tried.cache_clear()
-        assert products._tried(ways, 2, 16, 16, 1, True, 1) is expected
+        assert products._tried(ways, 2, 16, 16, 1, True, False, 1) is expected
     products._tried.cache_clear()
+
+
+def test_a_way_that_is_sooner_once_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else is at work takes half of the clock for the first rounds of torch's own way, and then for both's."""
+    passed, calls = [0.0], [0]
+
+    def plain(left: Tensor, right: Tensor) -> Tensor:
+        calls[0] += 1
+        passed[0] += 2.0 if calls[0] <= products.ROUNDS else 1.0 + calls[0] % 2
+        return left @ right
+
+    def no_sooner(left: Tensor, right: Tensor) -> Tensor:
+        passed[0] += 1.0 + calls[0] // 2 % 2
+        return left @ right
+
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: passed[0])
+    products._tried.cache_clear()
+    assert products._tried((plain, no_sooner), 2, 16, 16, 1, True, False, 1) is plain
+    products._tried.cache_clear()
+
+
+@pytest.mark.parametrize("found", [products._plain, products._onednn])
+def test_what_adding_costs_beside_a_way_is_tried_with_it(monkeypatch: pytest.MonkeyPatch, found: products.Way) -> None:
+    asked = []
+
+    def soonest(*key: object) -> products.Way:
+        asked.append(key[5])
+        return found
+
+    monkeypatch.setattr(products, "_soonest", soonest)
+    left, right = drawn(7, 260, 310, right_turned=True)
+    near(product(left, right), left @ right, left, right)
+    near(add_product_(torch.ones(7, 310), left, right), 1 + left @ right, left, right)
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,79 @@ def test_gated_activation_needs_equal_shapes_and_the_activation_for_itself() -> 
     assert reason == "silu is read by add, too"
 
 
+# ---- Rotary positions ------------------------------------------------------------------------------------------
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cosine + torch.cat([-x[..., half:], x[..., :half]], -1) * sine
+
+
+@given(batch=st.integers(2, 4), tokens=st.integers(2, 5), heads=st.integers(2, 4), half=st.integers(1, 5))
+@few
+def test_rotary(batch: int, tokens: int, heads: int, half: int) -> None:
+    """Queries and keys in one operation, and what is computed of a result in another."""
+
+    def function(case: Any, q: Tensor, k: Tensor) -> Tensor:
+        angle = case.angles.detach()
+        cosine, sine = angle.cos(), angle.sin()
+        return _turned(_turned(q, cosine, sine) + _turned(k, cosine, sine), cosine, sine)
+
+    inputs = number(batch, heads, tokens, 2 * half), number(batch, heads, tokens, 2 * half, seed=2)
+    fused = fires(Case(function, angles=(tokens, 2 * half)), inputs, (), rotary=1)
+    assert operations(fused).count("peftc.rotary.default") == 2
+
+
+def test_rotary_says_why_not() -> None:
+    def learning(case: Any, q: Tensor) -> Tensor:
+        return _turned(q, torch.cos(case.angles), torch.sin(case.angles))
+
+    q = number(2, 3, 5, 8)
+    assert misses(Case(learning, angles=(5, 8)), (q,), ("angles",), "rotary") == "cos learns"
+
+    def unequal(case: Any, q: Tensor) -> Tensor:
+        return torch.as_tensor(q * case.angles + torch.cat([-q[..., 3:], q[..., :3]], -1) * case.angles)
+
+    reason = misses(Case(unequal, angles=(5, 8)), (q,), (), "rotary")
+    assert reason.startswith("what is turned of")
+
+    def across(case: Any, q: Tensor) -> Tensor:
+        turned = torch.cat([-q[:, :, :, 4:], q[:, :, :, :4]], -2).reshape(q.shape)
+        return torch.as_tensor(q * case.angles + turned * case.angles)
+
+    assert "rotary" not in str(operations(rewritten(Case(across, angles=(5, 8)), (q,), (), ["rotary"])[1]))
+
+
+# ---- Lengths of rows -------------------------------------------------------------------------------------------
+
+
+def _lengths(case: Any, scale: float, square: float) -> Tensor:
+    a, b = case.a.detach(), case.b.detach()
+    own = torch.linalg.vector_norm(case.w, dim=1, dtype=torch.float32)
+    cross = (b * F.linear(case.w, a)).sum(1)
+    added = (b * (b @ (a @ a.t()))).sum(1)
+    return torch.as_tensor((own * own + 2 * scale * cross + square * added).clamp_min(1e-30).sqrt())
+
+
+@given(n_in=sizes, n_out=sizes, rank=st.integers(1, 4), scale=st.sampled_from([0.5, 1.0, 3.0]))
+@few
+def test_row_lengths(n_in: int, n_out: int, rank: int, scale: float) -> None:
+    def function(case: Any, x: Tensor) -> Tensor:
+        return torch.as_tensor(F.linear(x, case.a) @ case.b.t() / _lengths(case, scale, scale**2))
+
+    model = Case(function, w=(n_out, n_in), a=(rank, n_in), b=(n_out, rank))
+    fires(model, (number(3, 4, n_in),), ("a", "b"), row_lengths=1)
+
+
+def test_row_lengths_says_why_not() -> None:
+    shapes: Any = {"w": (5, 7), "a": (2, 7), "b": (5, 2)}
+    x = number(2, 3, 5)
+    model = Case(lambda case, x: x / _lengths(case, 2.0, 3.0), **shapes)
+    assert misses(model, (x,), ("a", "b"), "row_lengths").startswith("its terms are scaled by 2 and by the root of 3")
+    model = Case(lambda case, x: x / _lengths(case, 2.0, 4.0), **shapes)
+    assert misses(model, (x,), ("a", "b", "w"), "row_lengths") == "w learns, too"
+
+
 def _new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 

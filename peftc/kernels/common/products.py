@@ -4,7 +4,8 @@ In fp32 on the CPU a product can be had of two libraries, and turned: (left righ
 and either library may take half or twice the time for it. Which is soonest differs by maker, by shape and by layout
 (for 16 rows oneDNN needs as long as for 8; MKL's product of two rows, turned, is sooner than its product with a vector
 on an AMD processor). So each class of products is tried when it is first met, for some milliseconds, and what was found
-is kept for the process. The ways differ in the order of their sums alone.
+is kept for the process. The ways differ in the order of their sums alone. Another way than torch's own has to be sooner
+time and again, in turn with it: beside a busy neighbour a single trial may be off by half.
 
 All is left to torch's own `mm` where `torch.use_deterministic_algorithms(True)` asks for the same bits in each run.
 """
@@ -24,6 +25,9 @@ ROUNDS = 3
 BETTER = 0.95  # of the time of the plain way: less is noise
 COLD = 1 << 23  # numbers of the matrices that a product of few rows is tried on: more than caches hold
 HOPELESS = 1.2  # times as long as the soonest: no further round
+# By how many turns more than it loses a way has to win, and how many it may lose more than it wins: one that is no
+# sooner wins four turns in ten by chance, and eight more than it loses once in fifty trials.
+WON, LOST = 8, 2
 FEW, MANY = 32, 256  # rows: up to FEW, reading `right` is what takes time; above MANY, no more changes
 WORK = 1 << 28  # multiplications of a product that is tried; a larger one is like it
 
@@ -78,12 +82,15 @@ def product(
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right."""
-    way = way_of(left, right)
+    return _add_(total, left, right, way_of(left, right, adds=True))
+
+
+def _add_(total: Tensor, left: Tensor, right: Tensor, way: Way) -> Tensor:
     return total.addmm_(left, right) if way is _plain else total.add_(way(left, right))
 
 
-def way_of(left: Tensor, right: Tensor, unpacked: bool = False) -> Way:
-    """How to multiply [m, k] and [k, n]; what it gives is contiguous, [m, n]."""
+def way_of(left: Tensor, right: Tensor, unpacked: bool = False, adds: bool = False) -> Way:
+    """How to multiply [m, k] and [k, n]; what it gives is contiguous, [m, n]. `adds`: it is added to a matrix."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # which have ways of their own
         return _plain
     if left.dtype not in WIDE or right.dtype is not left.dtype or left.device.type != "cpu":
@@ -98,7 +105,7 @@ def way_of(left: Tensor, right: Tensor, unpacked: bool = False) -> Way:
     if not (right.t() if right_turned else right).is_contiguous():
         return plain
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    return _soonest(_rows(rows), inner, columns, right_turned, unpacked, onednn, threads)
+    return _soonest(_rows(rows), inner, columns, right_turned, unpacked, adds, onednn, threads)
 
 
 def _rows(rows: int) -> int:
@@ -108,7 +115,7 @@ def _rows(rows: int) -> int:
 
 @cache
 def _soonest(
-    rows: int, inner: int, columns: int, right_turned: bool, unpacked: bool, onednn: bool, threads: int
+    rows: int, inner: int, columns: int, right_turned: bool, unpacked: bool, adds: bool, onednn: bool, threads: int
 ) -> Way:
     """The soonest way for a class of products; the plain one unless another is clearly sooner."""
     ways = [_vector, _twice] if rows == 1 and right_turned else [_plain, _turned]
@@ -118,7 +125,7 @@ def _soonest(
         ways += [_onednn, _turned_onednn] if right_turned else [_onednn]
     inner, columns = _smaller(rows, inner, columns)
     copies = 0 if unpacked else max(1, COLD // (inner * columns)) if rows <= FEW else 1
-    return _tried(tuple(ways), rows, inner, columns, copies, right_turned, threads)
+    return _tried(tuple(ways), rows, inner, columns, copies, right_turned, adds, threads)
 
 
 def _smaller(rows: int, inner: int, columns: int) -> tuple[int, int]:
@@ -133,8 +140,9 @@ def _smaller(rows: int, inner: int, columns: int) -> tuple[int, int]:
 
 @cache
 def _tried(
-    ways: tuple[Way, ...], rows: int, inner: int, columns: int, copies: int, right_turned: bool, threads: int
-) -> Way:
+    ways: tuple[Way, ...], rows: int, inner: int, columns: int, copies: int, right_turned: bool, adds: bool,
+    threads: int,
+) -> Way:  # fmt: skip
     """Tries them in turn.
 
     A product of few rows reads so many matrices that no cache holds them, as a model's are; of 0 it reads one that is
@@ -146,14 +154,31 @@ def _tried(
         shape = (columns, inner) if right_turned else (inner, columns)
         matrices = torch.full((max(copies, 1), *shape), 0.5, device="cpu", dtype=torch.float32)
         rights = [matrix.t() if right_turned else matrix for matrix in matrices]
+        total = torch.zeros(rows, columns, device="cpu", dtype=torch.float32) if adds else None
+
+        def seconds(way: Way) -> float:
+            if not copies:
+                matrices.fill_(0.5)
+            start = clock()
+            for right in rights:
+                if total is None:
+                    way(left, right)
+                else:
+                    _add_(total, left, right, way)
+            return clock() - start
+
         best = dict.fromkeys(ways, float("inf"))
         for _ in range(ROUNDS if copies else 2 * ROUNDS):
             for way in [way for way in ways if best[way] <= HOPELESS * min(best.values())]:
-                if not copies:
-                    matrices.fill_(0.5)
-                start = clock()
-                for right in rights:
-                    way(left, right)
-                best[way] = min(best[way], clock() - start)
-    plain, soonest = ways[0], min(ways, key=best.__getitem__)
-    return soonest if best[soonest] < BETTER * best[plain] else plain
+                best[way] = min(best[way], seconds(way))
+        plain = ways[0]
+        sooner = (way for way in sorted(ways, key=best.__getitem__) if best[way] < BETTER * best[plain])
+        return next((way for way in sooner if _wins(way, plain, seconds)), plain)
+
+
+def _wins(way: Way, plain: Way, seconds: Callable[[Way], float]) -> bool:
+    """Whether `way` is sooner than `plain` time and again."""
+    lead = 0
+    while -LOST < lead < WON:
+        lead += 1 if seconds(way) < BETTER * seconds(plain) else -1
+    return lead == WON

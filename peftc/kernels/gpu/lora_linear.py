@@ -121,30 +121,6 @@ def linear_kernel(
     tl.store(y + row[:, None] * n + column[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["salt"])
-def input_gradient_kernel(
-    dx, dhidden, a, seed, salt, threshold, factor, count, n_in, rank,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dx += the part of dhidden A [count, n_in] that dropout keeps, scaled."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, RANK):
-        r = start + tl.arange(0, RANK)
-        mask = (row[:, None] < count) & (r[None, :] < rank)
-        narrow = tl.load(dhidden + row[:, None] * rank + r[None, :], mask=mask, other=0.0)
-        mask = (r[:, None] < rank) & (column[None, :] < n_in)
-        matrix = tl.load(a + r[:, None] * n_in + column[None, :], mask=mask, other=0.0)
-        total = tl.dot(narrow, matrix, total, input_precision=PRECISION)
-    index = row[:, None] * n_in + column[None, :]
-    inside = (row[:, None] < count) & (column[None, :] < n_in)
-    first, second = word_keys(seed, salt)
-    total = tl.where(keeps(index, first, second, threshold), total * factor, 0.0)
-    total += tl.load(dx + index, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + index, total.to(dx.dtype.element_ty), mask=inside)
-
-
 def rank_block(rank: int, dtype: torch.dtype) -> int:
     """How many ranks are worked on at a time: `tl.dot` wants 16 at least, and more than these spill."""
     return power_of_two(rank, 16, 64 if dtype in HALVES else 32)
@@ -239,17 +215,3 @@ def grouped(
         PRECISION=precision(x.dtype), num_warps=tile.warps, enable_fp_fusion=True, num_stages=tile.stages,
     )  # fmt: skip
     return outputs
-
-
-def add_input_gradient_(dx: Tensor, dhidden: Tensor, a: Tensor, seed: Tensor, p: float, salt: int) -> Tensor:
-    """dx += dropout(dhidden A), dropout's mask at x's elements; dx [rows, n_in] is contiguous."""
-    count, n_in = dx.shape
-    height, width = power_of_two(count, 16, 64), 64
-    if dx.numel():
-        with on_device(dx):
-            input_gradient_kernel[(triton.cdiv(count, height), triton.cdiv(n_in, width))](
-                dx, dhidden.contiguous(), a, seed, salt, dropped_levels(p), kept_scale(p), count, n_in, a.shape[0],
-                ROWS=height, COLUMNS=width, RANK=rank_block(a.shape[0], a.dtype), PRECISION=precision(dx.dtype),
-                num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-    return dx

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from kernelcases import agree_values, normal, scaled_arguments
+from kernelcases import agree_values, normal, rotary_arguments, scaled_arguments
 from peftc.kernels import (
     adapter,
     dora_linear,
     gated_activation,
     lora_linear,
     rms_norm,
+    rotary,
+    row_lengths,
     scaled_linear,
     seeded_dropout,
 )
@@ -28,8 +30,11 @@ from peftc.kernels.dequantize import dequantize_4bit, dynamic_map, levels_of
 from peftc.kernels.gpu import adapter as gpu_adapter
 from peftc.kernels.gpu import dequantize as gpu_dequantize
 from peftc.kernels.gpu import gated_activation as gpu_gated
+from peftc.kernels.gpu import lora_backward as gpu_lora_backward
 from peftc.kernels.gpu import lora_linear as gpu_lora
 from peftc.kernels.gpu import rms_norm as gpu_norm
+from peftc.kernels.gpu import rotary as gpu_rotary
+from peftc.kernels.gpu import row_lengths as gpu_lengths
 from peftc.kernels.gpu import scaled_linear as gpu_scaled
 from peftc.kernels.gpu import seeded_dropout as gpu_dropout
 
@@ -77,6 +82,22 @@ def gated(dtype: torch.dtype) -> None:
         agree_values(list(fast), list(torch.autograd.grad(slow, [gate, up], grad)))
 
 
+@case
+def turned(dtype: torch.dtype) -> None:
+    """Heads in front of tokens, and behind them; widths that are no power of two."""
+    for batch, angled, tokens, heads, width in ((1, 1, 1, (1,), 2), (2, 1, 70, (9, 3), 64), (3, 3, 5, (2, 1, 4), 10)):
+        xs, cosine, sine = rotary_arguments((batch, angled, tokens), heads, width, dtype)
+        given: Any = [x.detach() for x in xs]
+        agree_values(gpu_rotary.forward(given, cosine, sine), rotary.reference(given, cosine, sine))
+        slow, grads = rotary.reference(xs, cosine, sine), [normal(*x.shape, dtype=dtype, seed=3) for x in xs]
+        agree_values(gpu_rotary.backward(grads, cosine, sine), list(torch.autograd.grad(slow, xs, grads)))
+        behind = [x.transpose(1, 2) for x in given]
+        agree_values(
+            gpu_rotary.forward(behind, cosine.transpose(1, 2), sine.transpose(1, 2)),
+            rotary.reference(behind, cosine.transpose(1, 2), sine.transpose(1, 2)),
+        )
+
+
 def branches(n_in: int, sizes: list[tuple[int, int]], transposed: bool, dtype: torch.dtype) -> Any:
     weights = [normal(*((n_in, o) if transposed else (o, n_in)), dtype=dtype, seed=i) for i, (o, _) in enumerate(sizes)]
     a = [normal(r, n_in, dtype=dtype, seed=i) for i, (_, r) in enumerate(sizes)]
@@ -122,6 +143,73 @@ def mixed_lora(dtype: torch.dtype) -> None:
 
 
 @case
+def lora_backward(dtype: torch.dtype) -> None:
+    """All gradients, and some of them where not all are asked for and one output is not read."""
+    for i, sizes in enumerate(GROUPS):
+        for count, n_in in ((1, 5), (37, 70), (130, 33)):
+            transposed, seed = i % 2 == 1, torch.tensor(5) if i % 3 == 0 else None
+            weights, _, a, b, scales = branches(n_in, sizes, transposed, dtype)
+            x, lengths = normal(count, n_in, dtype=dtype), [1 + normal(o, dtype=dtype, seed=4).abs() for o, _ in sizes]
+            lengths[0][0] = 0
+            biases = [normal(o, dtype=dtype, seed=8) for o, _ in sizes] if i % 2 else []
+            rest: Any = (scales, transposed, seed, 0.4, 3)
+            learned = [t.requires_grad_() for t in (x, *a, *b, *lengths)]
+            n = len(sizes)
+            for missing in (None, n - 1) if n > 1 else (None,):
+                needs = [missing is None, *([True, missing is None] * (3 * n))[: 3 * n]]
+                for dora in (False, True):
+                    wanted = learned if dora else learned[: 1 + 2 * n]
+                    needed = needs[: len(wanted)]
+                    *outputs, hidden = (
+                        dora_linear.reference(x, weights, biases, a, b, lengths, *rest) if dora
+                        else lora_linear.reference(x, weights, [], a, b, *rest)
+                    )  # fmt: skip
+                    grads: Any = [normal(*y.shape, dtype=dtype, seed=6 + j) for j, y in enumerate(outputs)]
+                    read = [j for j in range(n) if j != missing]
+                    slow = torch.autograd.grad(
+                        [outputs[j] for j in read], wanted, [grads[j] for j in read], retain_graph=True,
+                        materialize_grads=True,
+                    )  # fmt: skip
+                    given = [grads[j] if j in read else None for j in range(n)]
+                    with torch.no_grad():
+                        fast = (
+                            gpu_lora_backward.dora_backward(
+                                given, x, outputs, hidden, weights, biases, a, b, lengths, *rest, needed
+                            ) if dora
+                            else gpu_lora_backward.backward(given, x, hidden, weights, a, b, *rest, needed)
+                        )  # fmt: skip
+                    expected = [gradient for gradient, need in zip(slow, needed, strict=True) if need]
+                    if dora and needed[1 + 2 * n]:  # the gradient of a length that is 0 is not read off
+                        place = sum(needed[: 1 + 2 * n])
+                        expected[place] = expected[place].clone()
+                        expected[place][0] = 0
+                    agree_values(fast, expected)
+
+
+@case
+def mixed_lora_backward(dtype: torch.dtype) -> None:
+    """A and B in fp32 beside a narrower x."""
+    weights, _, _, _, scales = branches(33, [(20, 3), (9, 2)], False, dtype)
+    _, _, a, b, _ = branches(33, [(20, 3), (9, 2)], False, torch.float32)
+    x = normal(17, 33, dtype=dtype)
+    *outputs, hidden = lora_linear.reference(x, weights, [], a, b, scales, False, None, 0.0, 0)
+    grads: Any = [normal(*y.shape, dtype=dtype, seed=6) for y in outputs]
+    arguments: Any = (grads, x, hidden, weights, a, b, scales, False, None, 0.0, 0, [True] * 5)
+    agree_values(gpu_lora_backward.backward(*arguments), lora_linear.backward(*arguments))
+
+
+@case
+def lengths_of_rows(dtype: torch.dtype) -> None:
+    """Of factors as narrow as the weight, and wider ones; the first row is cancelled out."""
+    for n_out, n_in, rank in ((1, 5, 1), (37, 300, 16), (130, 33, 70)):
+        for inner in (dtype, torch.float32):
+            weight, b = normal(n_out, n_in, dtype=dtype), normal(n_out, rank, dtype=inner)
+            weight[0], b[0] = 0, 0
+            arguments: Any = (weight, normal(rank, n_in, dtype=inner), b, 0.3, 2.0**-12)
+            agree_values(gpu_lengths.forward(*arguments), row_lengths.reference(*arguments))
+
+
+@case
 def scaled(dtype: torch.dtype) -> None:
     for count, n_in, n_out, transposed in ((1, 5, 7, False), (37, 70, 130, True), (130, 33, 1, False)):
         for bias in (False, True):
@@ -136,7 +224,7 @@ def lora_input_gradient(dtype: torch.dtype) -> None:
         dx, dhidden, a = normal(count, n_in, dtype=dtype), normal(count, r, dtype=dtype), normal(r, n_in, dtype=dtype)
         seed = torch.tensor(9)
         theirs = dx + seeded_dropout.reference(dhidden @ a, seed, 0.3, 2)
-        agree_values(gpu_lora.add_input_gradient_(dx.clone(), dhidden, a, seed, 0.3, 2), theirs)
+        agree_values(gpu_lora_backward.add_input_gradient_(dx.clone(), dhidden, a, seed, 0.3, 2), theirs)
 
 
 @case

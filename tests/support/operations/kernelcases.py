@@ -77,6 +77,18 @@ def adapter_arguments(x: Tensor, residual: Tensor | None, bias: bool, activation
             activation)  # fmt: skip
 
 
+def rotary_arguments(sizes: tuple[int, int, int], heads: tuple[int, ...], width: int, dtype: torch.dtype) -> Any:
+    """Heads that lie side by side for each token, as projections leave them, and others that do not."""
+    batch, angled, tokens = sizes
+    xs = [
+        normal(batch, tokens, count, width, dtype=dtype, seed=count).transpose(1, 2) if place % 2 == 0
+        else normal(batch, count, tokens, width, dtype=dtype, seed=count)
+        for place, count in enumerate(heads)
+    ]  # fmt: skip
+    cosine, sine = (normal(angled, 1, tokens, width, dtype=dtype, seed=20 + i) for i in range(2))
+    return [x.requires_grad_() for x in xs], cosine, sine
+
+
 def agree_values(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor]) -> None:
     """To what sums of a few hundred products of the dtype allow, relative to the largest number."""
     for mine, right in zip(_tensors(ours), _tensors(theirs), strict=True):
@@ -103,6 +115,11 @@ def subjects(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rms_norm": (ops.rms_norm, (learns(2, 3, 8, dtype=dtype), learns(8, dtype=dtype), 1e-6, True)),
         "gated_activation": (
             ops.gated_activation, (learns(2, 3, 8, dtype=dtype), learns(2, 3, 8, dtype=dtype, seed=1), "silu"),
+        ),
+        "rotary": (ops.rotary, rotary_arguments((2, 1, 5), (4, 2), 8, dtype)),
+        "row_lengths": (
+            ops.row_lengths,
+            (learns(7, 5, dtype=dtype), learns(2, 5, dtype=dtype), learns(7, 2, dtype=dtype), 0.5, 1e-30),
         ),
         "seeded_dropout": (ops.seeded_dropout, (learns(2, 3, 8, dtype=dtype), seed, 0.3, 1)),
         "lora_linear": (ops.lora_linear, _lora_arguments(dtype=dtype)),

@@ -1,4 +1,4 @@
-"""Low-rank branches beside products with stacked experts."""
+"""Products with stacked experts that are frozen, alone and with low-rank branches beside them."""
 
 from __future__ import annotations
 
@@ -44,3 +44,22 @@ class ExpertLora(Fusion):
         if match["added"] is not None:
             result = editor.emit(match, here, aten.add.Tensor, result, match["added"])
         return [result]
+
+
+@fusion
+class ExpertLinear(Fusion):
+    """y = W_e x for a frozen stack: the library's product would compute a gradient for every expert all the same."""
+
+    name = "expert_linear"
+    rank = 4
+    pattern = _product
+
+    def check(self, match: Match, editor: Editor) -> Miss | None:
+        if editor.learns(match["weight"]):
+            return Miss(match.root, f"{match['weight'].name} learns", (match["weight"],))
+        return None
+
+    def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:
+        (match,) = matches
+        arguments = match["x"], match["weight"], match["ends"]
+        return [editor.emit(match, match.root, torch.ops.peftc.expert_linear.default, *arguments)]
