@@ -171,13 +171,11 @@ def lora_backward(dtype: torch.dtype) -> None:
                         materialize_grads=True,
                     )  # fmt: skip
                     given = [grads[j] if j in read else None for j in range(n)]
+                    plain: Any = (given, x, hidden, weights, a, b, *rest, needed)
+                    scaled: Any = (given, x, outputs, hidden, weights, biases, a, b, lengths, *rest, needed)
                     with torch.no_grad():
-                        fast = (
-                            gpu_lora_backward.dora_backward(
-                                given, x, outputs, hidden, weights, biases, a, b, lengths, *rest, needed
-                            ) if dora
-                            else gpu_lora_backward.backward(given, x, hidden, weights, a, b, *rest, needed)
-                        )  # fmt: skip
+                        ours = gpu_lora_backward
+                        fast = ours.dora_backward(*scaled) if dora else ours.backward(*plain)
                     expected = [gradient for gradient, need in zip(slow, needed, strict=True) if need]
                     if dora and needed[1 + 2 * n]:  # the gradient of a length that is 0 is not read off
                         place = sum(needed[: 1 + 2 * n])
