@@ -35,7 +35,7 @@ from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import get_attribute, set_tensor, tensors
+from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import repeated
 from peftc.graph.texts import tell_texts_apart
@@ -178,9 +178,14 @@ def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphM
         NotAlikeError: where a block cannot be repeated.
     """
     graph, origins = repeated(module.graph, own)
-    names = {str(node.target) for node in graph.find_nodes(op="get_attr")} - {"training"}
-    found = {name: own[name] if name in own else get_attribute(module, origins.get(name, name)) for name in names}
-    return fx.GraphModule(aliases_of(found), graph, class_name=type(module).__name__)
+    read = (str(node.target) for node in graph.find_nodes(op="get_attr") if node.target != "training")
+    names = dict.fromkeys((*tensors(module), *read))
+    root = aliases_of(
+        {name: own[name] if name in own else get_attribute(module, origins.get(name, name)) for name in names}
+    )
+    whole = fx.GraphModule(root, graph, class_name=type(module).__name__)
+    keep_unread(root, whole)
+    return whole
 
 
 @contextmanager

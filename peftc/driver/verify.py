@@ -49,14 +49,10 @@ class Verifier:
         Raises:
             PeftcError: `verifier-failed` unless every invariant holds, with the statement where the node has one.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
-            try:
-                module.graph.lint()
-            except (RuntimeError, ValueError) as error:
-                self._fail(pass_name, f"the graph is not well formed: {error}", None)
         before, self.graph = self.graph, _graph(module)
         held, self.tensors = self.tensors, _tensors(module)
+        if self.graph != before or self.tensors != held:
+            self._lint(module, pass_name)
         if not graph and self.graph != before:
             self._fail(pass_name, "the graph is another, which this pass may not change", None)
         if not tensors and (odd := sorted({name for name, _ in held.items() ^ self.tensors.items()})):
@@ -64,6 +60,14 @@ class Verifier:
         self._new_nodes(module, pass_name)
         self._learning(module, pass_name, state)
         return self.graph != before
+
+    def _lint(self, module: fx.GraphModule, pass_name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of `training`, an attribute that is no tensor
+            try:
+                module.graph.lint()
+            except (RuntimeError, ValueError) as error:
+                self._fail(pass_name, f"the graph is not well formed: {error}", None)
 
     def _new_nodes(self, module: fx.GraphModule, pass_name: str) -> None:
         """Provenance on each new node, and the shape and dtype it claims."""

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftc.graph.ir import fake_mode, get_attribute, is_mutable, is_tensor, memory
+from peftc.graph.ir import COPY, fake_mode, get_attribute, is_mutable, is_tensor, memory
 from peftc.optimise.shorten import shorten
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
             new.output(fx.map_arg(node.args[0], env.__getitem__))
     for old, made in env.items():
         if isinstance(made, fx.Node):
-            made.meta = {"val": old.meta["val"]}
+            made.meta = {key: old.meta[key] for key in ("val", COPY) if key in old.meta}
     result = Lifted(new, tuple(names))
     return result if _apart(result) else None
 
