@@ -61,8 +61,8 @@ def memory(node: fx.Node) -> Memory:
 def _memory(node: fx.Node, fake: int) -> Memory:
     """Nodes of equal blocks have one fake value, and what a block is given may have that of what it returns."""
     while True:
-        its, name = node.meta.get(COPY, ((), ""))
-        if fake in its:
+        shared, name = node.meta.get(COPY, (None, ""))
+        if fake in _storages_of(shared):
             return fake, name
         source = next((one for one in node.all_input_nodes if fake in _storages(one)), None)
         if source is None:
@@ -72,7 +72,7 @@ def _memory(node: fx.Node, fake: int) -> Memory:
 
 def share(node: fx.Node, name: str) -> None:
     """Says that the fake value of `node` is another's, too; here it lies in memory called `name`."""
-    node.meta[COPY] = (frozenset(_storages(node)), name)
+    node.meta[COPY] = (node.meta["val"], name)
 
 
 def expression(size: Any) -> Any:
@@ -86,7 +86,10 @@ def memories(node: fx.Node) -> set[Memory]:
 
 
 def _storages(node: fx.Node) -> set[int]:
-    given = node.meta.get("val")
+    return _storages_of(node.meta.get("val"))
+
+
+def _storages_of(given: Any) -> set[int]:
     if isinstance(given, torch.Tensor):
         return {given.untyped_storage()._cdata}
     leaves = pytree.tree_leaves(given) if isinstance(given, tuple | list | dict) else ()

@@ -156,7 +156,7 @@ class _Several(Pattern):
 
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, list | tuple) or len(found) != len(self.members):
-            return state.fail(f"{found} is no list of {len(self.members)}", found)
+            return state.fail(found, lambda: f"{found} is no list of {len(self.members)}")
         return all(member.fits(item, state) for member, item in zip(self.members, found, strict=True))
 
 

@@ -246,7 +246,7 @@ class Runtime(Switching):
             name: self.__dict__[name]
             for name in (
                 "plan", "history", "fired", "base", "convention", "logits_in_training", "is_fused", "recomputes_every",
-                "size_check", "tensors_in_common", "capture_again", "make_face", "selected",
+                "size_check", "tensors_in_common", "capture_again", "make_face", "selected", "keeps_texts_apart",
             )
         }  # fmt: skip
         self.watch.notice(self)  # a copy starts with what this one has learnt
