@@ -201,8 +201,14 @@ class Assumptions:
                 if symbol is not size:
                     fitting.append(sympy.Eq(size, symbol))
         known = tuple(read)
-        asked = [question.holds for which in (True, False) for question in self._asked(known, which)]
-        return tuple(fixed), tuple(read.values()), _function(known, fitting + asked)
+        by_model = _function(known, fitting + [question.holds for question in self._asked(known, True)])
+        by_operations = _function(known, [question.holds for question in self._asked(known, False)])
+
+        def answered(*sizes: int) -> list[Any]:
+            """Operations were asked of sizes of at least two, and compute with one as with any."""
+            return [*by_model(*sizes), *by_operations(*[max(size, 2) for size in sizes])]
+
+        return tuple(fixed), tuple(read.values()), answered
 
     def _answer(self, known: tuple[sympy.Symbol, ...], of_model: bool) -> Any:
         """A function of the known symbols' values that answers all that was asked."""

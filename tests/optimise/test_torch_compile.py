@@ -148,6 +148,15 @@ def test_a_checkpointed_block_keeps_its_input_alone(spec: str) -> None:
     assert kept_bytes(model, fast, batch) <= kept_bytes(model, model, batch)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_a_batch_of_one_runs_too(name: str) -> None:
+    """It was captured with two rows, and operations were asked whether these are one."""
+    model = peftc.compile(ZOO[name](), LORA).eval()
+    batch = inputs(model.base, 1, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, "eager")(**batch).loss, model(**batch).loss)
+
+
 def test_what_a_trainer_asks_for_after_the_compile_counts() -> None:
     """The code is compiled anew where blocks are to be computed again, and not to be any more."""
     model = model_of(LORA)
