@@ -8,7 +8,7 @@ not zero answers for all of them, with no knowledge of any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -62,8 +62,9 @@ def rows_of_parts(
         masked = any(_is_mask(argument) for node in path for argument in node.all_input_nodes)
         asked = []
         with torch.enable_grad():  # also where the caller compiles or loads without gradients
-            for masks in (True, False) if masked else (True,):  # one fills where it is set, another where it is not
-                start, result, weights = _run(module, source, target, path, masks)
+            # One mask fills where it is set, another where it is not; what is clipped from above is not from below.
+            for masks, sign in product((True, False) if masked else (True,), (1, -1)):
+                start, result, weights = _run(module, source, target, path, masks, sign)
                 pairs = zip(parts(result), parts(weights), strict=True)
                 asked.append([_touched(start, part, own) for part, own in pairs])
         known[key] = tuple(tuple(sorted({*chain(*rows)})) for rows in zip(*asked, strict=True))
@@ -82,15 +83,15 @@ def _touched(start: torch.Tensor, result: torch.Tensor, weights: torch.Tensor) -
 
 
 def _run(
-    module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node], masks: bool = True
+    module: fx.GraphModule, source: fx.Node, target: fx.Node, path: list[fx.Node], masks: bool = True, sign: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random numbers for the source, what the target makes of them, and random weights for its sum.
 
-    Masks that the model makes are set everywhere, or nowhere.
+    Masks that the model makes are set everywhere, or nowhere; the source's numbers are turned by `sign`.
     """
     generator = torch.Generator().manual_seed(0)
     env: dict[fx.Node, Any] = {}
-    start = _number(source, generator).requires_grad_()
+    start = (sign * _number(source, generator)).requires_grad_()
     env[source] = start
     for node in path:
         for argument in node.all_input_nodes:

@@ -21,7 +21,7 @@ from torch import fx
 
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
-from peftc.graph.rows import Known, feature_rows, runs_along
+from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.protocol.site import Attention, Experts, Linear, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, site_kinds
 from peftc.roles.counting import with_limits
@@ -206,7 +206,9 @@ class _Finder:
     def _activations(self, down: Product, sources: list[Product]) -> list[fx.Node]:
         """The activations next to `down` between it and its sources."""
         starts = [source.use.y for source in sources]
-        return list(nearest(down.use.x, self._stopping_at(starts), lambda node: node.target in ACTIVATIONS))
+        found = nearest(down.use.x, self._stopping_at(starts), lambda node: node.target in ACTIVATIONS)
+        # An activation may have parameters of its own, which pass through another first.
+        return [node for node in found if any(path_between(start, node) for start in starts)]
 
     def _up_and_gate(self, down: Product, sources: list[Product]) -> None:
         """Of two factors the gate is the one that passes through the activation."""

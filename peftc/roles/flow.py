@@ -19,7 +19,7 @@ ACTIVATIONS = {
     getattr(aten, name).default
     for name in (
         "relu", "gelu", "silu", "tanh", "sigmoid", "erf", "hardtanh", "hardswish", "leaky_relu", "mish",
-        "softplus", "elu", "relu6", "hardsigmoid", "selu", "celu", "log_sigmoid",
+        "softplus", "elu", "expm1", "relu6", "hardsigmoid", "selu", "celu", "log_sigmoid",
     )
 }  # fmt: skip
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, fx, nn
 
 import peftc
@@ -107,3 +108,15 @@ def test_a_name_is_unique_and_a_role_is_the_kinds_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(assign, "site_kinds", lambda: (Roleless,))
     with pytest.raises(ValueError, match=r"Roleless.find gives relu no role of another"):
         peftc.sites(Twice(), example=EXAMPLE)
+
+
+def test_an_activation_may_have_parameters_of_its_own() -> None:
+    """Apertus' xIELU: softplus makes numbers of its parameters, and clips what it sees from above."""
+    config = hf.ApertusConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = hf.ApertusForCausalLM(config).float()
+    plan = peftc.plan(model, "apply lora(r=2) to mlp.up\napply lora(r=2) to mlp.down")
+    found = [binding.site.name for binding in plan.bindings]
+    assert found == ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
