@@ -304,3 +304,26 @@ def test_a_call_without_labels_sees_new_parameters() -> None:
     state = {name: tensor + 1 for name, tensor in compiled.state_dict().items()}
     compiled.load_state_dict(state, assign=True)
     torch.testing.assert_close(compiled(ids).logits, compiled(ids, labels=ids).logits, rtol=0, atol=0)
+
+
+class _Named(nn.Module):
+    """Parts called as what peftc writes down of them: timm's and MPT's `blocks`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3))
+        self.encoder.path = nn.ModuleList([nn.Linear(6, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.get_submodule("encoder.blocks").children():
+            x = block(x)
+        result: torch.Tensor = self.get_submodule("encoder.path.0")(x)
+        return result
+
+
+def test_parts_may_be_called_anything() -> None:
+    torch.manual_seed(0)
+    model, x = _Named(), torch.randn(4, 6)
+    compiled = peftc.compile(model, "apply lora(r=2) to linear", example=x)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)

@@ -14,11 +14,11 @@ from peftc.runtime.errors import NeverCalled
 class Shelf(nn.Module):
     """What is left of a module that is part of a graph now: its tensors. A hook on it would never run."""
 
-    path: str
-    blocks: str
+    peftc_path: str  # called as no part of a model is, which it would hide
+    peftc_blocks: str
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise PeftcError(NeverCalled(path=self.path, blocks=self.blocks))
+        raise PeftcError(NeverCalled(path=self.peftc_path, blocks=self.peftc_blocks))
 
     forward = _refuse
     register_forward_hook = _refuse
@@ -42,7 +42,7 @@ def arrange(root: nn.Module, names: Iterable[str]) -> None:
     for path, module in root.named_modules(remove_duplicate=False):
         if type(module) is nn.Module:
             module.__class__ = Shelf
-            module.__dict__.update(path=path, blocks=", ".join(graphs[:2]))
+            module.__dict__.update(peftc_path=path, peftc_blocks=", ".join(graphs[:2]))
         prefix = f"{path}." if path else ""
         for held in (module._modules, module._parameters, module._buffers):
             items = sorted(held.items(), key=lambda item: rank.get(f"{prefix}{item[0]}", len(rank)))
