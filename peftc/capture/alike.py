@@ -1,147 +1,148 @@
-"""Which blocks of a model are equal, so that a trace of one is a trace of all.
+"""Which blocks of a model may be equal, and what each does: every operation, of which tensors, with which numbers.
 
-Equal are blocks of one class that hold the same things all the way down: submodules of the same classes, tensors of the
-same sizes, and attributes that are equal, or are one object. Numbers that count blocks off (`layer_idx`) are not
-equal; whether a forward looks at them shows when it runs, with `Watched` in their place.
+What a block does is seen by running its own code, on tensors without numbers and of the example's sizes: whatever it
+asks of itself, of its parent, of the world, shows in what it computes. Blocks that do the same are equal.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from types import MethodType
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers.exporters.utils import patch_attributes
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-APART = {"_parameters", "_buffers", "_modules"}  # what a module's `__dict__` has that is looked at by its own rules
-Place = tuple[str, str]  # a module's path in its block, and the name of an attribute
+from peftc.diagnostics import debug
+from peftc.graph.rows import hint
 
-
-@dataclass(frozen=True)
-class Group:
-    """Equal blocks, by their paths in the model; `counting` are the numbers in which each differs from the others."""
-
-    paths: tuple[str, ...]
-    counting: tuple[Place, ...]
+FEW = 64  # numbers of a constant that is compared by them
 
 
-def groups_of(model: nn.Module) -> list[Group]:
-    """The groups of equal blocks of a model that do not lie in one another."""
-    holders = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module).values())
-    found: list[Group] = []
+def groups_of(model: nn.Module) -> list[tuple[str, ...]]:
+    """The paths of blocks of one class, with tensors of the same sizes under the same names; outermost ones alone."""
+    holders = Counter(id(tensor) for module in _every(model) for tensor in own_tensors(module).values())
+    found: list[tuple[str, ...]] = []
     for path, container in model.named_modules():
-        inside = any(path == block or path.startswith(f"{block}.") for group in found for block in group.paths)
+        inside = any(path == block or path.startswith(f"{block}.") for group in found for block in group)
         if not isinstance(container, nn.ModuleList | nn.Sequential) or inside:
             continue
-        blocks = {f"{path}.{name}" if path else name: block for name, block in container.named_children()}
-        found += _grouped({at: block for at, block in blocks.items() if next(block.children(), None)}, holders)
+        alike: dict[Any, list[str]] = defaultdict(list)
+        for name, block in container.named_children():
+            if next(block.children(), None) is not None:
+                alike[_looks(block, holders)].append(f"{path}.{name}" if path else name)
+        found += [tuple(group) for group in alike.values() if len(group) > 1]
     return found
 
 
-def _grouped(blocks: dict[str, nn.Module], holders: Counter[int]) -> Iterator[Group]:
-    alike: dict[Any, list[str]] = defaultdict(list)
-    numbers: dict[str, dict[Place, int]] = {}
-    for path, block in blocks.items():
-        looks, numbers[path] = looks_of(block, holders)
-        alike[looks].append(path)
-    for paths in alike.values():
-        seen = {place: [numbers[path][place] for path in paths] for place in numbers[paths[0]]}
-        counting = tuple(place for place, values in seen.items() if len({*values}) == len(values) > 1)
-        settled: dict[Any, list[str]] = defaultdict(list)
-        for path in paths:
-            settled[tuple(numbers[path][place] for place in seen if place not in counting)].append(path)
-        yield from (Group(tuple(same), counting) for same in settled.values() if len(same) > 1)
+def _every(model: nn.Module) -> list[nn.Module]:
+    """Each module as often as it stands somewhere."""
+    return [module for _, module in model.named_modules(remove_duplicate=False)]
 
 
-def looks_of(block: nn.Module, holders: Counter[int] | None = None) -> tuple[Any, dict[Place, int]]:
-    """All that a block holds, to be compared with another's, without the numbers among its attributes; and these.
-
-    `holders`: in how many places of the model each tensor is; without it each is taken for the block's alone.
-    """
-    return _Look(block, holders or Counter()).found()
-
-
-class _Look:
-    """At one block."""
-
-    def __init__(self, block: nn.Module, holders: Counter[int]) -> None:
-        self.block, self.holders = block, holders
-        self.inside = {id(module): path for path, module in block.named_modules(remove_duplicate=False)}
-        self.tensors: dict[int, int] = {}
-        self.within = Counter(id(t) for module in block.modules() for t in _own_tensors(module).values())
-
-    def found(self) -> tuple[Any, dict[Place, int]]:
-        parts: list[Any] = []
-        numbers: dict[Place, int] = {}
-        for path, module in self.block.named_modules(remove_duplicate=False):
-            parts += (path, type(module), self.inside[id(module)])
-            parts += ((name, self._tensor(tensor)) for name, tensor in _own_tensors(module).items())
-            parts += (tuple(module._parameters), tuple(module._buffers), tuple(module._modules))
-            for name, value in vars(module).items():
-                if type(value) is int:
-                    numbers[path, name] = value
-                if name not in APART:
-                    parts.append((name, int if type(value) is int else self._thing(value)))
-        return tuple(parts), numbers
-
-    def _tensor(self, tensor: torch.Tensor) -> Any:
-        """Its sizes, and which of the block's own it is; itself, where it is not the block's alone."""
-        if self.holders[id(tensor)] > self.within[id(tensor)]:
-            return id(tensor)
-        place = self.tensors.setdefault(id(tensor), len(self.tensors))
-        lies = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
-        return type(tensor), *lies, tensor.dtype, tensor.device, tensor.requires_grad, place
-
-    def _thing(self, thing: Any) -> Any:
-        if type(thing) in PLAIN:
-            return type(thing), thing
-        if type(thing) in (tuple, list):
-            return type(thing), *map(self._thing, thing)
-        if type(thing) in (set, frozenset):
-            return type(thing), frozenset(map(self._thing, thing))
-        if isinstance(thing, dict):
-            return type(thing), *((self._thing(key), self._thing(value)) for key, value in thing.items())
-        if isinstance(thing, MethodType):
-            return MethodType, id(thing.__func__), self._thing(thing.__self__)
-        if isinstance(thing, partial):
-            return partial, self._thing(thing.func), self._thing(thing.args), self._thing(thing.keywords)
-        if id(thing) in self.inside:
-            return nn.Module, self.inside[id(thing)]
-        return id(thing)
-
-
-def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers, without those of its submodules."""
     held = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
-class Watched:
-    """Stands for a number, and does what that does; `used` is told when anything is done with it."""
-
-    def __init__(self, number: int, used: list[None]) -> None:
-        self._number, self._used = number, used
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What `isinstance` asks."""
-        self._used.append(None)
-        return int
+def _looks(block: nn.Module, holders: Counter[int]) -> Any:
+    """A block's class, and its tensors by name; one that others hold, too, is only equal to itself."""
+    within = Counter(id(tensor) for module in _every(block) for tensor in own_tensors(module).values())
+    parts = [
+        (path, name, id(tensor) if holders[id(tensor)] > within[id(tensor)] else sizes_of(tensor))
+        for path, module in block.named_modules(remove_duplicate=False)
+        for name, tensor in own_tensors(module).items()
+    ]
+    return type(block), tuple(parts)
 
 
-def _passed_on(name: str) -> Any:
-    def method(self: Watched, *args: Any) -> Any:
-        self._used.append(None)
-        return getattr(self._number, name)(*args)
-
-    return method
+def sizes_of(tensor: Tensor) -> Any:
+    """What is known of a tensor without its numbers."""
+    lies = tensor.stride() if tensor.layout is torch.strided else ()
+    return tuple(tensor.shape), lies, tensor.dtype, tensor.device, tensor.requires_grad
 
 
-for _name in {*dir(int)} - {*dir(object)} | {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__",
-                                             "__repr__", "__str__", "__format__"}:  # fmt: skip
-    setattr(Watched, _name, _passed_on(_name))
+class Deeds(TorchDispatchMode):
+    """What a block does with `given`: two that are equal have equal `lines`. `others`: what it reads of elsewhere."""
+
+    def __init__(self, block: nn.Module, given: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lines: list[Any] = []
+        self.others: dict[int, Tensor] = {}
+        self._held: list[Any] = [*given]  # so that no id is given again
+        self._known: dict[int, Any] = {id(tensor): ("given", place) for place, tensor in enumerate(given)}
+        for path, module in block.named_modules(remove_duplicate=False):
+            for name, tensor in own_tensors(module).items():
+                self._known.setdefault(id(tensor), ("own", path, name, sizes_of(tensor)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.lines.append((func, self.told((args, kwargs or {}))))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._held.append(leaf)
+                self._known.setdefault(id(leaf), ("made", len(self._held)))
+        return result
+
+    def told(self, things: Any) -> Any:
+        """Tensors by where they come from, all else as it is."""
+        leaves, spec = pytree.tree_flatten(things)
+        return str(spec), tuple(map(self._leaf, leaves))
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether it was given, or computed of what was."""
+        return self._known.get(id(tensor), ("",))[0] in ("given", "made")
+
+    def _leaf(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return type(leaf), str(leaf)
+        if id(leaf) in self._known:
+            return self._known[id(leaf)]
+        if not isinstance(leaf, FakeTensor) and not leaf.is_meta and leaf.numel() <= FEW:
+            with _disable_current_modes():
+                return "constant", leaf.dtype, leaf.tolist()
+        self._held.append(leaf)
+        self.others[id(leaf)] = leaf
+        return "other", id(leaf)
+
+
+def deeds(block: nn.Module, given: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]) -> Deeds | None:
+    """What a block does that `call` calls with tensors like `given`.
+
+    Returns:
+        None where that cannot be seen without numbers, or what comes back was not computed.
+    """
+    mode = next((tensor.fake_mode for tensor in given if isinstance(tensor, FakeTensor)), None)
+    if mode is None or mode.shape_env is None:
+        return None
+    with ExitStack() as stack:
+        # Nothing of this is for the trace: neither operations, nor which module they are of.
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(patch_attributes([(nn.Module, "__call__", lambda _traced: nn.Module._wrapped_call_impl)]))
+        stack.enter_context(mode.shape_env.suppress_guards())
+        stack.enter_context(mode)
+        like = [_of_the_example(tensor) for tensor in given]
+        found = Deeds(block, like)
+        try:
+            with enable_python_dispatcher(), found:
+                result = call(like)
+        except Exception as error:  # the block may do anything; it is traced then, and what is wrong is told by that
+            debug.tell(2, [f"what {type(block).__name__} does is not known before it is traced: {error}"])
+            return None
+    if not all(found.is_made(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)):
+        return None
+    found.lines.append(found.told(result))
+    return found
+
+
+def _of_the_example(tensor: Tensor) -> Tensor:
+    shape, strides = ([hint(size) for size in sizes] for sizes in (tensor.shape, tensor.stride()))
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)

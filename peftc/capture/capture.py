@@ -37,7 +37,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
-from peftc.graph.repeat import repeated
+from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
 
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
@@ -177,6 +177,9 @@ def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphM
     Raises:
         NotAlikeError: where a block cannot be repeated.
     """
+    inner = (part for part in module.modules() if part is not module and isinstance(part, fx.GraphModule))
+    if any(is_marked(part.graph) for part in inner):
+        raise NotAlikeError("a block runs in the body of a higher-order operator")
     graph, origins = repeated(module.graph, own)
     read = (str(node.target) for node in graph.find_nodes(op="get_attr") if node.target != "training")
     names = dict.fromkeys((*tensors(module), *read))

@@ -5,13 +5,13 @@ with equal arguments: tensors of the same sizes, in symbols, and other things th
 for each of these one node, with the block's tensors for its operands, and around the one that ran there are two marks.
 `repeat` writes what is between the marks in the place of each such node.
 
-Nothing is guessed: a block that looks at the number which tells it from the others, writes on itself or on what it is
-given, or returns what has no numbers of its own, is traced each time. `NotAlike` says that a trace showed what could
-not be known before; then the model is captured without this.
+Nothing is guessed: every block's own code is run before (`alike.deeds`), without being traced, and has to do the same.
+`NotAlikeError` says that a block changes more than what it returns; then the model is captured without this.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
-from peftc.capture.alike import PLAIN, Group, Watched, groups_of
+from peftc.capture.alike import Deeds, deeds, groups_of, own_tensors
 from peftc.capture.untouched import watched
 from peftc.graph.ir import expression
-from peftc.graph.repeat import BEGIN, END, STANDS
+from peftc.graph.repeat import BEGIN, END, STANDS, NotAlikeError
 
 NONE = object()
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -94,54 +95,72 @@ def _sizes(tensor: Tensor) -> Any:
 
 @dataclass
 class _Once:
-    """A capture in which equal blocks are traced once."""
+    """A capture in which equal blocks are traced once. `_ran`: of equal calls, each kind of block that was traced."""
 
-    _ran: dict[Any, tuple[int, _Given]] = field(default_factory=dict)
+    _ran: dict[Any, list[tuple[int, Deeds, _Given]]] = field(default_factory=lambda: defaultdict(list))
     _called: set[str] = field(default_factory=set)
-    _apart: set[int] = field(default_factory=set)
     _kinds: Iterator[int] = field(default_factory=count)
 
-    def instead_of(
-        self, number: int, group: Group, path: str, block: nn.Module, own: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def instead_of(self, group: int, path: str, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = _Given.of((args, kwargs))
-            looks = given.looks() if given is not None else None
             again = path in self._called
             self._called.add(path)
-            if given is None or looks is None or again or number in self._apart:
+            if given is None or again or given.looks() is None:
                 return own(*args, **kwargs)
-            if (number, looks) in self._ran:
-                kind, known = self._ran[number, looks]
-                like = known.tensors[len(given.tensors) :]
-                return known.with_tensors([*given.tensors, *STANDS(kind, path, given.tensors, like)])
+            done = self._done(block, own, given)
+            if done is None:
+                return own(*args, **kwargs)
+            for kind, known, result in self._ran[self._key(group, given)]:
+                if known.lines == done.lines:
+                    like = result.tensors[len(given.tensors) :]
+                    return result.with_tensors([*given.tensors, *STANDS(kind, path, given.tensors, like)])
             kind = next(self._kinds)
-            changed = watched(block)
             BEGIN(kind, path, given.tensors)
-            with _watching(block, group) as used:
-                found = own(*args, **kwargs)
+            found = own(*args, **kwargs)
             returned = _Given.of(found, given.tensors)
             END(kind, [] if returned is None else returned.tensors[len(given.tensors) :])
-            same = given.is_same(_Given.of((args, kwargs)))
-            if returned is None or used or changed() or not same or not _is_new(returned, given):
-                self._apart.add(number)
-            else:
+            if returned is not None and given.is_same(_Given.of((args, kwargs))) and _is_new(returned, given):
                 # What it asked may have made two sizes one: the next block is given them so.
-                self._ran[number, given.looks()] = kind, returned
+                self._ran[self._key(group, given)].append((kind, done, returned))
             return found
 
         return forward
 
+    def _done(self, block: nn.Module, own: Callable[..., Any], given: _Given) -> Deeds | None:
+        """What the block does; None where that cannot be told, or what it is given is what it has or finds elsewhere.
+
+        Raises:
+            NotAlikeError: where it leaves something behind beside what it returns.
+        """
+        changed = watched(block)
+
+        def call(tensors: Sequence[Tensor]) -> Any:
+            args, kwargs = given.with_tensors(tensors)
+            return own(*args, **kwargs)
+
+        done = deeds(block, given.tensors, call)
+        if changed():
+            raise NotAlikeError(f"{type(block).__name__} leaves something behind")
+        if done is None:
+            return None
+        theirs = {id(tensor) for module in block.modules() for tensor in own_tensors(module).values()} | {*done.others}
+        return None if any(id(tensor) in theirs for tensor in given.tensors) else done
+
+    @staticmethod
+    def _key(group: int, given: _Given) -> Any:
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        return group, given.looks(), torch.is_grad_enabled(), autocast
+
 
 @contextmanager
 def tracing_once(model: nn.Module) -> Iterator[None]:
-    """While it is open, of equal blocks of `model` that are called with equal arguments one runs."""
+    """While it is open, of equal blocks of `model` that are called with equal arguments one is traced."""
     once, patches = _Once(), []
-    for number, group in enumerate(groups_of(model)):
-        for path in group.paths:
-            block = model.get_submodule(path)
-            instead = once.instead_of(number, group, path, block, block.forward)
-            patches.append((block, "forward", lambda _own, instead=instead: instead))
+    for group, path in ((group, path) for group, paths in enumerate(groups_of(model)) for path in paths):
+        block = model.get_submodule(path)
+        instead = once.instead_of(group, path, block, block.forward)
+        patches.append((block, "forward", lambda _own, instead=instead: instead))
     with patch_attributes(patches):
         yield
 
@@ -152,17 +171,3 @@ def _is_new(returned: _Given, given: _Given) -> bool:
     memories = [tensor.untyped_storage()._cdata for tensor in made]
     taken = {tensor.untyped_storage()._cdata for tensor in given.tensors}
     return all(map(_is_usual, made)) and len({*memories}) == len(memories) and taken.isdisjoint(memories)
-
-
-@contextmanager
-def _watching(block: nn.Module, group: Group) -> Iterator[list[None]]:
-    """Yields what is filled when the block looks at one of the numbers that tell it from the others."""
-    used: list[None] = []
-    own = {(path, name): vars(block.get_submodule(path))[name] for path, name in group.counting}
-    for (path, name), number in own.items():
-        vars(block.get_submodule(path))[name] = Watched(number, used)
-    try:
-        yield used
-    finally:
-        for (path, name), number in own.items():
-            vars(block.get_submodule(path))[name] = number

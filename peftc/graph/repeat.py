@@ -103,6 +103,11 @@ def repeated(graph: fx.Graph, own: Mapping[str, Tensor]) -> tuple[fx.Graph, dict
     return copy.graph, copy.origins
 
 
+def is_marked(graph: fx.Graph) -> bool:
+    """Whether something in it is only to be repeated."""
+    return any(graph.find_nodes(op="call_function", target=mark) for mark in (BEGIN, END, STANDS))
+
+
 def _bodies(graph: fx.Graph) -> dict[Any, _Body]:
     """What is between the marks, of each kind that something stands for."""
     starts, ends = (

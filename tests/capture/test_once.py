@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from peftc.capture.alike import Watched, groups_of
+from peftc.capture.alike import groups_of
 from peftc.capture.capture import Captured, _captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.timings import Timings
@@ -125,7 +125,9 @@ def test_numbers_are_those_of_the_model(use: Callable[[Block, Tensor], Tensor]) 
 
 
 @pytest.mark.parametrize(
-    ("use", "stood"), [(equal, 3), (writes_over, 3), (asks, 0), (lists, 0), (writes, 0), (Kept(), 0)], ids=named
+    ("use", "stood"),
+    [(equal, 3), (writes_over, 3), (asks, 2), (times, 0), (lists, 0), (writes, 0), (Kept(), 0)],
+    ids=named,
 )
 def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
     use: Callable[[Block, Tensor], Tensor], stood: int, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +139,8 @@ def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
         return repeated(graph, own)
 
     monkeypatch.setattr("peftc.capture.capture.repeated", counting)
-    captured(Stack(use), torch.randn(3, 5, 6), once=True)
+    model = Stack(use)
+    capture(model, example_inputs(model, torch.randn(3, 5, 6)))
     assert seen == [stood]
 
 
@@ -145,19 +148,93 @@ def test_blocks_of_other_kinds_are_no_group() -> None:
     model = Stack(equal)
     model.blocks[1].up.weight = model.blocks[0].up.weight  # type: ignore[union-attr]
     model.blocks[2].requires_grad_(False)
-    assert [group.paths for group in groups_of(model)] == [("blocks.0", "blocks.1")]  # of the one and the same
-    other = Stack(equal)
-    other.blocks[3].register_forward_hook(lambda *_: None)
-    assert [group.paths for group in groups_of(other)] == [("blocks.0", "blocks.1", "blocks.2")]
+    assert groups_of(model) == [("blocks.0", "blocks.1")]  # of the one and the same
 
 
-@pytest.mark.parametrize(
-    "look",
-    [lambda n: n + 1, lambda n: 1 - n, lambda n: n == 2, lambda n: [0, 1, 2][n], lambda n: isinstance(n, int),
-     lambda n: f"{n}", lambda n: {2: 0}[n], lambda n: bool(n), lambda n: range(n), lambda n: n < 3,
-     lambda n: torch.ones(3)[n], lambda n: torch.ones(n)],
-)  # fmt: skip
-def test_a_watched_number_does_what_it_stands_for_and_tells(look: Callable[[Any], Any]) -> None:
-    used: list[None] = []
-    assert str(look(Watched(2, used))) == str(look(2))
-    assert used
+class Settings:
+    """What a model keeps for its blocks, and they read."""
+
+    factor = 1.0
+    first: Tensor | None = None
+
+
+class Reader(Block):
+    """Reads what its model has set meanwhile."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(0, equal)
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) * self.settings.factor
+        return y if self.settings.first is None else y + self.settings.first
+
+
+class Setter(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.settings = how, Settings()
+        self.blocks = nn.ModuleList(Reader(self.settings) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, block in enumerate(self.blocks):
+            if self.how == "a number":
+                self.settings.factor = 1.0 + place
+            if self.how == "an argument":  # of the first block, and still there for the others
+                self.settings.first = x if place == 0 else self.settings.first
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast" and place > 1):
+                x = block(x)
+        return x
+
+
+class Shared(nn.Module):
+    """Two parts in turn, of which each block has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [Block(0, equal), Block(0, equal)]
+        self.blocks = nn.ModuleList(nn.Sequential(parts[place % 2], nn.Linear(6, 6)) for place in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Gated(nn.Module):
+    """Returns a parameter as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.gate = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.gate
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, gate = block(x)
+            x = x * gate
+        return x
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    **{how: lambda how=how: Setter(how) for how in ("nothing", "a number", "an argument", "autocast")},  # type: ignore[misc]
+    "shared parts": Shared,
+    "gates": Gates,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_block_does_is_seen_and_not_taken_for_granted(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = OTHERS[name](), torch.randn(3, 5, 6)
+    found = capture(model, example_inputs(model, x))
+    torch.testing.assert_close(found.module(x)[0], model(x), rtol=0, atol=0)
