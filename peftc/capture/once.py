@@ -133,7 +133,7 @@ class _Once:
         Raises:
             NotAlikeError: where it leaves something behind beside what it returns.
         """
-        changed = watched(block)
+        changed = watched((block, own))
 
         def call(tensors: Sequence[Tensor]) -> Any:
             args, kwargs = given.with_tensors(tensors)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # What comes from these is not the model's own: a logger, a lock, the handle of a hook.
-FOREIGN = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy"}
+FOREIGN = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "peftc"}
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 EMPTY = object()  # what a cell holds that was not assigned yet
 

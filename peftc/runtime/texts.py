@@ -42,7 +42,10 @@ def keeps_apart(graph: Any, given: Mapping[str, Any]) -> bool:
         return False
     model = graph.plan.sites.model
     main = graph.convention.inputs[0]
-    both, second = _two_texts(given, begins, positions.shape[1])
+    rows = given[main].shape[0]
+    whole = {**given, POSITIONS: positions.expand(rows, -1)}  # one row of positions may be that of all
+    both, second = _two_texts(whole, begins.expand(rows, -1), positions.shape[1])
+    both[POSITIONS] = both[POSITIONS][: positions.shape[0]]
     length, other = second, {**both, main: _otherwise(both[main], second)}
     alone = {
         name: item[:, -length:] if _by_token(item, both[POSITIONS].shape[1]) else item for name, item in both.items()
@@ -52,14 +55,18 @@ def keeps_apart(graph: Any, given: Mapping[str, Any]) -> bool:
     with _at_rest(graph):
         made, changed, single = (_made(graph, probe) for probe in (both, other, alone))
     total = both[POSITIONS].shape[1]
+    compared = False
     for ours, others, own in zip(made, changed, single, strict=True):
         parts = [item[:, -length:] if _by_token(item, total) else item for item in (ours, others)]
         if parts[0].shape != own.shape:
             continue
-        if _off(parts[1], parts[0]) > UNSEEN.get(own.dtype, IN_HALF):
+        compared = True
+        if not _off(parts[1], parts[0]) <= UNSEEN.get(own.dtype, IN_HALF):  # also where it is no number
             raise PeftcError(TextsMix(model=model, reason="each sees something of those before it"))
-        if _off(parts[0], own) > ALONE.get(own.dtype, 2 * IN_HALF):
+        if not _off(parts[0], own) <= ALONE.get(own.dtype, 2 * IN_HALF):
             raise PeftcError(TextsMix(model=model, reason="it counts their tokens otherwise"))
+    if not compared:
+        raise PeftcError(TextsMix(model=model, reason="nothing that it returns is of each token"))
     return True
 
 
