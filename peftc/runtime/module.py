@@ -38,7 +38,7 @@ from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_ca
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.tensors.unfrozen import Watch
-from peftc.runtime.texts import keeps_apart
+from peftc.runtime.texts import by_row, keeps_apart
 from peftc.runtime.token_mean import NAME
 
 # Of one model, for sizes that no graph before was for; a model that asks more often is better compiled for its sizes.
@@ -172,9 +172,9 @@ class Runtime(Switching):
                 several texts in a row of which it would not make what it makes of each.
         """
         try:
-            given = self.convention.bind(args, kwargs)
+            given = by_row(self.convention.bind(args, kwargs))
         except TypeError as refusal:
-            given = self.convention.named(args, kwargs)
+            given = by_row(self.convention.named(args, kwargs))
             taken = {*self.convention.inputs, *self.convention.others}
             known = self.config is not None and given.keys() <= taken
             if not known or not all(isinstance(value, Tensor) for value in given.values()):

@@ -28,6 +28,16 @@ ALONE = {torch.float32: 2e-4, torch.float64: 1e-8}
 IN_HALF = 5e-2
 
 
+def by_row(given: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with positions for each row: one row of them may be given for all."""
+    positions, main = given.get(POSITIONS), next(iter(given.values()), None)
+    if not isinstance(positions, Tensor) or not isinstance(main, Tensor) or positions.dim() != 2 or main.dim() < 2:
+        return given
+    if positions.shape[0] != 1 or main.shape[0] == 1:
+        return given
+    return {**given, POSITIONS: positions.expand(main.shape[0], -1)}
+
+
 def keeps_apart(graph: Any, given: Mapping[str, Any]) -> bool:
     """Whether the inputs have several texts in a row, which `graph`, a compiled model's, keeps apart.
 
@@ -42,10 +52,7 @@ def keeps_apart(graph: Any, given: Mapping[str, Any]) -> bool:
         return False
     model = graph.plan.sites.model
     main = graph.convention.inputs[0]
-    rows = given[main].shape[0]
-    whole = {**given, POSITIONS: positions.expand(rows, -1)}  # one row of positions may be that of all
-    both, second = _two_texts(whole, begins.expand(rows, -1), positions.shape[1])
-    both[POSITIONS] = both[POSITIONS][: positions.shape[0]]
+    both, second = _two_texts(given, begins, positions.shape[1])
     length, other = second, {**both, main: _otherwise(both[main], second)}
     alone = {
         name: item[:, -length:] if _by_token(item, both[POSITIONS].shape[1]) else item for name, item in both.items()

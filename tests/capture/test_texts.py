@@ -17,6 +17,7 @@ from marks import first_is_quick
 from peftc.bench.flops import count_flops
 from peftc.bench.saved_bytes import saved_bytes
 from training import randomise
+from zoo import ZOO
 
 SIZES: dict[str, Any] = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "pad_token_id": 0}
@@ -268,3 +269,15 @@ def _padded(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         "labels": torch.tensor([e["labels"] + [-100] * gap for e, gap in zip(examples, gaps, strict=True)]),
         "attention_mask": torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps]),
     }
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_row_of_positions_is_for_all(rows: int) -> None:
+    model = ZOO["llama"]().eval()
+    ids, positions = torch.randint(3, 90, (2, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    example = {"input_ids": ids, "position_ids": positions.expand(rows, -1)}
+    compiled = peftc.compile(model, "apply lora(r=2) to attn.q", example=example).eval()
+    with torch.no_grad():
+        found = compiled(input_ids=ids, position_ids=positions).logits
+        alone = [model(input_ids=part).logits for part in (ids[:, :4], ids[:, 4:])]
+    torch.testing.assert_close(found, torch.cat(alone, 1), rtol=0, atol=1e-6)
