@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from peftc.graph.surroundings import uncollected
+
 Step = Callable[[], object]
 
 
@@ -21,7 +23,7 @@ def fastest(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dic
     """
     clock = _cuda_seconds if device.type == "cuda" else _process_seconds
     best = dict.fromkeys(steps, float("inf"))
-    with _no_collection():
+    with uncollected():
         for _ in range(rounds):
             gc.collect()
             for name, step in steps.items():
@@ -38,17 +40,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _process_seconds(step: Step) -> float:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers.exporters.utils import patch_attributes
 
 from peftc.diagnostics import debug
+from peftc.graph.ir import expression
 from peftc.graph.rows import hint
 
 FEW = 64  # numbers of a constant that is compared by them
@@ -64,9 +65,10 @@ def _looks(block: nn.Module, holders: Counter[int]) -> Any:
 
 
 def sizes_of(tensor: Tensor) -> Any:
-    """What is known of a tensor without its numbers."""
-    lies = tensor.stride() if tensor.layout is torch.strided else ()
-    return tuple(tensor.shape), lies, tensor.dtype, tensor.device, tensor.requires_grad
+    """What is known of a tensor without its numbers; sizes are symbols where they are open."""
+    lies = (*tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
+    numbers = tuple(map(expression, (*tensor.shape, *lies)))
+    return tensor.layout, numbers, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class Deeds(TorchDispatchMode):

@@ -107,7 +107,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         raise PeftcError(MadeForInference(model=type(model).__name__, parameter=name))
     try:
         return _captured(model, example, timings, once=True)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it may come of this way; what the plain one says of it counts
         debug.tell(1, [f"each block is traced, also equal ones: {error}"])
         return _captured(model, example, timings, once=False)
 

@@ -24,9 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
-from peftc.capture.alike import Deeds, deeds, groups_of, own_tensors
+from peftc.capture.alike import Deeds, deeds, groups_of, own_tensors, sizes_of
 from peftc.capture.untouched import watched
-from peftc.graph.ir import expression
 from peftc.graph.repeat import BEGIN, END, STANDS, NotAlikeError
 
 NONE = object()
@@ -67,7 +66,7 @@ class _Given:
         memories = [tensor.untyped_storage()._cdata for tensor in self.tensors]
         return (
             str(self.spec), self.places, tuple((type(leaf), leaf) for leaf in self.leaves),
-            tuple(memories.index(one) for one in memories), tuple(map(_sizes, self.tensors)),
+            tuple(memories.index(one) for one in memories), tuple(map(sizes_of, self.tensors)),
         )  # fmt: skip
 
     def is_same(self, other: _Given | None) -> bool:
@@ -86,11 +85,6 @@ def _is_usual(tensor: Tensor) -> bool:
     """Whether all that a trace can know of it are its sizes."""
     fake = isinstance(tensor, FakeTensor | nn.Parameter)
     return fake and tensor.layout is torch.strided and getattr(tensor, "constant", None) is None
-
-
-def _sizes(tensor: Tensor) -> Any:
-    numbers = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
-    return tuple(map(expression, numbers)), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 @dataclass

@@ -78,7 +78,7 @@ def seen(mask: fx.Node) -> Seen | None:
         return None
     try:
         said = _Reader().read(mask)
-    except NotImplementedError:
+    except UnreadError:
         return None
     return _in_words(said) if isinstance(said, frozenset) else None
 
@@ -153,11 +153,15 @@ def _added(term: Any, number: int) -> Sum:
     return Sum(term.term, term.number + number) if isinstance(term, Sum) else Sum(term, number)
 
 
+class UnreadError(Exception):
+    """A mask is made by an operation, or says something, that is not known here."""
+
+
 class _Reader:
     """Reads values off their nodes, each once.
 
     Raises:
-        NotImplementedError: at an operation that it does not know.
+        UnreadError: at an operation that it does not know.
     """
 
     def __init__(self) -> None:
@@ -165,11 +169,11 @@ class _Reader:
 
     def read(self, node: Any) -> Value:
         if isinstance(node, bool):
-            raise NotImplementedError
+            raise UnreadError
         if isinstance(node, int):
             return Sum(None, node)
         if not isinstance(node, fx.Node) or not is_tensor(node):
-            raise NotImplementedError
+            raise UnreadError
         if node not in self.known:
             self.known[node] = self._made(node)
         return self.known[node]
@@ -177,23 +181,23 @@ class _Reader:
     def _made(self, node: fx.Node) -> Value:
         if node.op == "placeholder":
             if value(node).dim() != 2 or value(node).is_floating_point() or value(node).dtype == torch.bool:
-                raise NotImplementedError
+                raise UnreadError
             return Sum(Read(POSITION, node, Sum(Place(-2), 0), Sum(Place(-1), 0)), 0)
         if node.op != "call_function" or (rule := _RULES.get(node.target)) is None:
-            raise NotImplementedError
+            raise UnreadError
         return rule(self, node)
 
     def number(self, node: Any) -> Sum:
         found = self.read(node)
         if not isinstance(found, Sum):
-            raise NotImplementedError
+            raise UnreadError
         return found
 
     def read_entry(self, node: Any, of: str) -> Read:
         """An entry of a table of that kind, at its own place."""
         found = self.number(node)
         if found.number or found.term != Read(of, getattr(found.term, "source", None), *_OWN):  # type: ignore[arg-type]
-            raise NotImplementedError
+            raise UnreadError
         return found.term  # type: ignore[no-any-return]
 
 
@@ -221,7 +225,7 @@ def _slice(reader: _Reader, node: fx.Node) -> Value:
     if isinstance(start, int) and start >= 0 and after[dim] == 1:  # one entry of it
         result: Value = _over(found, lambda place: Sum(None, start) if place.dim == dim else place)
         return result
-    raise NotImplementedError
+    raise UnreadError
 
 
 def _unsqueeze(reader: _Reader, node: fx.Node) -> Value:
@@ -234,7 +238,7 @@ def _unsqueeze(reader: _Reader, node: fx.Node) -> Value:
 
 def _arange(reader: _Reader, node: fx.Node) -> Value:
     if node.target is aten.arange.start and node.args[0] != 0:
-        raise NotImplementedError
+        raise UnreadError
     return Sum(Place(-1), 0)
 
 
@@ -242,7 +246,7 @@ def _plus(sign: int) -> Callable[[_Reader, fx.Node], Value]:
     def rule(reader: _Reader, node: fx.Node) -> Value:
         left, right = (reader.number(argument) for argument in node.args[:2])
         if right.term is not None or node.kwargs:
-            raise NotImplementedError
+            raise UnreadError
         return _added(left, sign * right.number)
 
     return rule
@@ -258,30 +262,30 @@ def _index(reader: _Reader, node: fx.Node) -> Value:
 
 def _two(given: Any) -> tuple[Any, Any]:
     if not isinstance(given, Sequence) or len(given) != 2 or None in given:
-        raise NotImplementedError
+        raise UnreadError
     return given[0], given[1]
 
 
 def _diff(reader: _Reader, node: fx.Node) -> Value:
     """Each position less the one before; before the first stands one less than the first."""
     if node.kwargs or len(node.args) != 4 or node.args[1] != 1 or node.args[2] not in (-1, 1):
-        raise NotImplementedError
+        raise UnreadError
     entry = reader.read_entry(node.args[0], POSITION)
     before = _added(Read(POSITION, entry.source, entry.row, Sum(None, 0)), -1)
     if reader.read(node.args[3]) != before:
-        raise NotImplementedError
+        raise UnreadError
     return Sum(Read(STEP, entry.source, *_OWN), 0)
 
 
 def _not_one(reader: _Reader, node: fx.Node) -> Value:
     if node.args[1] != 1:
-        raise NotImplementedError
+        raise UnreadError
     return Sum(Read(FIRST, reader.read_entry(node.args[0], STEP).source, *_OWN), 0)
 
 
 def _count(reader: _Reader, node: fx.Node) -> Value:
     if node.args[1] not in (-1, 1):
-        raise NotImplementedError
+        raise UnreadError
     return Sum(Read(TEXT, reader.read_entry(node.args[0], FIRST).source, *_OWN), 0)
 
 
@@ -289,7 +293,7 @@ def _compare(how: str) -> Callable[[_Reader, fx.Node], Value]:
     def rule(reader: _Reader, node: fx.Node) -> Value:
         left, right = (reader.number(argument) for argument in node.args)
         if left.term is None and right.term is None:
-            raise NotImplementedError
+            raise UnreadError
         if right.term is None or left.term is None:
             return _known(how, left, right)
         return All([Compared(how, left, right)])
@@ -301,19 +305,19 @@ def _known(how: str, left: Sum, right: Sum) -> Value:
     """A place compared with a number: places are never below 0."""
     if isinstance(left.term, Place) and how == "ge" and right.number - left.number <= 0:
         return All()
-    raise NotImplementedError
+    raise UnreadError
 
 
 def _both(reader: _Reader, node: fx.Node) -> Value:
     left, right = (reader.read(argument) for argument in node.args)
     if not isinstance(left, frozenset) or not isinstance(right, frozenset):
-        raise NotImplementedError
+        raise UnreadError
     return left | right
 
 
 def _yes(reader: _Reader, node: fx.Node) -> Value:
     if value(node).dtype != torch.bool:
-        raise NotImplementedError
+        raise UnreadError
     return All()
 
 

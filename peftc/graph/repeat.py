@@ -52,10 +52,14 @@ class _Body:
     nodes: list[fx.Node]
 
     @cached_property
+    def entering(self) -> set[Memory]:
+        """The memory of what it was given or reads."""
+        return {one for node in (*self.given, *self.reads.values()) for one in memories(node)}
+
+    @cached_property
     def views(self) -> set[fx.Node]:
-        """Its nodes that lie in the memory of what it was given or reads."""
-        theirs = {one for node in (*self.given, *self.reads.values()) for one in memories(node)}
-        return {node for node in self.nodes if not theirs.isdisjoint(memories(node))}
+        """Its nodes that lie there."""
+        return {node for node in self.nodes if not self.entering.isdisjoint(memories(node))}
 
     @cached_property
     def reads(self) -> dict[str, fx.Node]:
@@ -70,7 +74,6 @@ class _Body:
             NotAlikeError: where they may not.
         """
         inside, given = {*self.nodes}, {*self.given}
-        theirs = {one for node in (*self.given, *self.reads.values()) for one in memories(node)}
         for node in self.nodes:
             for source in node.all_input_nodes:
                 if source not in inside and source not in given and source.op != "get_attr" and memories(source):
@@ -78,7 +81,7 @@ class _Body:
             for user in node.users:
                 if user not in inside and user.target is not END and node not in self.made and memories(node):
                     raise NotAlikeError(f"{user.name} reads {node.name}")
-            if is_mutable(node) and any(not theirs.isdisjoint(memories(one)) for one in node.all_input_nodes):
+            if is_mutable(node) and any(not self.entering.isdisjoint(memories(one)) for one in node.all_input_nodes):
                 raise NotAlikeError(f"{node.name} writes on what is not its own")
             if isinstance(node.target, HigherOrderOperator) or free_unbacked_symbols(node.meta.get("val", 0)):
                 raise NotAlikeError(f"{node.name} has no fake value to be computed again")

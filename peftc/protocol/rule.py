@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 import peftc.kernels  # noqa: F401 - registers the operations that rules emit
-from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, compute, get_attribute, module_path
+from peftc.graph.ir import PROVENANCE, STACK, Provenance, block_of, compute, get_attribute, is_mutable, module_path
 from peftc.graph.patterns import Match, Miss, Pattern, read_elsewhere
 from peftc.protocol.params import demand, import_all
 
@@ -125,12 +125,13 @@ class Editor:
             self.drop(node)
 
     def drop(self, node: fx.Node) -> None:
-        """Erases `node` unless something reads it, and what it alone read."""
+        """Erases `node` unless something reads it, and what it alone read and that writes over nothing."""
         if not node.users and node.op == "call_function" and not node._erased:
             sources = node.all_input_nodes
             self.graph.erase_node(node)
             for source in sources:
-                self.drop(source)
+                if not is_mutable(source):
+                    self.drop(source)
 
 
 F = TypeVar("F", bound=type[Fusion])

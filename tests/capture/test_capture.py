@@ -243,7 +243,7 @@ def test_the_dropout_of_a_recurrent_layer_follows_eval() -> None:
     compiled = peftc.compile(model, "apply lora(r=2) to linear", example=x)
     model.eval()
     compiled.eval()
-    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)  # a product's sums in another order
 
 
 def tied_autoencoder(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -326,4 +326,4 @@ def test_parts_may_be_called_anything() -> None:
     torch.manual_seed(0)
     model, x = _Named(), torch.randn(4, 6)
     compiled = peftc.compile(model, "apply lora(r=2) to linear", example=x)
-    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)  # a product's sums in another order

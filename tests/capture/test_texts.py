@@ -103,16 +103,20 @@ def fired(model: peftc.CompiledModule) -> int:
     return next(one.places for one in other.fired if one.rule == "varlen_attention")
 
 
-@pytest.mark.parametrize("case", first_is_quick(list(CASES)))
-def test_gradients_are_those_of_separate_texts(case: str) -> None:
-    make, places = CASES[case]
-    model = compiled(make)
+def learns_as_separately(model: peftc.CompiledModule) -> None:
     loss = model(**row(texts())).loss
     loss.backward()
     together = gradients(model)
     expected, apart = separately(model, texts())
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     close(together, apart)
+
+
+@pytest.mark.parametrize("case", first_is_quick(list(CASES)))
+def test_gradients_are_those_of_separate_texts(case: str) -> None:
+    make, places = CASES[case]
+    model = compiled(make)
+    learns_as_separately(model)
     assert fired(model) == places
 
 
@@ -232,12 +236,7 @@ def test_what_would_mix_them_is_refused(case: str) -> None:
 @pytest.mark.slow
 def test_a_prefix_stands_in_front_of_each_text() -> None:
     model = compiled(CASES["llama"][0], "apply prefix(length=3) to attn")
-    loss = model(**row(texts())).loss
-    loss.backward()
-    together = gradients(model)
-    expected, apart = separately(model, texts())
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    close(together, apart)
+    learns_as_separately(model)
 
 
 # Trainers
