@@ -33,16 +33,19 @@ def _like(x: Tensor, cosine: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cosine: Tensor, sines: tuple[Tensor, Tensor], signs: tuple[int, int]) -> Tensor:
-    """x cos, and of its halves the other one times a sine added or taken off, in three passes."""
+    """x cos, and of its halves the other one times a sine added or taken off, rounded as the definition is."""
     y = torch.mul(x, cosine, out=_like(x, cosine))
     for target, other, sine, sign in zip(_halves(y), _halves(x)[::-1], sines, signs, strict=True):
-        target.addcmul_(other, sine, value=sign)
+        if y.dtype.itemsize < 4:
+            target.add_(other * sine, alpha=sign)  # addcmul would not round the product
+        else:
+            target.addcmul_(other, sine, value=sign)
     return y
 
 
 @operation("rotary")
 def rotary(xs: list[Tensor], cosine: Tensor, sine: Tensor) -> list[Tensor]:
-    """The same without a temporary."""
+    """The same in place: numbers of 32 bits without a temporary, of 16 bits with one, so that both round alike."""
     return [_turn(x, cosine, _halves(sine), (-1, 1)) for x in xs]
 
 
