@@ -1,0 +1,1 @@
+"""What examples/architectures.py is made of: tiny models, batches for them, and a judge."""

@@ -1,0 +1,314 @@
+"""A tiny model with random weights of any type that transformers knows, by looking at its configuration.
+
+Sizes are told by the words in their names (layers, heads, vocab, …), widths are divided alike, and every group of
+changes is tried: one that leaves a model that cannot be built or run is left out. There is no list of types.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+HEADS = {
+    "causal": "CAUSAL_LM",
+    "masked": "MASKED_LM",
+    "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
+    "image": "IMAGE_CLASSIFICATION",
+    "audio": "AUDIO_CLASSIFICATION",
+    "ctc": "CTC",
+    "speech": "SPEECH_SEQ_2_SEQ",
+    "image-text": "IMAGE_TEXT_TO_TEXT",
+}
+LAYERS, WIDTH, INNER, HEAD_COUNT, HEAD_WIDTH, EXPERTS, VOCABULARY, POSITIONS = 2, 32, 48, 4, 8, 4, 160, 128
+MOST_PARAMETERS = 20_000_000
+
+Change = tuple[str, Any]
+Rule = Callable[[str, int], int | None]
+
+
+class NotBuilt(Exception):
+    """transformers itself makes no model of this type that runs here."""
+
+
+def types_of(head: str) -> dict[str, Any]:
+    """The model types of a head -> the class's name, as the installed transformers has them."""
+    names: Mapping[str, Any] = getattr(modeling_auto, f"MODEL_FOR_{HEADS[head]}_MAPPING_NAMES")
+    return dict(names)
+
+
+def class_of(head: str, kind: str) -> type[PreTrainedModel]:
+    """The model class of a type under a head."""
+    mapping = getattr(modeling_auto, f"MODEL_FOR_{HEADS[head]}_MAPPING")
+    found = mapping[CONFIG_MAPPING[kind]]
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return chosen
+
+
+def tiny_model(head: str, kind: str, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A model in evaluation mode, drawn with seed 0; `options` are values of its configuration to have besides.
+
+    Raises:
+        NotBuilt: with what transformers said.
+    """
+    try:
+        model_class, config_class = class_of(head, kind), CONFIG_MAPPING[kind]
+    except Exception as error:
+        raise NotBuilt(_told(error)) from error
+    config = _shrunk(config_class, model_class, options or {})
+    torch.manual_seed(0)
+    try:
+        model = model_class(config).eval()
+    except Exception as error:
+        raise NotBuilt(_told(error)) from error
+    _spread(model)
+    return model
+
+
+def _spread(model: PreTrainedModel) -> None:
+    """Numbers everywhere: norms, biases and gates that begin at nothing would hide what is wrong behind them."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
+                parameter.add_(noise, alpha=0.05)
+                if not parameter.isfinite().all():  # torch.empty, which the model leaves to a checkpoint
+                    parameter.copy_(0.05 * noise)
+
+
+def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration with all changes that it can bear."""
+    try:
+        whole = config_class()
+    except Exception:
+        whole = None  # its defaults contradict themselves; a smaller one may not
+    groups = [_layers, _sizes, _vocabulary, _positions, _images, _experts, _quiet]
+    accepted: dict[str, Any] = dict(options)
+    changes = [_changes(config_class, whole, group) for group in groups]
+    everything = _merged(*changes, accepted)
+    if _runs(config_class, model_class, everything):
+        return config_class(**everything)
+    for change in changes:  # what cannot be borne together: one after another, then name by name
+        if _runs(config_class, model_class, tried := _merged(accepted, change, options)):
+            accepted = tried
+            continue
+        for path, value in _leaves(change):
+            if _runs(config_class, model_class, tried := _merged(accepted, _nested(path, value), options)):
+                accepted = tried
+    try:
+        config = config_class(**accepted)
+    except Exception as error:
+        raise NotBuilt(_told(error)) from error
+    with torch.device("meta"):
+        count = _count(model_class, config)
+    if count is None or count > MOST_PARAMETERS:
+        raise NotBuilt(f"is not made small: {count} parameters")
+    return config
+
+
+def _count(model_class: Any, config: Any) -> int | None:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+    except Exception:
+        return None
+
+
+def _runs(config_class: Any, model_class: Any, changes: Mapping[str, Any]) -> bool:
+    try:
+        config = config_class(**copy.deepcopy(dict(changes)))
+    except Exception:
+        return False
+    return _count(model_class, config) is not None
+
+
+# ---- Configurations ------------------------------------------------------------------------------------------------
+
+
+def _changes(config_class: Any, whole: Any, group: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What a group of rules changes, in a configuration and in those inside it, as nested dicts."""
+    if whole is None:
+        return {}
+    found = group(whole)
+    takes = set(inspect.signature(config_class.__init__).parameters)
+    found = {name: value for name, value in found.items() if name in takes}
+    for name, inner in vars(whole).items():
+        if isinstance(inner, PretrainedConfig) and (nested := _changes(type(inner), inner, group)):
+            found[name] = {"model_type": inner.model_type, **nested} if inner.model_type else nested
+    return found
+
+
+def _merged(*changes: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for change in changes:
+        for name, value in change.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(name), dict)
+            result[name] = _merged(result[name], value) if both else value
+    return result
+
+
+def _leaves(change: Mapping[str, Any], path: Sequence[str] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for name, value in change.items():
+        if isinstance(value, Mapping) and name.endswith("config"):
+            found += _leaves(value, (*path, name))
+        elif name != "model_type":
+            found.append(((*path, name), value))
+    return found
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    for name in reversed(path):
+        value = {name: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def _whole_numbers(config: Any) -> dict[str, int]:
+    return {name: value for name, value in vars(config).items() if type(value) is int}
+
+
+def _lists(config: Any) -> dict[str, list[Any]]:
+    return {name: list(value) for name, value in vars(config).items() if isinstance(value, list | tuple) and value}
+
+
+def _layers(config: Any) -> dict[str, Any]:
+    """Two layers, or one of each kind that the configuration tells apart."""
+    found: dict[str, Any] = {}
+    deep = re.compile(r"(^|_)(n_layers?|num_layers|layers|num_hidden_layers|depth|num_blocks)$|_layers$|_num_layers$")
+    counts = {name: value for name, value in _whole_numbers(config).items() if deep.search(name) and value > LAYERS}
+    kinds = {name: value for name, value in _lists(config).items() if value and len(value) in counts.values()}
+    by_layer = {name: value for name, value in kinds.items() if re.search("type|kind|layer|pattern|mlp", name)}
+    for name, value in counts.items():
+        mine = [own for own in by_layer.values() if len(own) == value]
+        keep = _one_of_each(mine) if mine else list(range(LAYERS))
+        found[name] = len(keep)
+        found |= {other: [own[i] for i in keep] for other, own in by_layer.items() if len(own) == value}
+    for name, stages in _lists(config).items():
+        if re.search("depths|num_block|stage_num|block_repeats", name) and all(type(n) is int for n in stages):
+            found[name] = [min(n, LAYERS) for n in stages]
+    return found
+
+
+def _one_of_each(kinds: Sequence[Sequence[Any]]) -> list[int]:
+    """The first layer of every combination of kinds, at least two layers and at most four."""
+    seen: dict[str, int] = {}
+    for place, combination in enumerate(zip(*kinds, strict=True)):
+        seen.setdefault(repr(combination), place)
+    places = sorted(seen.values())[:4]
+    return places if len(places) >= LAYERS else list(range(LAYERS))
+
+
+SIZES: tuple[tuple[str, Rule], ...] = (
+    (r"key_value_heads|kv_heads|num_kv|multi_query_group", lambda _name, old: 2 if old < 2**30 else None),
+    (r"(^|_)(num_)?key_heads$|num_k_heads", lambda _name, _old: 2),
+    (r"heads?$|_heads_|num_heads|n_head", lambda name, old: HEAD_COUNT if old > HEAD_COUNT and "dim" not in name else None),
+    (r"rope_head_dim$|rotary_dim$", lambda name, _old: HEAD_WIDTH // 2 if "nope" not in name else HEAD_WIDTH),
+    (r"head_dim|head_size|d_kv$|d_head|kv_channels|index_head_dim|v_head", lambda _name, _old: HEAD_WIDTH),
+    (r"lora_rank|_rank$|time_step_rank|dt_rank", lambda _name, old: 16 if old > 16 else None),
+    (r"intermediate|ffn|d_ff|mlp_dim|inner|ff_dim|feedforward|feed_forward|n_inner", lambda _name, old: INNER if old > INNER else None),
+    (r"hidden|embd|embed|d_model|(^|_)dim$|width|_size_per_layer|proj|channels|units|features|d_rel", lambda _name, old: WIDTH if old > WIDTH else None),
+    (r"state_size|d_state|ssm", lambda _name, old: 8 if old > 8 else None),
+)  # fmt: skip
+NO_SIZE = re.compile(
+    r"num_channels|in_channels|token|kernel|stride|window|layers|max_|vocab|chunk|index$|_id$|image_size|patch"
+)
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """Widths, heads and what lies between them."""
+    found: dict[str, Any] = {}
+    for name, old in _whole_numbers(config).items():
+        if NO_SIZE.search(name) and not re.search("head", name):
+            continue
+        rule = next((rule for pattern, rule in SIZES if re.search(pattern, name)), None)
+        new = rule(name, old) if rule else None
+        if new is not None and new != old and old > 0:
+            found[name] = new
+    for name, sizes in _lists(config).items():
+        numbers = all(type(n) is int for n in sizes)
+        if numbers and re.search("hidden_sizes|embed_dim|conv_dim|tdnn_dim|channels|neck|out_chan|mid_chan", name):
+            found[name] = [max(8, 16 * n // max(sizes[0], 1) // 8 * 8) if sizes[0] > 16 else n for n in sizes]
+        if numbers and name in ("num_attention_heads", "num_heads"):
+            found[name] = [min(n, HEAD_COUNT) for n in sizes]
+    return found
+
+
+def _vocabulary(config: Any) -> dict[str, Any]:
+    """A small vocabulary, with each special token in it."""
+    found: dict[str, Any] = {}
+    numbers = _whole_numbers(config)
+    for name, old in numbers.items():
+        if "vocab" in name and old > VOCABULARY and "offset" not in name:
+            found[name] = VOCABULARY
+    special = sorted({old for name, old in numbers.items() if _is_token(name) and old >= VOCABULARY - 40})
+    places = {old: VOCABULARY - 1 - place for place, old in enumerate(special)}
+    found |= {name: places[old] for name, old in numbers.items() if _is_token(name) and old in places}
+    eos = getattr(config, "eos_token_id", None)
+    if isinstance(eos, list):
+        found["eos_token_id"] = [min(token, 2) for token in eos][:1]
+    return found
+
+
+def _is_token(name: str) -> bool:
+    return bool(re.search(r"(token_id|token_index|_token)$", name)) and not name.startswith("num_")
+
+
+def _positions(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, old in _whole_numbers(config).items():
+        if re.search(r"position_embeddings$|n_positions|max_seq_len|max_source_pos|max_target_pos", name):
+            found[name] = min(old, POSITIONS)
+    return found
+
+
+def _images(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, old in _whole_numbers(config).items():
+        if name in ("image_size", "input_size", "resolution") and old > 32:
+            found[name] = 32
+        if name == "patch_size" and old > 8:
+            found[name] = 8
+        if name == "window_size" and old > 4:
+            found[name] = 4
+    for name, sizes in _lists(config).items():
+        if name == "image_size" and all(type(n) is int for n in sizes):
+            found[name] = [32 for _ in sizes]
+        if name == "patch_size" and all(type(n) is int and n > 8 for n in sizes):
+            found[name] = [8 for _ in sizes]
+    return found
+
+
+def _experts(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, old in _whole_numbers(config).items():
+        if re.search(r"expert", name) and re.search(r"per_tok|topk|top_k|capacity", name):
+            found[name] = min(old, 2)
+        elif re.search(r"experts$|n_routed|num_local|moe_num", name) and old > EXPERTS:
+            found[name] = EXPERTS
+        elif re.search(r"^(n_group|topk_group|moe_topk|moe_k)$", name):
+            found[name] = min(old, 2 if "group" not in name else 1)
+    return found
+
+
+def _quiet(config: Any) -> dict[str, Any]:
+    """Nothing is dropped out, so that a step in training has one answer; no cache in what is trained."""
+    found: dict[str, Any] = {}
+    for name, old in vars(config).items():
+        if re.search("drop|jitter", name) and isinstance(old, float) and old > 0:
+            found[name] = 0.0
+        if name == "mask_time_prob" or name == "mask_feature_prob":
+            found[name] = 0.0
+    return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
