@@ -30,7 +30,12 @@ HEADS = {
 LAYERS, WIDTH, INNER, HEAD_COUNT, HEAD_WIDTH, EXPERTS, VOCABULARY, POSITIONS = 2, 32, 48, 4, 8, 4, 160, 128
 MOST_PARAMETERS = 20_000_000
 
-Change = tuple[str, Any]
+# What the defaults of a type lack, so that transformers makes no model of them.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},  # is asked of a part of the configuration that has none
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # None
+}
+
 Rule = Callable[[str, int], int | None]
 
 
@@ -62,10 +67,15 @@ def tiny_model(head: str, kind: str, options: Mapping[str, Any] | None = None) -
         model_class, config_class = class_of(head, kind), CONFIG_MAPPING[kind]
     except Exception as error:
         raise NotBuilt(_told(error)) from error
-    config = _shrunk(config_class, model_class, options or {})
+    if isinstance(own := model_class.config_class, type) and own is not config_class:
+        config_class = own  # the part of a configuration that this class is of
+    wanted = _merged(EXCEPTIONS.get(kind, {}), options or {})
+    if head == "causal" and "is_decoder" in inspect.signature(config_class.__init__).parameters:
+        wanted.setdefault("is_decoder", True)
+    config = _shrunk(config_class, model_class, wanted)
     torch.manual_seed(0)
     try:
-        model = model_class(config).eval()
+        model: PreTrainedModel = model_class(config).eval()
     except Exception as error:
         raise NotBuilt(_told(error)) from error
     _spread(model)
@@ -73,15 +83,16 @@ def tiny_model(head: str, kind: str, options: Mapping[str, Any] | None = None) -
 
 
 def _spread(model: PreTrainedModel) -> None:
-    """Numbers everywhere: norms, biases and gates that begin at nothing would hide what is wrong behind them."""
+    """What begins at nothing, or so small that attention is even, would hide what is wrong behind it."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
-                parameter.add_(noise, alpha=0.05)
+                noise *= 0.7 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1
+                parameter.add_(noise)
                 if not parameter.isfinite().all():  # torch.empty, which the model leaves to a checkpoint
-                    parameter.copy_(0.05 * noise)
+                    parameter.copy_(noise)
 
 
 def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> PretrainedConfig:
@@ -90,12 +101,13 @@ def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> 
         whole = config_class()
     except Exception:
         whole = None  # its defaults contradict themselves; a smaller one may not
-    groups = [_layers, _sizes, _vocabulary, _positions, _images, _experts, _quiet]
+    groups = [_layers, _sizes, _vocabulary, _positions, _images, _experts, _quiet, _unset]
     accepted: dict[str, Any] = dict(options)
     changes = [_changes(config_class, whole, group) for group in groups]
-    everything = _merged(*changes, accepted)
-    if _runs(config_class, model_class, everything):
-        return config_class(**everything)
+    for everything in (_merged(*changes[:-1], accepted), _merged(*changes, accepted)):
+        if _runs(config_class, model_class, everything):
+            config: PretrainedConfig = config_class(**everything)
+            return config
     for change in changes:  # what cannot be borne together: one after another, then name by name
         if _runs(config_class, model_class, tried := _merged(accepted, change, options)):
             accepted = tried
@@ -117,7 +129,7 @@ def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> 
 def _count(model_class: Any, config: Any) -> int | None:
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+            return sum(int(p.numel()) for p in model_class(copy.deepcopy(config)).parameters())
     except Exception:
         return None
 
@@ -208,14 +220,17 @@ def _one_of_each(kinds: Sequence[Sequence[Any]]) -> list[int]:
 
 
 SIZES: tuple[tuple[str, Rule], ...] = (
-    (r"key_value_heads|kv_heads|num_kv|multi_query_group", lambda _name, old: 2 if old < 2**30 else None),
+    (r"key_value_heads|kv_heads|num_kv|multi_query_group", lambda _name, _old: HEAD_COUNT // 2),
     (r"(^|_)(num_)?key_heads$|num_k_heads", lambda _name, _old: 2),
-    (r"heads?$|_heads_|num_heads|n_head", lambda name, old: HEAD_COUNT if old > HEAD_COUNT and "dim" not in name else None),
-    (r"rope_head_dim$|rotary_dim$", lambda name, _old: HEAD_WIDTH // 2 if "nope" not in name else HEAD_WIDTH),
+    (r"(?<!dim_)heads?$|_heads_|n_head", lambda _name, old: HEAD_COUNT if old > HEAD_COUNT else None),
+    (r"rotary_dim$", lambda _name, _old: HEAD_WIDTH),
     (r"head_dim|head_size|d_kv$|d_head|kv_channels|index_head_dim|v_head", lambda _name, _old: HEAD_WIDTH),
     (r"lora_rank|_rank$|time_step_rank|dt_rank", lambda _name, old: 16 if old > 16 else None),
-    (r"intermediate|ffn|d_ff|mlp_dim|inner|ff_dim|feedforward|feed_forward|n_inner", lambda _name, old: INNER if old > INNER else None),
-    (r"hidden|embd|embed|d_model|(^|_)dim$|width|_size_per_layer|proj|channels|units|features|d_rel", lambda _name, old: WIDTH if old > WIDTH else None),
+    (r"intermediate|ffn|d_ff|mlp_dim|inner|ff_dim|feed_?forward", lambda _name, old: INNER if old > INNER else None),
+    (
+        r"hidden|embd|embed|d_model|(^|_)dim$|width|_size_per_layer|proj|channels|units|features|d_rel",
+        lambda _name, old: WIDTH if old > WIDTH else None,
+    ),
     (r"state_size|d_state|ssm", lambda _name, old: 8 if old > 8 else None),
 )  # fmt: skip
 NO_SIZE = re.compile(
@@ -226,19 +241,25 @@ NO_SIZE = re.compile(
 def _sizes(config: Any) -> dict[str, Any]:
     """Widths, heads and what lies between them."""
     found: dict[str, Any] = {}
-    for name, old in _whole_numbers(config).items():
+    numbers = _whole_numbers(config)
+    expand = numbers.get("expand") or numbers.get("mamba_expand")
+    for name, old in numbers.items():
         if NO_SIZE.search(name) and not re.search("head", name):
             continue
         rule = next((rule for pattern, rule in SIZES if re.search(pattern, name)), None)
         new = rule(name, old) if rule else None
+        if "key_value_heads" in name and old == numbers.get(name.replace("key_value", "attention")):
+            new = HEAD_COUNT
+        if expand and re.search(r"d_head$|head_dim$|d_ssm$", name):  # heads of a widened state
+            new = WIDTH * expand // (1 if "ssm" in name else HEAD_COUNT)
         if new is not None and new != old and old > 0:
             found[name] = new
     for name, sizes in _lists(config).items():
-        numbers = all(type(n) is int for n in sizes)
-        if numbers and re.search("hidden_sizes|embed_dim|conv_dim|tdnn_dim|channels|neck|out_chan|mid_chan", name):
+        whole = all(type(n) is int for n in sizes)
+        if whole and re.search("hidden_sizes|embed_dim|conv_dim|tdnn_dim|channels|neck|out_chan|mid_chan", name):
             found[name] = [max(8, 16 * n // max(sizes[0], 1) // 8 * 8) if sizes[0] > 16 else n for n in sizes]
-        if numbers and name in ("num_attention_heads", "num_heads"):
-            found[name] = [min(n, HEAD_COUNT) for n in sizes]
+        if whole and name in ("num_attention_heads", "num_heads"):
+            found[name] = [min(n, HEAD_COUNT // 2) for n in sizes]
     return found
 
 
@@ -297,6 +318,15 @@ def _experts(config: Any) -> dict[str, Any]:
         elif re.search(r"^(n_group|topk_group|moe_topk|moe_k)$", name):
             found[name] = min(old, 2 if "group" not in name else 1)
     return found
+
+
+def _unset(config: Any) -> dict[str, Any]:
+    """What a checkpoint's configuration has, and the defaults leave out."""
+    usual = {
+        "vocab_size": VOCABULARY, "head_dim": HEAD_WIDTH, "num_key_value_heads": HEAD_COUNT,
+        "n_routed_experts": EXPERTS, "pad_token_id": 0,
+    }  # fmt: skip
+    return {name: value for name, value in usual.items() if vars(config).get(name, 0) is None}
 
 
 def _quiet(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,21 +30,14 @@ def assigned(node: fx.Node) -> bool:
     whole = views[0].args[0] if views else None
     if not isinstance(whole, fx.Node) or whole.op != "call_function" or not _is_fresh(whole):
         return False
-    later = [
-        user
-        for other in node.graph.nodes
-        if is_tensor(other) and other < node and memory(other) == memory(whole)
-        for user in other.users
-        if user > node and other is not whole
-    ]
-    if later:
+    if any(user > node for view in _views_of(whole) if view < node for user in view.users):
         return False
     behind = {user for user in whole.users if user > node}
     part = new = _shaped(node, value(views[-1]))
     for view in reversed(views):
         new = _before(node, SCATTERED[view.target], view.args[0], new, *view.args[1:], **view.kwargs)
     whole.replace_all_uses_with(new, delete_user_cb=behind.__contains__)
-    moved(new, memory(whole))
+    moved(new, whole, memory(whole))
     node.replace_all_uses_with(part)
     node.graph.erase_node(node)
     return True
@@ -56,6 +50,17 @@ def _views(node: Any) -> list[fx.Node]:
         views.append(node)
         node = node.args[0]
     return views[::-1]
+
+
+def _views_of(whole: fx.Node) -> Iterator[fx.Node]:
+    """What lies in the memory that `whole` makes, but for itself."""
+    own, seen, waiting = memory(whole), {whole}, [whole]
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in seen and is_tensor(user) and memory(user) == own:
+                seen.add(user)
+                waiting.append(user)
+                yield user
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -244,14 +244,34 @@ def elsewhere(graph: fx.Graph, fakes: Any) -> Any:
         )
 
 
-def moved(node: fx.Node, before: Memory) -> None:
-    """Computes the values behind `node` again that lay in the memory `before`: its views lie in its own now."""
+def moved(node: fx.Node, before: fx.Node, where: Memory) -> None:
+    """Says that `node` lies in memory of its own, whose value is as that of `before`, which lies in `where`.
+
+    So do its views behind it. Where their values are laid out as they were, these stand for the new ones: then a loop
+    that writes into a tensor part by part, each time read by views, does not have them all computed again each time.
+    """
+    if described(node) == described(before):
+        node.meta["val"] = before.meta["val"]
+        share(node, f"{node.name} {next(_names)}")
+        return
     touched, after = {node}, False
     for other in node.graph.nodes:
-        if after and not touched.isdisjoint(other.all_input_nodes) and before in memories(other):
+        if after and not touched.isdisjoint(other.all_input_nodes) and where in memories(other):
             other.meta["val"] = computed(other)
             touched.add(other)
         after = after or other is node
+
+
+def described(node: fx.Node) -> tuple[Any, ...]:
+    """What there is to a tensor but its memory, in a form that compares without adding a guard."""
+    fake = value(node)
+    return (
+        fake.dtype,
+        fake.device,
+        [expression(size) for size in fake.shape],
+        [expression(size) for size in fake.stride()],
+        expression(fake.storage_offset()),
+    )
 
 
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:

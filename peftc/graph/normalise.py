@@ -45,10 +45,11 @@ def normalise(module: fx.GraphModule) -> None:
         elif assigned(node):
             continue
         elif (instead := _out_of_place(node.target)) and _is_private(node):
-            before = memory(node)
+            source, where = node.args[0], memory(node)
+            assert isinstance(source, fx.Node)
             node.target = instead
             node.meta["val"] = computed(node)
-            moved(node, before)
+            moved(node, source, where)
     _drop_batch_counters(graph)
     graph.eliminate_dead_code()
     module.recompile()

@@ -62,6 +62,14 @@ class _Body:
         return {node for node in self.nodes if not self.entering.isdisjoint(memories(node))}
 
     @cached_property
+    def places(self) -> dict[fx.Node, str]:
+        """What the memory of its other nodes is called, '' where it is that of the value."""
+        named = {
+            node: "".join(sorted({name for _, name in memories(node)})) for node in self.nodes if node not in self.views
+        }
+        return {node: f" {name}" if name else "" for node, name in named.items()}
+
+    @cached_property
     def reads(self) -> dict[str, fx.Node]:
         """The tensors of the model that it reads, by name."""
         sources = (source for node in self.nodes for source in node.all_input_nodes if source.op == "get_attr")
@@ -194,7 +202,7 @@ class _Copy:
             if each in body.views:
                 compute(made)
             else:
-                share(made, path)
+                share(made, path + body.places[each])
         return [known[one] for one in body.made]
 
     def _one(self, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:

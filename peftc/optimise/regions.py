@@ -200,6 +200,9 @@ def program(kind: Kind, holder: _Holder) -> Program:
     # The block's own tensors are there anyway, and so is what all blocks read: masks, positions, sizes.
     free = [node for place, node in enumerate(both.inputs) if place >= own or not wide[place]]
     passes = split(both, free, recompute_all=kind.recompute_all)
+    for half in (passes.forward, passes.backward):
+        for node in half.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default  # strides may differ from those of the trace's fake tensors
     if kind.device.type == "cpu":
         for half in (passes.forward, passes.backward):
             on_cpu(half)
