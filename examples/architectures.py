@@ -171,7 +171,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         verdict = "island" if result["verdict"] == "right" and result["islands"] else result["verdict"]
         counts[result["head"], result["spec"]][verdict] += 1
     for (head, spec), counter in counts.items():
-        built = sum(counter.values()) - counter["not-built"]
+        built = sum(counter.values()) - counter["not-built"] - counter["absent"]
         right = counter["right"] + counter["island"]
         share = f"{100 * right / built:.0f} %" if built else "-"
         others = ", ".join(f"{n} {verdict}" for verdict, n in counter.most_common() if verdict != "right")

@@ -12,8 +12,9 @@ import inspect
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,32 @@ from peftc.graph.ir import get_attribute
 from peftc.protocol.site import Projection
 from sweep.tiny import NotBuilt, tiny_model
 
+
+@dataclass(frozen=True)
+class Spec:
+    """A statement and the roles that it is for, those of them that a model has; `instead` where it has none."""
+
+    statement: str
+    roles: tuple[str, ...]
+    instead: str | None = None
+
+    def on(self, offered: Collection[str]) -> str | None:
+        """As a spec for a model with these roles, None where there is nothing for it."""
+        present = [role for role in self.roles if any(fnmatch(one, role) for one in offered)]
+        what = ", ".join(present) or self.instead
+        return None if what is None else self.statement.format(what)
+
+
 SPECS = {
-    "lora": "apply lora(r=4) to attn.q, attn.v, attn.o, mlp.*",
-    "linear": "apply lora(r=4) to linear",
-    "prefix": "apply prefix(length=4) to attn",
-    "adapter": "apply adapter(size=8) to attn, mlp",
-    "ia3": "apply ia3 to attn.k, attn.v, mlp.down",
-    "dora": "apply dora(r=4) to attn.q, attn.v, mlp.down",
-    "prompt": "apply prompt(length=4) to embed",
-    "norm": "train norm",
-    "nf4": "quantize linear except head with nf4\napply lora(r=4) to linear except head",
+    "lora": Spec("apply lora(r=4) to {}", ("attn.q", "attn.v", "attn.o", "mlp.*"), "linear"),
+    "linear": Spec("apply lora(r=4) to {}", ("linear",)),
+    "prefix": Spec("apply prefix(length=4) to {}", ("attn",)),
+    "adapter": Spec("apply adapter(size=8) to {}", ("attn", "mlp")),
+    "ia3": Spec("apply ia3 to {}", ("attn.k", "attn.v", "mlp.down"), "linear"),
+    "dora": Spec("apply dora(r=4) to {}", ("attn.q", "attn.v", "mlp.down"), "linear"),
+    "prompt": Spec("apply prompt(length=4) to {}", ("embed",)),
+    "norm": Spec("train {}", ("norm",)),
+    "nf4": Spec("quantize linear except head with nf4\napply lora(r=4) to {} except head", ("linear",)),
 }
 STARTS_ELSEWHERE = ("prefix", "prompt", "nf4")  # not the base model at first
 STRICT, ROUGH = 1e-5, 1e-4
@@ -48,7 +65,7 @@ Batch = dict[str, Any]
 
 @dataclass
 class Verdict:
-    """What became of one spec on one type: right, wrong, role, refused, traceback, timeout or not-built."""
+    """What became of one spec on one type: right, wrong, role, refused, traceback, timeout, not-built or absent."""
 
     head: str
     kind: str
@@ -103,21 +120,26 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
         except Exception as error:
             if not usable and batch is batches[0]:
                 return verdict.add("not-built", f"eager: {type(error).__name__}: {error}".splitlines()[0][:200])
-    torch.manual_seed(0)
     start = time.process_time()
     try:
-        compiled = peftc.compile(base, SPECS[verdict.spec])
+        text = SPECS[verdict.spec].on({role for site in peftc.sites(base) for role in site.roles})
+        if text is None:
+            return verdict.add("absent", f"there is no {' or '.join(SPECS[verdict.spec].roles)}")
+        torch.manual_seed(0)
+        compiled = peftc.compile(base, text)
     except peftc.PeftcError as error:
         return verdict.add("refused", _told(error))
     if (took := time.process_time() - start) > 20:
         verdict.reasons.append(f"compiled in {took:.0f} CPU seconds")
     verdict.islands = [str(name) for name in getattr(compiled.plan.captured, "islands", ())]
-    _shaken_and_compared(verdict, base, compiled, usable)
+    _shaken_and_compared(verdict, text, base, compiled, usable)
     for problem in wrong_roles(compiled):
         verdict.add("role", problem)
 
 
-def _shaken_and_compared(verdict: Verdict, base: PreTrainedModel, compiled: Any, batches: list[Batch]) -> None:
+def _shaken_and_compared(
+    verdict: Verdict, text: str, base: PreTrainedModel, compiled: Any, batches: list[Batch]
+) -> None:
     spec = verdict.spec
     problems = [] if spec in STARTS_ELSEWHERE else _starts(base, compiled, batches, STRICT)
     _shake(compiled)
@@ -128,7 +150,7 @@ def _shaken_and_compared(verdict: Verdict, base: PreTrainedModel, compiled: Any,
     try:  # by roundings, or wrong?
         assert all(t.isfinite().all() for batch in many for t in _ask(wide, batch).values())
         torch.manual_seed(0)
-        again = peftc.compile(wide, SPECS[spec])
+        again = peftc.compile(wide, text)
         fresh = [] if spec in STARTS_ELSEWHERE else _starts(wide, again, many, IN_FLOAT64)
         again.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in compiled.state_dict().items()})
         sure = fresh + _compared(spec, wide, again, many, IN_FLOAT64)

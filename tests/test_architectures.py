@@ -1,0 +1,25 @@
+"""A fixed tenth of the types that transformers knows, and those that were once wrong, tiny, held against eager PyTorch.
+
+All of them, under every spec: `.ci/sweep`.
+"""
+
+import pytest
+
+from architectures import HEADS, in_tenth, types_of
+from sweep.judge import judge
+
+ONCE_WRONG = {("causal", "doge"), ("causal", "jetmoe"), ("causal", "granitemoe")}
+CASES = [
+    (head, kind) for head in HEADS for kind in types_of(head) if in_tenth(kind) or (head, kind) in ONCE_WRONG
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.captures
+@pytest.mark.parametrize(("head", "kind"), CASES)
+def test_a_type_is_right(head: str, kind: str) -> None:
+    verdict = judge(head, kind, "lora")
+    if verdict.verdict == "not-built":
+        pytest.skip("; ".join(verdict.reasons))
+    assert verdict.verdict == "right", verdict.reasons
