@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 from torch._guards import TracingContext, tracing
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
@@ -29,17 +30,21 @@ from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.inputs import Example, fake_mode_of, unlogged
+from peftc.capture.islands import Islands, Why, place_of, skeleton_of
 from peftc.capture.once import tracing_once
 from peftc.capture.texts import MASK, POSITIONS
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import get_attribute, keep_unread, set_tensor, tensors
+from peftc.graph.ir import STACK, get_attribute, is_tensor, keep_unread, set_tensor, tensors, value
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
+from peftc.kernels.island import Island, island_of
+from peftc.kernels.island import islands as islands_in
 
+SIZED = "a size depends on numbers"
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
 
@@ -48,8 +53,8 @@ class Captured:
     """A captured model: the flat graph over aliases of the model's own tensors, and how to call it.
 
     `inputs` are the placeholders' names in order; `result` is the pytree of what the model returns; `assumptions` are
-    about the sizes of inputs. `checkpoint` has the weights that were not read with the model, `differences` says how it
-    differs from a checkpoint it was read from.
+    about the sizes of inputs; `islands` are the modules that could not be traced. `checkpoint` has the weights that
+    were not read with the model, `differences` says how it differs from a checkpoint it was read from.
     """
 
     module: fx.GraphModule
@@ -60,6 +65,7 @@ class Captured:
     example: Example
     checkpoint: Checkpoint | None = None
     differences: Differences = NO_DIFFERENCES
+    islands: tuple[Island, ...] = ()
 
     @property
     def past(self) -> tuple[str, ...]:
@@ -105,18 +111,33 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
         raise PeftcError(PackedLayers(model=type(model).__name__, layer=packed[0], kind=kind, others=len(packed) - 1))
     if (name := next((name for name, own in tensors(model).items() if own.is_inference()), None)) is not None:
         raise PeftcError(MadeForInference(model=type(model).__name__, parameter=name))
+    islands = Islands(model)
+    first: PeftcError | None = None
+    while True:
+        try:
+            return _either_way(model, example, timings, islands)
+        except PeftcError as error:
+            first = first or error
+            if islands.widened(error, *_blamed(error)):
+                continue
+            if islands.tolerant or not any(getattr(one, "modules", ()) for one in error.diagnostics):
+                raise first from error
+            islands.tolerant = True
+
+
+def _either_way(model: nn.Module, example: Example, timings: Timings, islands: Islands) -> Captured:
     try:
-        return _captured(model, example, timings, once=True)
+        return _captured(model, example, timings, islands, once=True)
     except Exception as error:  # whatever it is, it may come of this way; what the plain one says of it counts
         debug.tell(1, [f"each block is traced, also equal ones: {error}"])
-        return _captured(model, example, timings, once=False)
+    return _captured(model, example, timings, islands, once=False)
 
 
-def _captured(model: nn.Module, example: Example, timings: Timings, *, once: bool) -> Captured:
+def _captured(model: nn.Module, example: Example, timings: Timings, islands: Islands, *, once: bool) -> Captured:
     """Equal blocks are traced `once`; then what anything raises may come of that."""
     with timings.stage("torch.export"), untouched(model), _prepared(model, example), listening() as asked:
         try:
-            with tracing_once(model) if once else nullcontext():
+            with islands.standing(), tracing_once(model) if once else nullcontext():
                 program = torch.export.export(
                     model,
                     example.args,
@@ -127,7 +148,16 @@ def _captured(model: nn.Module, example: Example, timings: Timings, *, once: boo
         except Exception as error:
             raise PeftcError(_diagnose(model, error)) from error
     with timings.stage("capture"):
-        return _as_plain_graph(program, model, example, asked)
+        return _as_plain_graph(program, model, example, asked, islands)
+
+
+def _blamed(error: PeftcError) -> tuple[Why, tuple[str, ...]]:
+    """What a capture that failed says, and in which modules, where its graph tells them, the innermost first."""
+    (problem,) = error.diagnostics
+    if isinstance(problem, StaysRandom):
+        return Why(f"draws random numbers while training ({problem.op})", problem.line), problem.modules
+    assert isinstance(problem, CannotCapture)
+    return Why(problem.reason, place_of(problem.file, problem.line or 0) if problem.file else ""), problem.modules
 
 
 def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) -> Captured:
@@ -140,11 +170,14 @@ def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) ->
     for name in tensors(captured.module):
         if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
             set_tensor(captured.module, name, _alias(own[name], aliases))
-    return replace(captured, model=model, checkpoint=checkpoint)
+    nodes = islands_in(captured.module.graph)
+    for node in nodes:
+        node.target = island_of(node).over(skeleton_of(model, island_of(node).path))
+    return replace(captured, model=model, checkpoint=checkpoint, islands=tuple(map(island_of, nodes)))
 
 
 def _as_plain_graph(
-    program: torch.export.ExportedProgram, model: nn.Module, example: Example, asked: Asked
+    program: torch.export.ExportedProgram, model: nn.Module, example: Example, asked: Asked, islands: Islands
 ) -> Captured:
     """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
     exported = program.module(check_guards=False)
@@ -155,10 +188,17 @@ def _as_plain_graph(
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     assumptions = Assumptions.of(module.graph, type(model).__name__, asked)
     normalise(module)
+    if not islands.tolerant and (node := _sized_by_numbers(module.graph)) is not None:
+        problem = CannotCapture(model=type(model).__name__, reason=SIZED, file=None, line=None, source=None)
+        raise PeftcError(replace(problem, modules=_modules_of(node)))
     if (node := stays_random(module.graph)) is not None:
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
-        raise PeftcError(StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:])))
+        inside = _modules_of(node)
+        raise PeftcError(
+            StaysRandom(model=type(model).__name__, op=str(node.target), where=tuple(where[-2:]), modules=inside)
+        )
     module = _whole(module, tensors(model))
+    placed = islands.placed(module.graph)
     given = {str(node.target): node for node in module.graph.find_nodes(op="placeholder")}
     if (
         POSITIONS in given
@@ -168,7 +208,18 @@ def _as_plain_graph(
     ):
         module.recompile()
     inputs = tuple(given)
-    return Captured(module, inputs, result, assumptions, model, example)
+    return Captured(module, inputs, result, assumptions, model, example, islands=placed)
+
+
+def _modules_of(node: fx.Node) -> tuple[str, ...]:
+    """The paths of the modules that made a node, the innermost first."""
+    return tuple(path for path, _ in reversed((node.meta.get(STACK) or {}).values()))
+
+
+def _sized_by_numbers(graph: fx.Graph) -> fx.Node | None:
+    """The first tensor of which not even the order of its sizes is known before there are numbers."""
+    found = (node for node in graph.nodes if is_tensor(node) and free_unbacked_symbols(value(node)))
+    return next(found, None)
 
 
 def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphModule:
@@ -206,7 +257,13 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         model.train()
         if example.config is not None:
             stack.enter_context(reset_model_state(model))
-            settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
+            configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+            settings = [
+                (config, name, lambda _old, new=new: new)
+                for config in configs.values()
+                for name, new in example.config.items()
+                if config is model.config or hasattr(config, name)
+            ]
             stack.enter_context(patch_attributes(settings))
             forward = model.forward
             stack.enter_context(

@@ -29,6 +29,7 @@ class CannotCapture(Diagnostic):
     file: str | None
     line: int | None
     source: str | None
+    modules: tuple[str, ...] = ()  # that it is in, where the graph says it, the innermost first
 
     @property
     def title(self) -> str:
@@ -91,6 +92,12 @@ class StaysRandom(Diagnostic):
     model: str
     op: str
     where: tuple[str, ...]
+    modules: tuple[str, ...] = ()  # that it is in, the innermost first
+
+    @property
+    def line(self) -> str:
+        """Of the code that draws them."""
+        return " ".join(line.strip() for line in self.where)
 
     @property
     def title(self) -> str:

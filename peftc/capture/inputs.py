@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
@@ -184,7 +184,10 @@ def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch
         return torch.ones_like(given["input_ids"])
     main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
     with untouched(model), torch.no_grad():
-        logits = without_numbers(model, {main: given[main]}).logits
+        try:
+            logits = without_numbers(model, {main: given[main]}).logits
+        except DataDependentOutputException:  # it goes by numbers: by its own, then, where it has some
+            logits = model(given[main]).logits
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
     if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
@@ -228,7 +231,7 @@ def _with_conventions(model: PreTrainedModel, kwargs: dict[str, torch.Tensor]) -
     """No cache in a training graph, and the loss that the labels' type asks for, fixed before tracing."""
     accepts = inspect.signature(type(model).forward).parameters
     constants = {"use_cache": False} if "use_cache" in accepts else {}
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     labels = kwargs.get("labels")
     if labels is not None and hasattr(model.config, "problem_type") and model.config.problem_type is None:
         per_example = labels.dim() == 1

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 import peftc.kernels  # noqa: F401 - registers the operation that is named below
 from peftc.graph.ir import Memory, is_tensor, memory
+from peftc.kernels.island import Island
 
 aten = torch.ops.aten
 
@@ -123,6 +124,8 @@ def is_dear(node: fx.Node) -> bool:
 
 def dear(operation: Any, args: Sequence[Any]) -> bool:
     """`is_dear` of an operation and what it is called with."""
+    if isinstance(operation, Island):
+        return True
     if not isinstance(operation, torch._ops.OpOverload):
         return False
     if operation in INNER:  # short sums cost as little as an activation: those of Kronecker factors, of a low rank

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from peftc.graph.ir import COPY, fake_mode, get_attribute, is_mutable, is_tensor, memory
+from peftc.kernels.island import islands
 from peftc.optimise.shorten import shorten
 
 aten = torch.ops.aten
@@ -110,8 +111,11 @@ class Joint:
 def lifted(block: nn.Module, graph: fx.Graph, trains: bool) -> Lifted | None:
     """`graph` with the tensors of `block` as inputs, in train mode or not; None if one autograd function cannot be it.
 
-    It can be where nothing is written in place, and no tensor that comes out is in an input's memory or in another's.
+    It can be where nothing is written in place, no module is an island, and no tensor that comes out is in an input's
+    memory or in another's.
     """
+    if islands(graph):
+        return None
     new = fx.Graph()
     env: dict[fx.Node, Any] = {node: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder")}
     names: list[str] = []

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute, is_mutable, is_tensor
 from peftc.kernels.common.operation import autocast_dtype, first_derivative
+from peftc.kernels.island import islands
 from peftc.optimise.errors import CannotCheckpoint
 from peftc.optimise.joint import Joint, Lifted, joint, lifted
 from peftc.optimise.on_cpu import on_cpu
@@ -65,22 +67,26 @@ class Kind:
 class BlockModule(fx.GraphModule):
     """A block of the compiled model. Its graph is what it computes; how a training step runs it is planned apart.
 
-    `meta[RECOMPUTED]`: its backward pass computes all of it again.
+    `meta[RECOMPUTED]`: its backward pass computes all of it again. What has an island stays on autograd.
     """
 
     _lifted: dict[bool, tuple[Lifted, str] | None]
     _in_place: bool
+    _has_island: bool
 
     def recompile(self) -> Any:
         """GraphModule's, and a forward that chooses between the graph itself and the planned passes."""
         code = super().recompile()
         cls: Any = type(self)
         plain = cls.forward
-        self.__dict__.update(_lifted={}, _in_place=any(map(is_mutable, self.graph.nodes)))
+        has_island = bool(islands(self.graph))
+        self.__dict__.update(_lifted={}, _in_place=any(map(is_mutable, self.graph.nodes)), _has_island=has_island)
 
         def forward(self: BlockModule, *given: Any) -> Any:
             if not torch.is_grad_enabled():
                 return plain(self, *given)
+            if self._has_island:
+                return self._on_autograd(plain, given)
             if torch.compiler.is_compiling():
                 if self._in_place or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
                     return plain(self, *given)
@@ -93,6 +99,11 @@ class BlockModule(fx.GraphModule):
 
         cls.forward = forward
         return code
+
+    def _on_autograd(self, plain: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        if RECOMPUTED not in self.meta:
+            return plain(self, *given)
+        return checkpoint(plain, self, *given, use_reentrant=False)
 
     def _step(self, given: tuple[Any, ...]) -> Callable[[], Any] | None:
         """The call of the planned passes on these inputs; None where the graph is to run as it is."""
@@ -118,6 +129,8 @@ class BlockModule(fx.GraphModule):
     @property
     def stands_alone(self) -> bool:
         """Whether it can be run again by itself."""
+        if self._has_island:
+            return not self._in_place
         with LOCK:
             return self._lift(True) is not None
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from peftc.graph.cut import cheapest, is_dear, may_repeat, weight_of
 from peftc.graph.ir import Memory, block_of, is_tensor, memory, value
+from peftc.kernels.island import Island
 from peftc.planning.memory import Kept
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Site
@@ -157,6 +158,8 @@ def _whole(node: fx.Node) -> Kept:
 
 def _kept_by(node: fx.Node, needs: set[fx.Node]) -> Iterable[fx.Node]:
     operands = [argument if isinstance(argument, fx.Node) else None for argument in node.args]
+    if isinstance(node.target, Island):
+        return node.args[1]  # type: ignore[return-value]
     if node.target is ATTENTION:
         return [operand for operand in (*operands[:3], node) if operand]
     if node.target in KEEPS_INPUT:

@@ -253,6 +253,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data; `fresh` and `unread`, as of `Differences`, where a checkpoint has such."""
         differences = {name: list(keys) for name, keys in vars(self.captured.differences).items() if keys}
+        islands = [{"module": one.path, "where": one.where, "reason": one.reason} for one in self.captured.islands]
         return {
             "model": self.sites.model,
             "trainable": self.trainable,
@@ -269,6 +270,7 @@ class Plan:
                 {"weight": item.weight, "storage": repr(item.storage), "path": item.path, "bytes": item.bytes}
                 for item in self.packed.values()
             ],
+            **({"islands": islands} if islands else {}),
             **differences,
             **({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {}),
         }

@@ -16,6 +16,7 @@ from peftc import language as ast
 from peftc.capture.capture import Captured
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError, choices, in_file_order
 from peftc.diagnostics.source import Span
+from peftc.kernels.island import island_of
 from peftc.planning import errors as say
 from peftc.planning.checks import CHECKS, Draft, frozen_in_a_task, over_budget
 from peftc.planning.cost import Step
@@ -24,7 +25,8 @@ from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
 from peftc.planning.tasks.rows import by_row
-from peftc.protocol.method import Method, Stage, kinds, methods
+from peftc.protocol.method import Data, Method, Stage, kinds, methods
+from peftc.protocol.operands import changes_a_weight
 from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence, Site, Sublayer
 from peftc.protocol.sites import Sites
 from peftc.roles.stacks import linked
@@ -249,7 +251,9 @@ class _Drafting:
 
 
 def _obstacle(site: Site, method: Method) -> str | None:
-    """Why no method at all fits there."""
+    """Why no method at all fits there, or this one does not."""
+    if isinstance(site, Projection) and site.within:
+        return _obstacle_within(site, method)
     if isinstance(site, Projection) and site.mixed:
         return "its weight is applied in two ways (transposed, or with another bias), which one change cannot serve"
     if isinstance(site, Sublayer | Block) and site.repeated:
@@ -257,6 +261,21 @@ def _obstacle(site: Site, method: Method) -> str | None:
     if isinstance(site, Attention):
         return site.obstacle if method.stage is Stage.ATTENTION else None
     return site.obstacle if isinstance(site, Sequence) else None
+
+
+def _obstacle_within(site: Projection, method: Method) -> str | None:
+    """Why the method cannot act on a weight that modules read which are not traced."""
+    island = island_of(site.within[0])
+    why = f"it is in {island.path}, which runs its own code ({island.reason})"
+    if site.uses or site.mixed:
+        return f"{why}, and its weight is also read elsewhere, or with another bias"
+    if method.data is Data.INPUTS:
+        return f"{why}, and what enters it is not seen"
+    if method.adds_bias(site) and site.bias is None:
+        return f"{why}, and it has no bias"
+    if not changes_a_weight(method, site):
+        return f"{why}: only changes of its weight reach it, without dropout or gates"
+    return None
 
 
 def _whole_parameters(site: Site) -> tuple[str, ...]:

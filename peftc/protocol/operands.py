@@ -9,6 +9,11 @@ from functools import cache
 from itertools import chain, islice
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftc.graph.ir import trace
 from peftc.protocol.params import Configured, Param, taken_in_modules
 from peftc.protocol.site import Site
 
@@ -64,6 +69,36 @@ def check_state(cls: Any, kinds: Iterable[type[Site]]) -> None:
                 reason = reason or next(filter(None, map(taken_in_modules, name.split("."))), None)
                 if reason:
                     raise TypeError(f"{cls.__name__} keeps {name!r} as state: {reason}")
+
+
+def changes_a_weight(method: Any, site: Any) -> bool:
+    """Whether all that a method does at a linear layer, while training too, is what its `fold` says of the weight.
+
+    Its rewrite must not go by whether the model is training, and draw no random numbers, as a dropout does.
+    """
+    if method.unmergeable is not None:
+        return False
+    entering = method.rewrites_input(site)
+    state = {**method.state(site), **method.shared([site])}
+    names = method.asks_input(state) if entering else method.asks(state)
+    if "training" in names:
+        return False
+    dtypes = {name: one.dtype or torch.float32 for name, one in state.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        known = {name: torch.empty(one.shape, dtype=dtypes[name]) for name, one in state.items()}
+        known |= {"weight": torch.empty(site.n_out, site.n_in), "bias": torch.empty(site.n_out)}
+        leading = [torch.empty(2, 3, site.n_in), *([] if entering else [torch.empty(2, 3, site.n_out)])]
+    given = [name for name in names if name in known]
+
+    def rewritten(*values: Tensor) -> Tensor:
+        rewrite = method.rewrite_input if entering else method.rewrite
+        named = dict(zip(given, values[len(leading) :], strict=True))
+        absent = {name: None for name in names if name not in known and name != "here"}
+        found: Tensor = rewrite(site, *values[: len(leading)], **absent, **named)
+        return found
+
+    nodes = trace(rewritten, *leading, *(known[name] for name in given)).nodes
+    return not any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes)
 
 
 def _state_names(cls: Any, kinds: list[type[Site]], until: set[str]) -> set[str] | None:

@@ -108,7 +108,8 @@ class Projection(Site):
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
-    its transpose, so that no one change of it is a change of this layer.
+    its transpose, so that no one change of it is a change of this layer. `within`: the islands that read the weight; a
+    method there changes the weight itself.
     """
 
     n_in: int = 0
@@ -121,6 +122,7 @@ class Projection(Site):
     tied: bool = False
     mixed: bool = False
     uses: tuple[Use, ...] = ()
+    within: tuple[fx.Node, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
@@ -129,7 +131,7 @@ class Projection(Site):
         return tuple(use.x for use in self.uses)
 
     def changes(self) -> tuple[fx.Node, ...]:
-        return tuple(use.y for use in self.uses)
+        return (*(use.y for use in self.uses), *self.within)
 
     @property
     def batch(self) -> tuple[int, ...]:

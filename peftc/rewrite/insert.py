@@ -21,6 +21,8 @@ def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
     """The binding's nodes, at every use of its site."""
     stamp = Provenance(pass_name, binding.site.name, binding.span)
     match binding.site:
+        case Projection() as site if site.within:
+            _into_weight(splicer, binding, site, stamp)
         case Projection(uses=uses) if binding.method.rewrites_input(binding.site):
             for use in uses:
                 _into_input(splicer, binding, use, stamp)
@@ -70,6 +72,28 @@ def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance)
     result, _ = splicer.splice(template, args, max(computed), stamp, inside=use.op)
     for reader in (use.op, *splicer.readers[use.op]):
         reader.replace_input_with(x, result)
+
+
+def _into_weight(splicer: Splicer, binding: Binding, site: Projection, stamp: Provenance) -> None:
+    """What islands read for the weight, and for the bias, becomes what merging would make of it."""
+    names = [site.weight, *filter(None, (site.bias,))]
+    base = [splicer.operand(name) for name in names]
+    now = [splicer.current.get(node, node) for node in base]
+    state = {name: splicer.operand(path) for name, path in binding.names.items()}
+
+    def function(weight: Tensor, *others: Tensor) -> Any:
+        bias, given = (others[0], others[1:]) if site.bias else (None, others)
+        changed = binding.method.fold(site, weight, bias, dict(zip(state, given, strict=True)))
+        return changed if site.bias else changed[0]
+
+    args = [*now, *state.values()]
+    facts = "weight", of_method(binding.method, site, (*state, "bias" if site.bias else ""))
+    template = splicer.templates.get(function, facts, [value(node) for node in args])
+    result, _ = splicer.splice(template, args, min(site.within).prev, stamp, inside=min(site.within))
+    for old, before, after in zip(base, now, result if site.bias else [result], strict=True):
+        for reader in site.within:
+            reader.replace_input_with(before, after)
+        splicer.current[old] = after
 
 
 def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...], stamp: Provenance) -> dict[str, fx.Node]:

@@ -28,7 +28,7 @@ from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
 from peftc.roles.parameters import CONVOLUTIONS, existing_parameters, own_name
-from peftc.roles.products import Product, products
+from peftc.roles.products import Inside, Product, inside_islands, products
 from peftc.roles.residual import Crossing, block_sites
 from peftc.roles.search import Search
 from peftc.roles.sequences import find_sequences
@@ -52,6 +52,9 @@ class _Finder:
         self.module = captured.module
         self.flow: nx.DiGraph[fx.Node] = value_flow(self.module.graph)
         self.products = products(self.module.graph)
+        self.inside: dict[str, list[Inside]] = defaultdict(list)
+        for layer in inside_islands(self.module.graph):
+            self.inside[layer.weight].append(layer)
         self.by_node: dict[fx.Node, Product] = {}
         for product in self.products:
             self.by_node[product.use.op] = product
@@ -313,6 +316,20 @@ class _Finder:
                 count = sum(name.startswith(site.name.rstrip("]")) for name in taken) if rows else 0
                 taken.add(site.name)
                 yield replace(site, name=f"{site.name[:-1]}{count + 1}]") if count else site
+        for weight, layers in self.inside.items():
+            if weight not in grouped:
+                yield self._in_an_island(weight, layers)
+
+    def _in_an_island(self, weight: str, layers: list[Inside]) -> Site:
+        """A linear layer of which nothing is known but its weight: what it is for shows in no graph."""
+        first = layers[0]
+        return Linear(
+            first.name, first.name, frozenset({"linear"}),
+            parameters=(weight, first.bias) if first.bias else (weight,),
+            n_in=first.layer.in_features, n_out=first.layer.out_features, weight=weight, owner=f"{first.name}.weight",
+            bias=first.bias, tied=self._is_tied(weight), mixed=len({layer.bias for layer in layers}) > 1,
+            within=tuple(dict.fromkeys(layer.reader for layer in layers)),
+        )  # fmt: skip
 
     def _linear_site(self, weight: str, rows: Rows, uses: list[Product]) -> Site:
         first = uses[0]
@@ -331,6 +348,7 @@ class _Finder:
             n_in=first.n_in, n_out=n_out, weight=weight, owner=owner, bias=bias, transposed=first.transposed, rows=rows,
             tied=self._is_tied(weight), mixed=len({(use.transposed, use.bias) for use in uses}) > 1,
             uses=tuple(product.use for product in uses),
+            within=tuple(dict.fromkeys(layer.reader for layer in self.inside.get(weight, ()))),
         )  # fmt: skip
 
     def _is_tied(self, weight: str) -> bool:

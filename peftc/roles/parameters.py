@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from peftc.graph.ir import module_path, value
+from peftc.kernels.island import Island, island_of, own_tensors
 from peftc.protocol.site import Block, Parameters, Site
 from peftc.roles.products import CASTS, parameter_of
 
@@ -34,17 +35,54 @@ BIASED = {
 }
 
 
+# torch's layers that say what they are -> role
+LAYERS: dict[Any, str] = {
+    nn.Linear: "linear",
+    nn.Embedding: "embed",
+    (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase): "norm",
+    nn.modules.conv._ConvNd: "conv",
+}
+
+
 def existing_parameters(module: fx.GraphModule, blocks: list[Block], aliases: dict[str, list[str]]) -> list[Site]:
     """One site a norm, bias, embedding and convolution, in the graph's order, and then the blocks."""
     found: list[Site] = []
     for node in module.graph.nodes:
-        found += _at(node, aliases)
+        found += _in_island(node) if isinstance(node.target, Island) else _at(node, aliases)
     return _merged([*found, *blocks])
 
 
 def own_name(tensor: str, module: str, aliases: dict[str, list[str]]) -> str:
     """Of a tied tensor's names, the one that belongs to the module at hand."""
     return next((name for name in aliases.get(tensor, []) if name.rpartition(".")[0] == module), tensor)
+
+
+def _in_island(node: fx.Node) -> Iterator[Site]:
+    """What the parts of an island have: torch's own layers say what they are, others are traced by themselves."""
+    own = {name: str(operand.target) for name, operand in own_tensors(node).items()}
+    for path, part in island_of(node).skeleton.named_modules():
+        prefix = f"{path}." if path else ""
+        name = ".".join(filter(None, (island_of(node).path, path)))
+        held = {each: own[prefix + each] for each in part._parameters if prefix + each in own}
+        role = next((role for kinds, role in LAYERS.items() if isinstance(part, kinds)), None)
+        if role is None and held and next(part.children(), None) is None and _is_norm(part):
+            role = "norm"
+        if role and role != "linear" and held:
+            yield Parameters(name, name, frozenset({role}), parameters=tuple(held.values()))
+        if role and role != "embed" and "bias" in held:
+            yield Parameters(held["bias"], name, frozenset({"bias"}), parameters=(held["bias"],))
+
+
+def _is_norm(part: nn.Module) -> bool:
+    """Whether a layer with one parameter scales a root mean square by it."""
+    weights = list(part.parameters())
+    if len(weights) != 1 or weights[0].dim() != 1:
+        return False
+    try:
+        program = torch.export.export(part, (torch.empty(2, 3, len(weights[0]), device="meta"),), strict=False)
+    except Exception:  # whatever its code wants, it is no norm that is called as one
+        return False
+    return any(node.op == "get_attr" and _scales_a_root_mean_square(node) for node in program.module().graph.nodes)
 
 
 def _at(node: fx.Node, aliases: dict[str, list[str]]) -> Iterator[Site]:

@@ -6,12 +6,14 @@ products with a stack of expert weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from peftc.graph.ir import get_attribute, is_tensor, value
+from peftc.kernels.island import island_of, islands, own_tensors
 from peftc.protocol.site import Use
 
 aten = torch.ops.aten
@@ -41,6 +43,30 @@ def products(graph: fx.Graph) -> list[Product]:
     """Every application of a 2-d weight, or of a stack of them, in the graph's order."""
     found = (_product(node) for node in graph.nodes if node.op == "call_function")
     return [product for product in found if product]
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A linear layer of torch's in an island, whose node is `reader`; the parameters' names in the graph."""
+
+    name: str
+    layer: nn.Linear
+    weight: str
+    bias: str | None
+    reader: fx.Node
+
+
+def inside_islands(graph: fx.Graph) -> Iterator[Inside]:
+    """Every linear layer there."""
+    for node in islands(graph):
+        island, own = island_of(node), own_tensors(node)
+        for path, layer in island.skeleton.named_modules():
+            prefix = f"{path}." if path else ""
+            if isinstance(layer, nn.Linear) and f"{prefix}weight" in own:
+                bias = own.get(f"{prefix}bias")
+                name = ".".join(filter(None, (island.path, path)))
+                weight = str(own[f"{prefix}weight"].target)
+                yield Inside(name, layer, weight, None if bias is None else str(bias.target), node)
 
 
 def parameter_of(node: object) -> tuple[str, bool] | None:

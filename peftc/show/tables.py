@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from typing import Any
 
@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from peftc.diagnostics.diagnostic import listed
+from peftc.diagnostics.diagnostic import among, listed
 from peftc.files.repack import Rounding
+from peftc.kernels.island import Island
 from peftc.optimise.fuse import Fired
 from peftc.planning.memory import Memory, formatted_bytes
 from peftc.planning.plan import Plan
@@ -74,9 +75,20 @@ def plan_table(plan: Plan) -> Table:
         "not in the checkpoint, drawn anew": differences.fresh,
         "in the checkpoint alone, unused": differences.unread,
     }
-    if lines := [f"{words}: {listed(names)}" for words, names in told.items() if names]:
+    lines = [f"{words}: {listed(names)}" for words, names in told.items() if names]
+    if lines := [*lines, *_islands(plan.captured.islands)]:
         table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     return table
+
+
+def _islands(found: Iterable[Island]) -> Iterator[str]:
+    """Which modules run their own code, and why; of those for one reason the first."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for island in found:
+        alike[island.reason, island.where].append(island.path)
+    for (reason, where), paths in alike.items():
+        verb = "run their own code" if len(paths) > 1 else "runs its own code"
+        yield f"{among(paths[0], len(paths) - 1)} {verb}: {reason}" + (f", at {where}" if where else "")
 
 
 def fusions_table(fired: Iterable[Fired]) -> Table:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from peftc.capture.alike import groups_of
 from peftc.capture.capture import Captured, _captured, capture
 from peftc.capture.inputs import example_inputs
+from peftc.capture.islands import Islands
 from peftc.diagnostics.timings import Timings
 from peftc.graph.ir import get_attribute, is_tensor, memories, tensors
 from peftc.graph.repeat import STANDS, repeated
@@ -19,7 +20,7 @@ QUICK = ("llama", "falcon", "mixtral")
 
 
 def captured(model: nn.Module, example: Any = None, *, once: bool) -> Captured:
-    return _captured(model, example_inputs(model, example), Timings(), once=once)
+    return _captured(model, example_inputs(model, example), Timings(), Islands(model), once=once)
 
 
 def described(found: Captured, own: dict[str, Tensor]) -> list[Any]:

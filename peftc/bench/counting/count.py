@@ -154,6 +154,9 @@ def count(
     except NotImplementedError as error:  # what torch raises where numbers are asked for
         reason = f"it cannot be compiled without its weights ({headline(error)})"
         raise PeftcError(CannotMeasure(model=type(model).__name__, reason=reason)) from error
+    if islands := compiled.plan.captured.islands:
+        reason = f"{islands[0].path} runs its own code, whose operations no graph has"
+        raise PeftcError(CannotMeasure(model=type(model).__name__, reason=reason))
     with timings.stage("peftc"):
         rows.append(_counted(Variant(FUSED, compiled), arguments))
     with timings.stage("HF PEFT"):

@@ -108,6 +108,8 @@ def unfit(base: nn.Module, site: Projection) -> str | None:
         if "." not in site.name:
             return f"it adapts no parameter of the model itself, as {site.name} is"
         return expertfolders.misread(base, site)
+    if site.within:
+        return f"it adapts modules where they are called, and what calls {site.name} runs its own code"
     if any(module_path(use.op) != site.path for use in site.uses):
         return f"it adapts modules where they are called, and another part of the model reads the weight of {site.name}"
     module = base.get_submodule(site.path)

@@ -1,4 +1,4 @@
-"""What a fused operation cannot do."""
+"""What an operation cannot do."""
 
 from __future__ import annotations
 
@@ -29,3 +29,22 @@ class OtherRows(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("give one task, or None, for each row",)
+
+
+class OtherOutput(Diagnostic):
+    code = "other-output"
+    module: str
+    found: str
+    wanted: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.module} made a tensor of sizes {self.found}, where its graph goes on with {self.wanted}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "it runs its own code, as it could not be traced, and how its sizes follow from its input's was found out "
+            "by running it with some",
+            "compile the model with an example= of these sizes",
+        )

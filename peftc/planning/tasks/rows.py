@@ -99,6 +99,8 @@ def _obstacle(binding: Binding, task: Plan) -> str | None:
         return "a chain of blocks is one for all rows of a batch"
     if isinstance(site, Experts):
         return "experts take tokens, and do not know which row one is of"
+    if isinstance(site, Projection) and site.within:
+        return "it changes a weight that an island reads, and all rows of a batch are computed with one weight"
     if isinstance(site, Projection) and method.prepares:
         return "it takes a part out of the frozen weight, which all rows of a batch share"
     if not all(_has_rows(node, task) for node in _values(site)):
