@@ -53,8 +53,10 @@ def led() -> PreTrainedModel:
 
 
 def blt() -> PreTrainedModel:
-    part: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 48, "vocab_size": 97}  # fmt: skip
+    part: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 97,
+    }  # fmt: skip
     wide: dict[str, Any] = {**part, "head_dim": 8, "hidden_size_global": 64}
     config = hf.BltConfig(
         vocab_size=97, max_position_embeddings=64, patch_in_forward=True, encoder_hash_byte_group_vocab=50,
@@ -177,8 +179,7 @@ def test_mamba_is_planned_from_its_config_saved_and_merged(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "base")
     for base in (model, str(tmp_path / "base")):
         assert torch.equal(peftc.load(tmp_path / "saved", base).eval()(**given).logits, expected)
-    torch.testing.assert_close(compiled.merge().eval()(**given).logits, expected, rtol=1e-4, atol=1e-5)
-    text = compiled.generate(given["input_ids"][:1], max_new_tokens=4, do_sample=False)
-    assert torch.equal(
-        text, compiled.merge().eval().generate(given["input_ids"][:1], max_new_tokens=4, do_sample=False)
-    )
+    merged: Any = compiled.merge().eval()
+    torch.testing.assert_close(merged(**given).logits, expected, rtol=1e-4, atol=1e-5)
+    prompt, options = given["input_ids"][:1], {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(compiled.generate(prompt, **options), merged.generate(prompt, **options))
