@@ -28,6 +28,7 @@ None or a tensor.
 - `text_bounds(positions) -> (bounds, counts)` and `varlen_attention(q, k, v, bounds, counts, scale, causal, window?) ->
   (y, lse)`: attention of each text of a row to itself; q [batch, heads, tokens, width], k and v with as many heads or
   fewer that are shared; keeps q, k, v, y and lse
+- `stands_alone` is in a capture where a module is that cannot be traced; an `Island` takes its place in the graph
 - `expert_lora(x, weight, ends, a, b, scale) -> (y, S)`: the same with a branch: a [E, r, n_in], b [E, n_out, r]
 """
 
