@@ -18,7 +18,6 @@ from typing import cast
 import torch
 from torch import fx, nn
 from torch._guards import TracingContext, tracing
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
@@ -37,14 +36,13 @@ from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import STACK, get_attribute, is_tensor, keep_unread, set_tensor, tensors, value
+from peftc.graph.ir import STACK, get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
 from peftc.kernels.island import Island, island_of
 from peftc.kernels.island import islands as islands_in
 
-SIZED = "a size depends on numbers"
 LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch,))
 
 
@@ -118,11 +116,8 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
             return _either_way(model, example, timings, islands)
         except PeftcError as error:
             first = first or error
-            if islands.widened(error, *_blamed(error)):
-                continue
-            if islands.tolerant or not any(getattr(one, "modules", ()) for one in error.diagnostics):
+            if not islands.widened(error, *_blamed(error)):
                 raise first from error
-            islands.tolerant = True
 
 
 def _either_way(model: nn.Module, example: Example, timings: Timings, islands: Islands) -> Captured:
@@ -188,9 +183,6 @@ def _as_plain_graph(
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     assumptions = Assumptions.of(module.graph, type(model).__name__, asked)
     normalise(module)
-    if not islands.tolerant and (node := _sized_by_numbers(module.graph)) is not None:
-        problem = CannotCapture(model=type(model).__name__, reason=SIZED, file=None, line=None, source=None)
-        raise PeftcError(replace(problem, modules=_modules_of(node)))
     if (node := stays_random(module.graph)) is not None:
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
         inside = _modules_of(node)
@@ -214,12 +206,6 @@ def _as_plain_graph(
 def _modules_of(node: fx.Node) -> tuple[str, ...]:
     """The paths of the modules that made a node, the innermost first."""
     return tuple(path for path, _ in reversed((node.meta.get(STACK) or {}).values()))
-
-
-def _sized_by_numbers(graph: fx.Graph) -> fx.Node | None:
-    """The first tensor of which not even the order of its sizes is known before there are numbers."""
-    found = (node for node in graph.nodes if is_tensor(node) and free_unbacked_symbols(value(node)))
-    return next(found, None)
 
 
 def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphModule:

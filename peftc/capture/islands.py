@@ -55,8 +55,7 @@ class Islands:
     """Those of one model: all modules of `classes`. What is `refused` cannot be one, and why.
 
     `calls` and their sizes' `recipes` are found out once for `alike` ones. `fixing`: the modules that were running when
-    a size of the inputs became a number, and the line that made it one. `tolerant`: sizes that depend on numbers stay,
-    as nothing can be an island for them.
+    a size of the inputs became a number, and the line that made it one.
     """
 
     model: nn.Module
@@ -66,7 +65,6 @@ class Islands:
     alike: dict[Any, int] = field(default_factory=dict)
     skeletons: dict[str, nn.Module] = field(default_factory=dict)
     fixing: tuple[list[nn.Module], str] = ([], "")
-    tolerant: bool = False
 
     @contextmanager
     def standing(self) -> Iterator[None]:
