@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from peftc.graph.ir import is_tensor, value
+from peftc.graph.rows import path_between
 from peftc.protocol.site import AttentionPattern, Use
 
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ def before_routing(flow: nx.DiGraph[fx.Node], entry: Use, h: fx.Node) -> Use:
 def residual_value(start: fx.Node) -> fx.Node:
     """The node just before `start`'s value joins the residual stream; `start` itself where it never does.
 
-    The residual add is the first sum of something that depends on `start` with a computed value that does not.
+    Its features stand last: of an image whose channels are moved to the front, it is what stands before that. The residual add is the first sum of something that depends on `start` with a computed value that does not.
     """
     reached = {start}
     node = start.next
@@ -160,7 +161,23 @@ def residual_value(start: fx.Node) -> fx.Node:
         if inside:
             outside = [argument for argument in inputs if argument not in reached and argument.op != "get_attr"]
             if node.target is aten.add.Tensor and outside:
-                return inside[0]
+                moves = (other for other in path_between(start, inside[0]) if moved_last(other) is not None)
+                return next((other.all_input_nodes[0] for other in moves), inside[0])
             reached.add(node)
         node = node.next
     return start
+
+
+def moved_last(node: fx.Node) -> int | None:
+    """The dimension that the last one of the operand is moved to, where it does not stay the last."""
+    if not is_tensor(node) or not 2 <= (count := value(node).dim()):
+        return None
+    match node.target, node.args:
+        case aten.permute.default, (_, list(order)):
+            place = [dim % count for dim in order].index(count - 1)
+        case aten.transpose.int, (_, int(one), int(other)):
+            pair = {one % count, other % count}
+            place = min(pair) if count - 1 in pair else count - 1
+        case _:
+            return None
+    return None if place == count - 1 else place

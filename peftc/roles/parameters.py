@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from peftc.graph.ir import module_path, value
+from peftc.graph.ir import is_tensor, module_path, value
 from peftc.protocol.site import Block, Parameters, Site
-from peftc.roles.products import CASTS, parameter_of
+from peftc.roles.products import CASTS, SLICES, parameter_of
 
 aten = torch.ops.aten
 
@@ -69,10 +69,12 @@ def _site(role: str, operands: list[object]) -> Iterator[Site]:
 
 
 def _is_bias(node: fx.Node) -> bool:
-    """A 1-d parameter that some operation adds: as its bias operand, or in a sum of its own."""
-    if value(node).dim() != 1:
+    """A 1-d parameter that some operation adds, or a part of it: as its bias operand, or in a sum of its own."""
+    if is_tensor(node) and value(node).dim() != 1:
         return False
     for user in node.users:
+        if user.target in SLICES and _is_bias(user):
+            return True
         if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
             return True
         position = BIASED.get(cast(Any, user.target))
