@@ -6,7 +6,7 @@ Nothing here changes a number. It makes the graph a third shorter, which every l
 from __future__ import annotations
 
 import operator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 TRAINING_FLAG = {**dict.fromkeys(DROPOUTS, 2), **dict.fromkeys(RECURRENT, 6)}
 # What makes a tensor whose numbers something else writes, and what makes the same of ones.
-BLANK = {
+BLANK: dict[Any, Any] = {
     aten.empty.memory_format: aten.ones.default,
     aten.rand.default: aten.ones.default,
     aten.new_empty.default: aten.new_ones.default,
@@ -69,21 +69,23 @@ def _dropped_paths(graph: fx.Graph) -> None:
     Two spellings: x · (bernoulli(q) / q), and (x / q) · floor(rand + q).
     """
     for node in list(graph.nodes):
-        if node.target is aten.bernoulli_.float:
-            (blank, kept), (last, *others) = node.args, [*node.users, None]
-            divides = last.target in (aten.div.Tensor, aten.div_.Tensor) and last.args == (node, kept)
-            if others == [None] and divides and _is_drawn_once(blank) and _only_multiplies(last):
-                _drop(last, blank, kept)
+        if node.target is aten.bernoulli_.float and len(node.users) == 1:
+            (blank, kept), (scaled,) = node.args, node.users
+            divided = scaled.target in (aten.div.Tensor, aten.div_.Tensor) and scaled.args == (node, kept)
+            if divided and _is_drawn_once(blank) and _only_multiplies(scaled):
+                _drop(scaled, blank, kept)
                 graph.erase_node(node)
-        elif node.target is aten.floor.default and _only_multiplies(node):
-            total, (product, *others) = node.args[0], node.users
-            scaled = next((factor for factor in product.args if factor is not node), None)
-            if others or total.target is not aten.add.Tensor or len(total.users) > 1 or total.kwargs:
+        elif node.target is aten.floor.default and len(node.users) == 1 and _only_multiplies(node):
+            total, (product,) = node.args[0], node.users
+            other = next((factor for factor in product.args if factor is not node), None)
+            if total.target is not aten.add.Tensor or len(total.users) > 1 or total.kwargs:
                 continue
             blank, kept = total.args
-            if _is_drawn_once(blank) and scaled.target is aten.div.Tensor and scaled.args[1] == kept:
-                product.replace_input_with(scaled, scaled.args[0])
-                _drop(node, blank, kept)
+            if _is_drawn_once(blank) and isinstance(other, fx.Node) and other.target is aten.div.Tensor:
+                divided, by = other.args
+                if by == kept:
+                    product.replace_input_with(other, cast(fx.Node, divided))
+                    _drop(node, blank, kept)
 
 
 def _is_drawn_once(node: object) -> bool:
@@ -91,7 +93,7 @@ def _is_drawn_once(node: object) -> bool:
 
 
 def _only_multiplies(node: fx.Node) -> bool:
-    return bool(node.users) and all(user.target is aten.mul.Tensor for user in node.users)
+    return all(user.target is aten.mul.Tensor for user in node.users)
 
 
 def _drop(node: fx.Node, blank: fx.Node, kept: float) -> None:

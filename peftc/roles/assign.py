@@ -165,8 +165,8 @@ class _Finder:
         """The projections of an attention over several streams, each of which has layers of its own."""
         operands = {"q": found.q, "k": found.k, "v": found.v}
         streams = {letter: self.search.beside(operand) for letter, operand in operands.items()}
-        for letter, products in streams.items():
-            yield from ((letter, product, self._part(product, operands[letter])) for product in products)
+        for letter, each in streams.items():
+            yield from ((letter, product, self._part(product, operands[letter])) for product in each)
         if len(streams["q"]) > 1:
             yield from (("o", product, None) for product in self.search.joined(found.out))
 

@@ -86,9 +86,7 @@ def _folded(pattern: AttentionPattern, y: fx.Node) -> int:
     return int(hint(k.shape[0]) * tokens // examples)
 
 
-def _groups(
-    module: fx.GraphModule, pattern: AttentionPattern, key: Linear, use: Use, known: Known
-) -> tuple[int, ...]:
+def _groups(module: fx.GraphModule, pattern: AttentionPattern, key: Linear, use: Use, known: Known) -> tuple[int, ...]:
     """The key head that each head of the operand k is a copy of; empty where it is of none or of several."""
     if value(pattern.k).dim() != 4:
         return ()

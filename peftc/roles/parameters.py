@@ -25,6 +25,8 @@ NORMS = {
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default} | {
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 }  # fmt: skip
+# What may be done to a bias before it is added: parts of it put together with others, or overwritten.
+PARTED = SLICES | {aten.cat.default, aten.clone.default, aten.slice_scatter.default}
 # operation -> where its bias stands
 BIASED = {
     aten.linear.default: 2,
@@ -69,11 +71,11 @@ def _site(role: str, operands: list[object]) -> Iterator[Site]:
 
 
 def _is_bias(node: fx.Node) -> bool:
-    """A 1-d parameter that some operation adds, or a part of it: as its bias operand, or in a sum of its own."""
+    """A 1-d parameter that some operation adds, whole or in part: as its bias operand, or in a sum of its own."""
     if is_tensor(node) and value(node).dim() != 1:
         return False
     for user in node.users:
-        if user.target in SLICES and _is_bias(user):
+        if user.target in PARTED and _is_bias(user):
             return True
         if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
             return True

@@ -45,7 +45,8 @@ CHOSEN = frozenset(INDEXED.split())
 # The sums that a residual stream is made of.
 JOINS = {aten.add.Tensor, aten.sub.Tensor, aten.lerp.Tensor, aten.lerp.Scalar, aten.addcmul.default}
 
-TORCH = str(Path(torch.__file__).parent)
+# Whose lines are none of the model's.
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 Call = tuple[str | None, str | None]
 
@@ -297,7 +298,7 @@ def _base(node: fx.Node) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    """The innermost line outside of torch that made `node`: file name and number."""
+    """The innermost line outside of torch and peftc that made `node`: file name and number."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
-    own = [f"{Path(path).name}:{line}" for path, line in lines if not path.startswith(TORCH)]
+    own = [f"{Path(path).name}:{line}" for path, line in lines if not path.startswith(LIBRARIES)]
     return own[-1] if own else ""
