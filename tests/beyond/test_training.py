@@ -113,6 +113,7 @@ def test_a_batch_norm_keeps_its_statistics_in_training(spec: str) -> None:
     base.norm.running_mean.uniform_()
     statistics = {name: buffer.clone() for name, buffer in base.named_buffers()}
     compiled = peftc.compile(base, spec, example=x)
+    assert "batch norms: these use their running statistics in training" in compiled.report()
     compiled.train()
     base.train()
     base.norm.eval()
