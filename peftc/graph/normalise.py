@@ -98,11 +98,9 @@ def _only_multiplies(node: fx.Node) -> bool:
 
 def _drop(node: fx.Node, blank: fx.Node, kept: float) -> None:
     """Makes `node` ones in the shape of `blank`, of which a share is kept, and scaled so that the mean stays."""
-    before = memory(node)
     blank.target = BLANK[blank.target]
     node.target, node.args = aten.dropout.default, (blank, 1 - kept, True)
     node.meta["val"] = computed(node)
-    moved(node, before)
 
 
 def tidy(module: fx.GraphModule) -> bool:

@@ -16,7 +16,7 @@ class Labelled(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def __repr__(self) -> str:
         return "stack.9.other"
@@ -44,7 +44,7 @@ class Stack(nn.Module):
         mask = torch.rand(6)
         self.stack = Elsewhere(Labelled(mask), Labelled(mask))
         self.head = nn.Linear(6, 3)
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.as_tensor(self.head(self.stack(x) * self.mask))
@@ -58,16 +58,15 @@ class Odd(nn.Module):
         self.parts = nn.ModuleDict({key: nn.Linear(6, 6) for key in ("in-proj", "a b", "weight", "0")})
         self.register_parameter("w-1", nn.Parameter(torch.rand(6, 6)))
         self.shared = self.again = nn.Linear(6, 6)
-        scale = torch.rand(6)
-        for owner in (self, self.parts["0"], self.shared):
-            owner.register_buffer("scale", scale)
+        self.scale = self.shared.scale = self.parts["0"].scale = nn.Buffer(torch.rand(6))
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts.values():
             x = torch.tanh(part(x))
         x = x * self.scale + x @ getattr(self, "w-1").T
-        return torch.as_tensor(self.head(self.again(self.shared(x) * self.parts["0"].scale) + self.shared.scale))
+        scaled: Tensor = self.shared(x) * self.parts["0"].scale
+        return torch.as_tensor(self.head(self.again(scaled) + self.shared.scale))
 
 
 NAMES = {
