@@ -114,9 +114,9 @@ class _Walk:
         return ()
 
     def _contents(self, held: Any) -> Iterable[Any]:
-        before = list(held.items()) if isinstance(held, dict) else list(held)
+        before = _entries(held)
         self.steps.append(partial(_refill, held, before))
-        return list(held.values()) if isinstance(held, dict) else before
+        return [value for _, value in before] if isinstance(held, dict) else before
 
     def _module(self, module: nn.Module) -> Iterable[Any]:
         """torch.export puts fake tensors in the place of parameters and buffers, so that none is written on itself."""
@@ -169,12 +169,20 @@ def _used_by(function: FunctionType) -> Iterable[Any]:
     yield from (function.__defaults__, function.__kwdefaults__, vars(function))
 
 
+def _kind(held: Any) -> Any:
+    """Whose methods hold and do no more, as those of a class of its own may: look a thing up that is not there yet."""
+    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(held, kind))
+
+
+def _entries(held: Any) -> list[Any]:
+    kind = _kind(held)
+    return list((kind.items if issubclass(kind, dict) else kind.__iter__)(held))
+
+
 def _refill(held: Any, before: list[Any]) -> None:
-    """Past the methods of a class of its own, which may do more than hold."""
-    now = list(held.items()) if isinstance(held, dict) else list(held)
+    now, kind = _entries(held), _kind(held)
     if len(now) == len(before) and all(map(_is_same, now, before)):
         return
-    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(held, kind))
     kind.clear(held)
     (kind.extend if kind in (list, deque) else kind.update)(held, before)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from peftc.driver import tasks
 from peftc.driver.decoding import runs_whole_texts
@@ -17,6 +18,7 @@ from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
 from peftc.show.tables import report
 
+BATCH_NORMS = "batch norms: these use their running statistics in training, too, and leave them as they are"
 WHOLE_TEXTS = "text: this model's cache cannot be captured, so the whole text runs for each token"
 
 
@@ -37,7 +39,8 @@ class CompiledModule(Runtime):
 
     def notes(self) -> tuple[str, ...]:
         """What is to be known of this model beyond its tables."""
-        return (WHOLE_TEXTS,) if runs_whole_texts(self.face()) else ()
+        told = {BATCH_NORMS: _has_statistics(self.base), WHOLE_TEXTS: runs_whole_texts(self.face())}
+        return tuple(words for words, holds in told.items() if holds)
 
     def save(self, folder: str | Path, *, task: str | None = None) -> None:
         """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back.
@@ -148,3 +151,8 @@ class CompiledModule(Runtime):
             return merge(face)
         found = repack(face)
         return found.model, found.lost
+
+
+def _has_statistics(base: nn.Module) -> bool:
+    """Whether some batch norm of a model has running statistics."""
+    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in base.modules())

@@ -6,7 +6,7 @@ Nothing here changes a number. It makes the graph a third shorter, which every l
 from __future__ import annotations
 
 import operator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,12 +20,20 @@ aten = torch.ops.aten
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 TRAINING_FLAG = {**dict.fromkeys(DROPOUTS, 2), **dict.fromkeys(RECURRENT, 6)}
+# What makes a tensor whose numbers something else writes, and what makes the same of ones.
+BLANK: dict[Any, Any] = {
+    aten.empty.memory_format: aten.ones.default,
+    aten.rand.default: aten.ones.default,
+    aten.new_empty.default: aten.new_ones.default,
+    aten.empty_like.default: aten.ones_like.default,
+}
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 
 
 def normalise(module: fx.GraphModule) -> None:
     """Tidies `module.graph` in place and recompiles it."""
     graph = module.graph
+    _dropped_paths(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -53,6 +61,46 @@ def normalise(module: fx.GraphModule) -> None:
     _drop_batch_counters(graph)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _dropped_paths(graph: fx.Graph) -> None:
+    """Stochastic depth, drawn by hand in a branch on `training`, as the dropout of ones that it is: that follows it.
+
+    Two spellings: x · (bernoulli(q) / q), and (x / q) · floor(rand + q).
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.bernoulli_.float and len(node.users) == 1:
+            (blank, kept), (scaled,) = node.args, node.users
+            divided = scaled.target in (aten.div.Tensor, aten.div_.Tensor) and scaled.args == (node, kept)
+            if divided and _is_drawn_once(blank) and _only_multiplies(scaled):
+                _drop(scaled, blank, kept)
+                graph.erase_node(node)
+        elif node.target is aten.floor.default and len(node.users) == 1 and _only_multiplies(node):
+            total, (product,) = node.args[0], node.users
+            other = next((factor for factor in product.args if factor is not node), None)
+            if total.target is not aten.add.Tensor or len(total.users) > 1 or total.kwargs:
+                continue
+            blank, kept = total.args
+            if _is_drawn_once(blank) and isinstance(other, fx.Node) and other.target is aten.div.Tensor:
+                divided, by = other.args
+                if by == kept:
+                    product.replace_input_with(other, cast(fx.Node, divided))
+                    _drop(node, blank, kept)
+
+
+def _is_drawn_once(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target in BLANK and len(node.users) == 1
+
+
+def _only_multiplies(node: fx.Node) -> bool:
+    return all(user.target is aten.mul.Tensor for user in node.users)
+
+
+def _drop(node: fx.Node, blank: fx.Node, kept: float) -> None:
+    """Makes `node` ones in the shape of `blank`, of which a share is kept, and scaled so that the mean stays."""
+    blank.target = BLANK[blank.target]
+    node.target, node.args = aten.dropout.default, (blank, 1 - kept, True)
+    node.meta["val"] = computed(node)
 
 
 def tidy(module: fx.GraphModule) -> bool:

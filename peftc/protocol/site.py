@@ -18,13 +18,14 @@ class Use:
 
     `op` is the node that multiplies (its first tensor operand is x); `y` is the node that has the bias too.
     They are the same node for `aten.linear` and `aten.addmm`. In a grouped product, `offsets` [experts] is where each
-    expert's tokens end among the sorted ones.
+    expert's tokens end among the sorted ones. Of a weight that some rows of are multiplied by, `first` is their first.
     """
 
     op: fx.Node
     y: fx.Node
     x_index: int
     offsets: fx.Node | None = None
+    first: int = 0
 
     @property
     def x(self) -> fx.Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,7 +15,7 @@ from peftc.protocol.method import Here
 from peftc.protocol.site import Block, Projection, Sublayer, Use
 from peftc.rewrite.blocks import onto_block
 from peftc.rewrite.splicer import HERE, OFFSETS, ROWS, TRAINING, Splicer, of_method
-from peftc.rewrite.weights import dense_weight, product_like, put, take
+from peftc.rewrite.weights import dense_weight, product_like, put, take, with_all_rows, within
 
 
 def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
@@ -28,28 +29,28 @@ def insert(splicer: Splicer, binding: Binding, pass_name: str) -> None:
                 _into_input(splicer, binding, use, stamp)
         case Projection(uses=uses):
             for use in uses:
-                _onto(splicer, binding, use.y, use.x, use.op, use.offsets, stamp)
+                _onto(splicer, binding, use.y, use.x, use, stamp)
         case Block():
             state = _operands(splicer, binding, binding.method.asks(binding.names), stamp)
             onto_block(splicer, binding, state, stamp)
         case site:
             (y, *_), (x, *_) = site.changes(), site.reads()
-            entry = site.entry.op if isinstance(site, Sublayer) and site.entry else y
-            _onto(splicer, binding, y, splicer.current.get(x, x), entry, None, stamp)
+            entry = site.entry if isinstance(site, Sublayer) and site.entry else Use(y, y, 0)
+            _onto(splicer, binding, y, splicer.current.get(x, x), replace(entry, offsets=None), stamp)
 
 
-def _onto(
-    splicer: Splicer, binding: Binding, y: fx.Node, x: fx.Node, op: fx.Node, offsets: fx.Node | None, stamp: Provenance
-) -> None:
-    """Replaces the output `y` by the method's; `op` is the base's operation on x."""
+def _onto(splicer: Splicer, binding: Binding, y: fx.Node, x: fx.Node, use: Use, stamp: Provenance) -> None:
+    """Replaces the output `y` by the method's; `use` has the base's operation on x."""
+    op, offsets = use.op, use.offsets
     now = splicer.current.get(y, y)
     names = binding.method.asks(binding.names)
     extra = _operands(splicer, binding, names, stamp)
     if offsets is not None:
         extra[OFFSETS] = offsets
-    function = _output_function(binding, op, names, tuple(extra))
+    function = _output_function(binding, use, names, tuple(extra))
     args = [x, now, *extra.values()]
-    template = splicer.templates.get(function, _facts(binding, op, extra), [value(node) for node in args])
+    facts = _facts(binding, op, extra), use.first
+    template = splicer.templates.get(function, facts, [value(node) for node in args])
     result, made = splicer.splice(template, args, now, stamp)
     redirect(now, result, keep=made)
     splicer.current[y] = result
@@ -111,25 +112,32 @@ def _operands(splicer: Splicer, binding: Binding, names: tuple[str, ...], stamp:
 
 
 def _output_function(
-    binding: Binding, op: fx.Node, names: tuple[str, ...], present: tuple[str, ...]
+    binding: Binding, use: Use, names: tuple[str, ...], present: tuple[str, ...]
 ) -> Callable[..., Tensor]:
-    """The method's rewrite on plain tensors: fused weights are narrowed to the site's rows and put back."""
+    """The method's rewrite on plain tensors: fused weights are narrowed to the site's rows and put back.
+
+    Where the base multiplies by some rows of the site's weight alone, the method is given zeros for the rest.
+    """
     method, site = binding.method, binding.site
 
     def function(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
         values: dict[str, Any] = dict(zip(present, given, strict=True))
+        if not isinstance(site, Projection):
+            whole: Tensor = method.rewrite(site, x, y, **{name: values.get(name) for name in names})
+            return whole
         index = values.get(ROWS)
-        if isinstance(site, Projection):
-            if "weight" in values:
-                values["weight"] = dense_weight(values["weight"], site, index)
-            if "bias" in values:
-                values["bias"] = take(values["bias"], site, -1, index)
-            part = take(y, site, -1, index)
-            values[HERE] = Here(product=product_like(op, values.get(OFFSETS)))
-            result = method.rewrite(site, x, part, **{name: values.get(name) for name in names})
-            return put(y, result, site, index)
-        whole: Tensor = method.rewrite(site, x, y, **{name: values.get(name) for name in names})
-        return whole
+        if "weight" in values:
+            values["weight"] = dense_weight(values["weight"], site, index)
+        if "bias" in values:
+            values["bias"] = take(values["bias"], site, -1, index)
+        values[HERE] = Here(product=product_like(use.op, values.get(OFFSETS)))
+        own = within(site, use)
+        index = index if index is None or not use.first else index - use.first
+        every = with_all_rows(y, own, use)
+        part = take(every, own, -1, index)
+        result = method.rewrite(site, x, part, **{name: values.get(name) for name in names})
+        changed = put(every, result, own, index)
+        return changed if every is y else changed.narrow(-1, use.first, y.shape[-1]).contiguous()
 
     return function
 

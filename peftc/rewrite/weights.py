@@ -7,12 +7,14 @@ can, and never sees an expert's dense weight.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 from peftc.protocol.method import Multiply
-from peftc.protocol.site import Projection
+from peftc.protocol.site import Projection, Use
 
 aten = torch.ops.aten
 
@@ -42,6 +44,20 @@ def take(whole: Tensor, site: Projection, dim: int, index: Tensor | None = None)
     if site.slice is not None:
         return whole.narrow(dim, site.slice[0], len(site.rows))
     return whole.index_select(dim, torch.tensor(site.rows, device=whole.device) if index is None else index)
+
+
+def within(site: Projection, use: Use) -> Projection:
+    """The site as its rows stand in what the base's product with some rows of the weight gives."""
+    if site.rows is None or site.slice is None:
+        return site
+    rows = tuple(row - use.first for row in site.rows)
+    return replace(site, rows=None if rows == tuple(range(int(use.y.meta["val"].shape[-1]))) else rows)
+
+
+def with_all_rows(y: Tensor, site: Projection, use: Use) -> Tensor:
+    """What the base's product gives, with zeros for the rows of the site's weight that it leaves out."""
+    missing = site.n_out - y.shape[-1]
+    return y if site.rows is not None or missing <= 0 else F.pad(y, (use.first, missing - use.first))
 
 
 def put(whole: Tensor, part: Tensor, site: Projection, index: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
-from peftc.protocol.site import Attention, Experts, Linear, Site, Sublayer
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, site_kinds
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
@@ -129,12 +129,14 @@ class _Finder:
         first, second = self._project(k), self._project(v)
         return bool(first and second and first.use.x is second.use.x)
 
-    def _rows(self, source: fx.Node, target: fx.Node) -> tuple[int, ...]:
-        return feature_rows(self.module, source, target, self.known_rows)
+    def _rows(self, source: Product, target: fx.Node) -> tuple[int, ...]:
+        """The rows of a weight that a value is made of."""
+        found = feature_rows(self.module, source.use.y, target, self.known_rows)
+        return tuple(row + source.use.first for row in found)
 
     def _part(self, product: Product, operand: fx.Node) -> Rows:
         """The rows of a linear layer that an operand is made of, where others are something else: a gate, a key."""
-        rows = self._rows(product.use.y, operand)
+        rows = self._rows(product, operand)
         return rows if len(rows) < product.n_out else None
 
     def _attentions(self) -> set[str]:
@@ -152,14 +154,24 @@ class _Finder:
                 decoders.add(block.stack)
                 self.crossing[block.path] = found, made["k"].use.x
             parts = {letter: self._part(made[letter], operands[letter]) for letter in operands if letter in made}
-            for letter, product in made.items():
-                self.roles[product.weight, parts.get(letter)] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
+            projections = [(letter, product, parts.get(letter)) for letter, product in made.items()]
+            for letter, product, rows in [*projections, *self._other_streams(found)]:
+                self.roles[product.weight, rows] |= {f"attn.{letter}", f"{kind}.attn.{letter}"}
             for letter in (each for each in ends if each not in made):
                 self._is_absent(f"attn.{letter}", module_path(found.out), ends[letter])
             if len(made) == len(ends):
                 facts = attention_facts(self.module, found, made["k"], made["v"], list(parts.values()), self.known_rows)
                 self._attention_module(queries[::-1], [*keys[::-1], made["k"], made["v"]], made["o"], kind, facts)
         return decoders
+
+    def _other_streams(self, found: AttentionPattern) -> Iterator[tuple[str, Product, Rows]]:
+        """The projections of an attention over several streams, each of which has layers of its own."""
+        operands = {"q": found.q, "k": found.k, "v": found.v}
+        streams = {letter: self.search.beside(operand) for letter, operand in operands.items()}
+        for letter, each in streams.items():
+            yield from ((letter, product, self._part(product, operands[letter])) for product in each)
+        if len(streams["q"]) > 1:
+            yield from (("o", product, None) for product in self.search.joined(found.out))
 
     def _is_absent(self, role: str, name: str, end: fx.Node | Product) -> None:
         """Notes that a search for `role`, of the sublayer or linear layer `name`, ended at `end`."""
@@ -232,7 +244,7 @@ class _Finder:
             self.roles[source.weight, None].add("mlp.up")
         else:
             # A weight may hold more than this layer's two halves: what down does not read is neither.
-            rest = tuple(sorted(set(self._rows(source.use.y, down.use.x)) - set(rows)))
+            rest = tuple(sorted(set(self._rows(source, down.use.x)) - set(rows)))
             self.roles[source.weight, rows].add("mlp.gate" if rest else "mlp.up")
             if rest:
                 self.roles[source.weight, rest].add("mlp.up")
@@ -246,7 +258,7 @@ class _Finder:
         for activation in activations:
             operand = activation.args[0]
             assert isinstance(operand, fx.Node)
-            rows |= set(self._rows(source.use.y, operand))
+            rows |= set(self._rows(source, operand))
         return tuple(sorted(rows)) if 0 < len(rows) < source.n_out else None
 
     def _add_module(
@@ -279,11 +291,12 @@ class _Finder:
         return known.repeated or (same and known.entry.y is not entry.use.y)
 
     def _head(self) -> None:
-        """The linear layers outside every block that nothing linear stands behind."""
+        """The linear layers outside every block that nothing linear stands behind, but projections of an attention."""
+        attention = {weight for weight, _ in self.roles}
         (output,) = self.module.graph.find_nodes(op="output")
         for hit in nearest(output, self.flow.predecessors, self._is_product):
             product = self.by_node[hit]
-            if self._block_of(product.weight) is None:
+            if self._block_of(product.weight) is None and product.weight not in attention:
                 self.roles[product.weight, None].add("head")
 
     def _without_role(self) -> None:
@@ -312,7 +325,7 @@ class _Finder:
             parts: list[Rows] = [None, *(rows for name, rows in self.roles if name == weight and rows)]
             taken: set[str] = set()
             for rows in parts:
-                site = self._linear_site(weight, rows, uses)
+                site = self._linear_site(weight, rows, [use for use in uses if _has_rows(use, rows)])
                 count = sum(name.startswith(site.name.rstrip("]")) for name in taken) if rows else 0
                 taken.add(site.name)
                 yield replace(site, name=f"{site.name[:-1]}{count + 1}]") if count else site
@@ -355,6 +368,11 @@ class _Finder:
         """Whether something other than this linear layer reads the weight, such as an embedding."""
         (node,) = self.module.graph.find_nodes(op="get_attr", target=weight)
         return any(user.target is aten.embedding.default for user in node.users)
+
+
+def _has_rows(product: Product, rows: Rows) -> bool:
+    """Whether one application of a weight is of these of its rows, or of some of all."""
+    return rows is None or product.use.first <= rows[0] < product.use.first + int(value(product.use.y).shape[-1])
 
 
 def _name_stacks(blocks: list[BlockPath], decoders: set[str]) -> list[BlockPath]:

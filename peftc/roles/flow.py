@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from peftc.graph.ir import is_tensor, value
+from peftc.graph.rows import path_between
 from peftc.protocol.site import AttentionPattern, Use
 
 aten = torch.ops.aten
@@ -150,7 +151,8 @@ def before_routing(flow: nx.DiGraph[fx.Node], entry: Use, h: fx.Node) -> Use:
 def residual_value(start: fx.Node) -> fx.Node:
     """The node just before `start`'s value joins the residual stream; `start` itself where it never does.
 
-    The residual add is the first sum of something that depends on `start` with a computed value that does not.
+    The residual add is the first sum of something that depends on `start` with a computed value that does not. Features
+    stand last in what is returned: where an image's channels are moved to the front, it is what stands before that.
     """
     reached = {start}
     node = start.next
@@ -160,7 +162,19 @@ def residual_value(start: fx.Node) -> fx.Node:
         if inside:
             outside = [argument for argument in inputs if argument not in reached and argument.op != "get_attr"]
             if node.target is aten.add.Tensor and outside:
-                return inside[0]
+                moves = filter(_moves_features, path_between(start, inside[0]))
+                return next((other.all_input_nodes[0] for other in moves), inside[0])
             reached.add(node)
         node = node.next
     return start
+
+
+def _moves_features(node: fx.Node) -> bool:
+    """Whether the last dimension of the operand does not stay the last."""
+    count = value(node).dim() if is_tensor(node) else 0
+    match node.target, node.args:
+        case aten.permute.default, (_, list(order)):
+            return int(order[-1]) % count != count - 1
+        case aten.transpose.int, (_, int(one), int(other)):
+            return one % count != other % count and count - 1 in (one % count, other % count)
+    return False

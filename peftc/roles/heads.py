@@ -11,7 +11,7 @@ from torch import fx
 
 from peftc.graph.ir import value
 from peftc.graph.rows import Known, hint, path_between, rows_of_parts
-from peftc.protocol.site import AttentionPattern, Linear
+from peftc.protocol.site import AttentionPattern, Linear, Use
 from peftc.roles.products import Product
 
 Rows = tuple[int, ...] | None
@@ -26,7 +26,7 @@ def attention_facts(
     Known are operands [batch, heads, tokens, width], and with one leading dimension for batch and heads, batch first.
     """
     key, values = _layer(k, rows[1]), _layer(v, rows[2])
-    heads = _heads(module, pattern, key, values, k.use.y, known)
+    heads = _heads(module, pattern, key, values, k.use, known)
     if heads is None:
         return None
     return {**heads, "pattern": pattern, "key": key, "value": values, "obstacle": _sink(pattern)}
@@ -49,7 +49,7 @@ def _layer(product: Product, rows: Rows) -> Linear:
 
 
 def _heads(
-    module: fx.GraphModule, pattern: AttentionPattern, key: Linear, values: Linear, y: fx.Node, known: Known
+    module: fx.GraphModule, pattern: AttentionPattern, key: Linear, values: Linear, use: Use, known: Known
 ) -> dict[str, Any] | None:
     q, k, v = value(pattern.q), value(pattern.k), value(pattern.v)
     key_width, value_width = q.shape[-1], v.shape[-1]
@@ -60,13 +60,13 @@ def _heads(
         if not isinstance(heads, int) or not isinstance(own, int) or v.shape[1] != own or heads % own:
             return None
     elif q.dim() == k.dim() == v.dim() == 3:
-        heads = own = _folded(pattern, y)
+        heads = own = _folded(pattern, use.y)
     else:
         return None
     kv_heads = key.n_out // key_width
     if key.n_out != kv_heads * key_width or values.n_out != kv_heads * value_width or not kv_heads or own % kv_heads:
         kv_heads = own  # keys of more than one layer's making: each of the attention's heads has its own
-    groups = tuple(range(own)) if own == kv_heads else _groups(module, pattern, key, y, known)
+    groups = tuple(range(own)) if own == kv_heads else _groups(module, pattern, key, use, known)
     if not groups:
         return None
     return {
@@ -86,15 +86,13 @@ def _folded(pattern: AttentionPattern, y: fx.Node) -> int:
     return int(hint(k.shape[0]) * tokens // examples)
 
 
-def _groups(
-    module: fx.GraphModule, pattern: AttentionPattern, key: Linear, y: fx.Node, known: Known
-) -> tuple[int, ...]:
+def _groups(module: fx.GraphModule, pattern: AttentionPattern, key: Linear, use: Use, known: Known) -> tuple[int, ...]:
     """The key head that each head of the operand k is a copy of; empty where it is of none or of several."""
     if value(pattern.k).dim() != 4:
         return ()
     rows = key.rows or tuple(range(key.n_out))
-    head_of = {row: place // value(pattern.q).shape[-1] for place, row in enumerate(rows)}
-    touched = rows_of_parts(module, y, pattern.k, known, _each_head)
+    head_of = {row - use.first: place // value(pattern.q).shape[-1] for place, row in enumerate(rows)}
+    touched = rows_of_parts(module, use.y, pattern.k, known, _each_head)
     found = [{head_of.get(row, -1) for row in own} for own in touched]
     return tuple(one.pop() for one in found) if all(len(one) == 1 and -1 not in one for one in found) else ()
 

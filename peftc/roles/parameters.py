@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from peftc.graph.ir import module_path, value
+from peftc.graph.ir import is_tensor, module_path, value
 from peftc.kernels.island import Island, island_of, own_tensors
 from peftc.protocol.site import Block, Parameters, Site
-from peftc.roles.products import CASTS, parameter_of
+from peftc.roles.products import CASTS, SLICES, parameter_of
 
 aten = torch.ops.aten
 
@@ -26,6 +26,8 @@ NORMS = {
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default} | {
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 }  # fmt: skip
+# What may be done to a bias before it is added: parts of it put together with others, or overwritten.
+PARTED = SLICES | {aten.cat.default, aten.clone.default, aten.slice_scatter.default}
 # operation -> where its bias stands
 BIASED = {
     aten.linear.default: 2,
@@ -107,10 +109,12 @@ def _site(role: str, operands: list[object]) -> Iterator[Site]:
 
 
 def _is_bias(node: fx.Node) -> bool:
-    """A 1-d parameter that some operation adds: as its bias operand, or in a sum of its own."""
-    if value(node).dim() != 1:
+    """A 1-d parameter that some operation adds, whole or in part: as its bias operand, or in a sum of its own."""
+    if is_tensor(node) and value(node).dim() != 1:
         return False
     for user in node.users:
+        if user.target in PARTED and _is_bias(user):
+            return True
         if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
             return True
         position = BIASED.get(cast(Any, user.target))

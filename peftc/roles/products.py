@@ -1,11 +1,12 @@
 """Where the graph multiplies by a weight: the spellings of a linear layer, told by operation and operand.
 
-`aten.linear`, `addmm` and `matmul` with the weight as it is or transposed, a bias added by hand, and grouped
-products with a stack of expert weights.
+`aten.linear`, `addmm` and `matmul` with the weight as it is or transposed, or with some rows of it, a bias added by
+hand, and grouped products with a stack of expert weights.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ aten = torch.ops.aten
 
 TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.default, aten.alias.default}
+# What gives some rows of a tensor, as a view.
+SLICES = {
+    aten.slice.Tensor, aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+    operator.getitem,
+}  # fmt: skip
 PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 # x [tokens, in] sorted by expert, weights [experts, in, out], ends of the experts' tokens [experts] -> [tokens, out].
 # By name: the second is registered when transformers' own code for it is imported.
@@ -28,7 +34,7 @@ GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One application of a weight parameter: y = x Wᵀ (+ b)."""
+    """One application of a weight parameter: y = x Wᵀ (+ b), or of some of its rows; `n_out` counts all of them."""
 
     use: Use
     weight: str
@@ -86,6 +92,21 @@ def parameter_of(node: object) -> tuple[str, bool] | None:
     return str(node.target), swapped
 
 
+def sliced(node: object) -> tuple[fx.Node, int] | None:
+    """What `node` is some rows of, neighbours and whole, and which is the first; (itself, 0) where it is no slice."""
+    if not isinstance(node, fx.Node) or node.target not in SLICES or not is_tensor(node):
+        return (node, 0) if isinstance(node, fx.Node) else None
+    whole = node
+    while whole.target in SLICES:
+        whole = whole.all_input_nodes[0]
+    if parameter_of(whole) is None:
+        return None
+    rows, all_rows = value(node), value(whole)
+    if rows.shape[1:] != all_rows.shape[1:] or rows.stride() != all_rows.stride() or not all_rows.is_contiguous():
+        return None
+    return whole, int(rows.storage_offset() - all_rows.storage_offset()) // int(all_rows.stride()[0])
+
+
 def _product(node: fx.Node) -> Product | None:
     if node.target is aten.linear.default:
         return _dense(node, 0, 1, node.args[2] if len(node.args) > 2 else None, flipped=False)
@@ -103,17 +124,22 @@ def _product(node: fx.Node) -> Product | None:
 
 def _dense(node: fx.Node, x_index: int, w_index: int, bias: object, *, flipped: bool) -> Product | None:
     """`flipped`: the operation takes [in, out], so an unswapped parameter is stored transposed."""
-    named = parameter_of(node.args[w_index])
+    operand = node.args[w_index]
+    if (found := sliced(operand)) is None:
+        return None
+    whole, first = found
+    named = parameter_of(whole)
     if named is None or parameter_of(node.args[x_index]):
         return None
     weight, swapped = named
-    operand = node.args[w_index]
-    assert isinstance(operand, fx.Node)
-    first, second = value(operand).shape
-    n_in, n_out = (first, second) if flipped else (second, first)
-    bias_name, y = _bias(node, bias, n_out)
-    use = Use(node, y, x_index)
-    return Product(use, weight, bias_name, flipped != swapped, int(n_in), int(n_out))
+    transposed = flipped != swapped
+    if whole is not operand and (flipped or transposed):
+        return None
+    before, after = value(whole).shape
+    n_in, n_out = (before, after) if flipped else (after, before)
+    bias_name, y = _bias(node, bias, n_out, first)
+    use = Use(node, y, x_index, first=first)
+    return Product(use, weight, bias_name, transposed, int(n_in), int(n_out))
 
 
 def _grouped(node: fx.Node) -> Product | None:
@@ -132,10 +158,11 @@ def _grouped(node: fx.Node) -> Product | None:
     return Product(use, named[0], None, not named[1], n_in, n_out, experts)
 
 
-def _bias(node: fx.Node, bias: object, n_out: int) -> tuple[str | None, fx.Node]:
+def _bias(node: fx.Node, bias: object, n_out: int, first: int) -> tuple[str | None, fx.Node]:
     """The bias's name and the node after it, also where it is added by an operation of its own."""
     if bias is not None:
-        named = parameter_of(bias)
+        found = sliced(bias)
+        named = parameter_of(found[0]) if found and found[1] == first and value(found[0]).shape == (n_out,) else None
         return (named[0] if named else None), node
     if len(node.users) != 1:
         return None, node

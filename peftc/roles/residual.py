@@ -6,17 +6,26 @@ crossing a product: along the residual stream, the only way through a block on w
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import cast
 
 import networkx as nx
+import torch
 from torch import fx
 
 from peftc.graph.ir import block_of, call_of, is_tensor, value
 from peftc.protocol.site import AttentionPattern, Block, Reading
 from peftc.roles import stacks as found
 from peftc.roles.flow import SCORES, nearest
+from peftc.roles.parameters import CONVOLUTIONS
+
+aten = torch.ops.aten
+
+# What has features in its last dimension, and in the one behind the batch.
+LAST = {aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default}
+CHANNELS = CONVOLUTIONS | {aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default}
 
 Members = dict[str, list[fx.Node]]
 Crossing = dict[str, tuple[AttentionPattern, fx.Node]]
@@ -47,6 +56,7 @@ def block_sites(
 
     def site(block: found.BlockPath) -> Block:
         h = leaving.get(block.path)
+        h = h if h is not None and _has_features_last(flow, h, is_product) else None
         x = None if h is None else _entering(flow, h, set(members[block.path]), is_product)
         reading, source = _reading(flow, block, crossing, ends)
         return Block(
@@ -78,6 +88,34 @@ def _leaving(nodes: list[fx.Node]) -> fx.Node | None:
         if is_tensor(node) and value(node).is_floating_point() and any(user not in inside for user in node.users):
             return node
     return None
+
+
+def _has_features_last(flow: nx.DiGraph[fx.Node], h: fx.Node, is_product: Callable[[fx.Node], bool]) -> bool:
+    """Whether the features of a value are its last dimension, and not an image's channels in front of its grid."""
+    last = value(h).dim() - 1
+    queue, seen = deque([(h, last)]), {h}  # and the dimension that is the last one of h
+    while queue:
+        node, dim = queue.popleft()
+        if is_product(node) or node.target in LAST:
+            return dim == value(node).dim() - 1
+        if node.target in CHANNELS:
+            return dim == 1
+        for other in flow.predecessors(node):
+            if other not in seen and other.op != "get_attr" and is_tensor(other) and value(other).dim() == last + 1:
+                seen.add(other)
+                queue.append((other, _dim_before(node, dim)))
+    return True
+
+
+def _dim_before(node: fx.Node, dim: int) -> int:
+    """Which dimension of the operand is `dim` of what `node` makes of it, in another order or not."""
+    count = value(node).dim()
+    if node.target is aten.permute.default:
+        return int(cast(Sequence[int], node.args[1])[dim]) % count
+    if node.target is aten.transpose.int:
+        one, other = (cast(int, place) % count for place in node.args[1:])
+        return {one: other, other: one}.get(dim, dim)
+    return dim
 
 
 def _entering(

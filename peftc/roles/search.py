@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import torch
@@ -19,7 +20,7 @@ from peftc.graph.ir import block_of, call_of, is_tensor, module_path, value
 from peftc.graph.printing import short_name
 from peftc.protocol.sites import Absence
 from peftc.roles.flow import ACTIVATIONS, SCORES, nearest
-from peftc.roles.products import Product
+from peftc.roles.products import Product, parameter_of
 
 aten = torch.ops.aten
 
@@ -44,7 +45,8 @@ CHOSEN = frozenset(INDEXED.split())
 # The sums that a residual stream is made of.
 JOINS = {aten.add.Tensor, aten.sub.Tensor, aten.lerp.Tensor, aten.lerp.Scalar, aten.addcmul.default}
 
-TORCH = str(Path(torch.__file__).parent)
+# Whose lines are none of the model's.
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 Call = tuple[str | None, str | None]
 
@@ -72,6 +74,15 @@ class Search:
             if node.op == "placeholder":
                 begins = is_tensor(node) and value(node).is_floating_point()
             if begins or not (_asks_for_size(node) or found.isdisjoint(node.all_input_nodes)):
+                found.add(node)
+        return found
+
+    @cached_property
+    def learnt(self) -> set[fx.Node]:
+        """What parameters have a part in: not angles of positions that are given as numbers."""
+        found: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if not found.isdisjoint(node.all_input_nodes) or parameter_of(node):
                 found.add(node)
         return found
 
@@ -128,6 +139,8 @@ class Search:
         """Whether a search ends at `node`: in the residual stream, or at what is no operation that it knows."""
         if node in self.products or node.op != "call_function" or node not in self.features or self._is_source(node):
             return False
+        if node not in self.learnt:
+            return False
         return node in self.stream or not self._is_known(node)
 
     def _is_source(self, node: fx.Node) -> bool:
@@ -172,6 +185,14 @@ class Search:
                 return node
         return found or next(iter(ends), operand)
 
+    def beside(self, operand: fx.Node) -> list[Product]:
+        """The linear layers of what an operand is put together of: of the tokens of several streams, or of heads."""
+        found: list[Product] = []
+        for node in nearest(operand, self._before, lambda node: _is_joined(node) or self._is_end(node)):
+            ends = [self.project(part) for part in self._before(node)] if _is_joined(node) else []
+            found += [end for end in ends if isinstance(end, Product) and end not in found]
+        return found
+
     def readers(self, made: fx.Node) -> list[fx.Node]:
         """The linear layers that a value goes to, and what stops a search for them; nearest first."""
         return list(nearest(made, self._after, lambda node: node is not made and self._is_end(node)))
@@ -184,15 +205,20 @@ class Search:
         ends = self.readers(made)
         found = [self.products[node] for node in ends if node in self.products]
         stops = [node for node in ends if node not in self.products]
-        joined: list[Product] = [product for product in found if self.joins(product.use.y, across=True)]
-        options: list[Product | fx.Node] = [*joined, *stops, *found, made]
+        options: list[Product | fx.Node] = [*self.joined(made), *stops, *found, made]
         return options[0]
+
+    def joined(self, made: fx.Node) -> list[Product]:
+        """Those of the linear layers that read a value that are on the way to the residual stream."""
+        found = (self.products[node] for node in self.readers(made) if node in self.products)
+        return [product for product in found if self.joins(product.use.y, across=True)]
 
     def joins(self, made: fx.Node, across: bool = False) -> bool:
         """Whether a value is what a sublayer adds to the residual stream, or `across` a further linear layer.
 
         On its way experts' tokens may be sorted back and weighted; what goes through an activation, or is multiplied
-        with features that go through none, is a mere factor of something.
+        with features that go through none, is a mere factor of something; but with numbers that are the same for all
+        tokens it stays what it is.
         """
         queue, seen = [made], {made}
         for node in queue:
@@ -213,7 +239,7 @@ class Search:
         """Whether `reader` multiplies `node` with features of its own width that are no gate."""
         others = [other for other in self._before(reader) if other is not node and _base(reader) == "mul"]
         return any(
-            value(other).shape[-1:] != (1,)
+            1 not in _ends_of(other)
             and any(end.target not in ACTIVATIONS for end in nearest(other, self._before, self._is_gate_or_end))
             for other in others
         )
@@ -244,10 +270,26 @@ class Search:
         return Absence(role, name, operation, module_path(end), _line(end), end in self.stream)
 
 
+def _ends_of(node: fx.Node) -> tuple[Any, ...]:
+    """How many tokens and features a value has: one where it is the same for all of them."""
+    return tuple(size for size in value(node).shape[-2:] if isinstance(size, int))
+
+
 def _asks_for_size(node: fx.Node) -> bool:
     """Whether a node has nothing of its operand but the size or the kind."""
     name = _base(node)
     return name == "sym_size" or name.startswith("new_") or name.endswith("_like")
+
+
+def _is_joined(node: fx.Node) -> bool:
+    """Whether a value is put together of several that lie behind each other, with the same features each."""
+    return _base(node) in ("cat", "concat") and _dim(node) % value(node).dim() != value(node).dim() - 1
+
+
+def _dim(node: fx.Node) -> int:
+    found = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(found, int)
+    return found
 
 
 def _base(node: fx.Node) -> str:
@@ -256,7 +298,7 @@ def _base(node: fx.Node) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    """The innermost line outside of torch that made `node`: file name and number."""
+    """The innermost line outside of torch and peftc that made `node`: file name and number."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
-    own = [f"{Path(path).name}:{line}" for path, line in lines if not path.startswith(TORCH)]
+    own = [f"{Path(path).name}:{line}" for path, line in lines if not path.startswith(LIBRARIES)]
     return own[-1] if own else ""
