@@ -28,7 +28,9 @@ from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
-from peftc.capture.inputs import Example, fake_mode_of, unlogged
+from peftc.capture.examples.asking import fake_mode_of, unlogged
+from peftc.capture.examples.known import known
+from peftc.capture.inputs import Example
 from peftc.capture.once import tracing_once
 from peftc.capture.texts import MASK, POSITIONS
 from peftc.capture.untouched import untouched
@@ -213,6 +215,7 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
                 patch_attributes([(model, "forward", lambda _old: lambda **given: example.called(forward, given))])
             )
             stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
+            stack.enter_context(known(example.constants))
         yield
 
 

@@ -27,7 +27,8 @@ from peftc import language as ast
 from peftc.capture.checkpoints.checkpoint import digest
 from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.capture.checkpoints.references import parse_reference
-from peftc.capture.inputs import Example, example_inputs, fake_mode_of
+from peftc.capture.examples.asking import fake_mode_of
+from peftc.capture.inputs import Example, example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source

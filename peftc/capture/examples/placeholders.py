@@ -1,0 +1,113 @@
+"""Tokens in a text that stand for an image or a sound: as many as the model makes of one, which it is asked."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.capture.examples.asking import Method, answer
+from peftc.capture.examples.draft import BATCH, LENGTH, Draft, Subject
+from peftc.capture.examples.settings import numbers, parts, plain_token
+from peftc.diagnostics import debug
+
+# What of a text belongs to an image, where a forward is told.
+KINDS = ("token_type_ids", "mm_token_type_ids")
+COUNTS = (
+    "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens", "image_token_num",
+    "num_query_tokens", "latent_query_num",
+)  # fmt: skip
+
+
+def text(subject: Subject, length: int = LENGTH) -> Draft:
+    """Tokens, and what goes with them."""
+    tokens = subject.counts(BATCH, length, value=plain_token(subject.config))
+    given = {"input_ids": tokens}
+    if "attention_mask" in subject.accepts:
+        given["attention_mask"] = torch.ones_like(tokens)
+    if "token_type_ids" in subject.accepts and getattr(subject.config, "type_vocab_size", None):
+        given["token_type_ids"] = torch.zeros_like(tokens)
+    return Draft(given, likely=True)
+
+
+def with_text(subject: Subject, seen: Draft, kind: str) -> Iterator[Draft]:
+    """Texts with an image or a sound in each, the likeliest first.
+
+    Args:
+        subject: the model.
+        seen: the images or sounds.
+        kind: image or audio, as transformers names what belongs to them.
+    """
+    tokens = list(_tokens(subject, kind))
+    try:
+        many = _made_of(subject, seen, kind)
+    except Exception as error:  # it has such a method, and that does not take them
+        debug.tell(2, [f"{type(subject.model).__name__} sees nothing in {seen}: {error}"])
+        return
+    counts = [many] if many is not None else [0, *numbers(subject.config, *COUNTS)]
+    for count in counts:
+        for token in tokens if count else tokens[:1] or [None]:
+            yield from (replace(draft, likely=bool(many)) for draft in _around(subject, seen, token, count))
+
+
+def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Iterator[Draft]:
+    """A text with `count` times the token between what may begin and end an image."""
+    if token is None and count:
+        return
+    plain, config = plain_token(subject.config), subject.config
+    begin, end = numbers(config, "vision_start_token_id")[:1], numbers(config, "vision_end_token_id")[:1]
+    row = [plain, *begin, *[token or plain] * count, *end, *[plain] * LENGTH]
+    tokens = torch.tensor([row] * BATCH, device=subject.model.device)
+    given = {"input_ids": tokens}
+    if "attention_mask" in subject.accepts:
+        given["attention_mask"] = torch.ones_like(tokens)
+    kinds = (tokens == token).long() if count else torch.zeros_like(tokens)
+    yield Draft({**given, **{name: kinds for name in KINDS[:1] if name in subject.accepts}}).plus(
+        seen.given, **seen.fixed
+    )
+
+
+def _tokens(subject: Subject, kind: str) -> Iterator[int]:
+    """What may be the token that stands for an image or a sound, as the configuration calls it."""
+    exact = re.compile(rf"^{kind}_token_(id|index)$")
+    likely = re.compile(rf"({kind}|media|patch).*token|token.*{kind}")
+    for pattern in (exact, likely):
+        for part in parts(subject.config):
+            for name, value in vars(part).items():
+                if pattern.search(name) and type(value) is int and value >= 0:
+                    yield value
+
+
+def _made_of(subject: Subject, seen: Draft, kind: str) -> int | None:
+    """How many tokens the model makes of each image or sound; None where it has no method for that."""
+    found = _method(subject, kind)
+    if found is None:
+        return None
+    accepts = inspect.signature(found).parameters
+    given = {name: value for name, value in seen.given.items() if name in accepts}
+    fixed = {name: value for name, value in seen.fixed.items() if name in accepts}
+    result = answer(Method(subject.model, found), given, fixed)
+    return None if result is None else _rows(result) // BATCH
+
+
+def _method(subject: Subject, kind: str) -> Callable[..., Any] | None:
+    for module in subject.model.modules():
+        found: Callable[..., Any] | None = getattr(module, f"get_{kind}_features", None)
+        if found is not None:
+            return found
+    return None
+
+
+def _rows(result: Any) -> int:
+    """How many vectors the features are, of one image or in a list of them."""
+    if isinstance(result, Mapping):
+        first = result.get("pooler_output")
+        result = first if first is not None else result["last_hidden_state"]
+    if isinstance(result, Tensor):
+        return result.numel() // result.shape[-1]
+    return sum(_rows(one) for one in result if isinstance(one, Tensor | list | tuple))
