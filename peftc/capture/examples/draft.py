@@ -54,9 +54,14 @@ class Subject:
         """What its forward takes, by name."""
         return inspect.signature(type(self.model).forward).parameters
 
+    @property
+    def needed(self) -> list[str]:
+        """What its forward does not do without."""
+        return [name for name, parameter in self.accepts.items() if parameter.default is inspect.Parameter.empty]
+
     def numbers(self, *shape: int) -> Tensor:
-        """Zeros in the model's own precision."""
-        return torch.zeros(shape, device=self.model.device, dtype=self.model.dtype)
+        """Ones in the model's own precision: an image of zeros is padding to some."""
+        return torch.ones(shape, device=self.model.device, dtype=self.model.dtype)
 
     def counts(self, *shape: int, value: int = 1) -> Tensor:
         """Whole numbers that are all the same."""

@@ -17,7 +17,7 @@ from peftc.capture.examples.settings import numbers, parts, plain_token
 from peftc.diagnostics import debug
 
 # What of a text belongs to an image, where a forward is told.
-KINDS = ("token_type_ids", "mm_token_type_ids")
+KIND = "token_type_ids"
 COUNTS = (
     "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens", "image_token_num",
     "num_query_tokens", "latent_query_num",
@@ -43,7 +43,7 @@ def with_text(subject: Subject, seen: Draft, kind: str) -> Iterator[Draft]:
         seen: the images or sounds.
         kind: image or audio, as transformers names what belongs to them.
     """
-    tokens = list(_tokens(subject, kind))
+    tokens: list[int | None] = list(_tokens(subject, kind))
     try:
         many = _made_of(subject, seen, kind)
     except Exception as error:  # it has such a method, and that does not take them
@@ -51,25 +51,25 @@ def with_text(subject: Subject, seen: Draft, kind: str) -> Iterator[Draft]:
         return
     counts = [many] if many is not None else [0, *numbers(subject.config, *COUNTS)]
     for count in counts:
-        for token in tokens if count else tokens[:1] or [None]:
+        for token in tokens if count else [None]:
             yield from (replace(draft, likely=bool(many)) for draft in _around(subject, seen, token, count))
 
 
 def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Iterator[Draft]:
     """A text with `count` times the token between what may begin and end an image."""
-    if token is None and count:
-        return
     plain, config = plain_token(subject.config), subject.config
     begin, end = numbers(config, "vision_start_token_id")[:1], numbers(config, "vision_end_token_id")[:1]
-    row = [plain, *begin, *[token or plain] * count, *end, *[plain] * LENGTH]
+    row = [plain, *begin, *[token if token is not None else plain] * count, *end, *[plain] * LENGTH]
     tokens = torch.tensor([row] * BATCH, device=subject.model.device)
     given = {"input_ids": tokens}
     if "attention_mask" in subject.accepts:
         given["attention_mask"] = torch.ones_like(tokens)
-    kinds = (tokens == token).long() if count else torch.zeros_like(tokens)
-    yield Draft({**given, **{name: kinds for name in KINDS[:1] if name in subject.accepts}}).plus(
-        seen.given, **seen.fixed
-    )
+    for name in subject.needed:
+        if name.endswith("input_ids") and name not in given:  # a text for another part of the model
+            given[name] = subject.counts(BATCH, LENGTH, value=plain)
+    if KIND in subject.accepts:
+        given[KIND] = torch.where(tokens == token, 1, 0) if count else torch.zeros_like(tokens)
+    yield Draft(given).plus(seen.given, **seen.fixed)
 
 
 def _tokens(subject: Subject, kind: str) -> Iterator[int]:
@@ -85,7 +85,7 @@ def _tokens(subject: Subject, kind: str) -> Iterator[int]:
 
 def _made_of(subject: Subject, seen: Draft, kind: str) -> int | None:
     """How many tokens the model makes of each image or sound; None where it has no method for that."""
-    found = _method(subject, kind)
+    found = _method(subject, f"get_{kind}_features", next(iter(seen.given)))
     if found is None:
         return None
     accepts = inspect.signature(found).parameters
@@ -95,12 +95,10 @@ def _made_of(subject: Subject, seen: Draft, kind: str) -> int | None:
     return None if result is None else _rows(result) // BATCH
 
 
-def _method(subject: Subject, kind: str) -> Callable[..., Any] | None:
-    for module in subject.model.modules():
-        found: Callable[..., Any] | None = getattr(module, f"get_{kind}_features", None)
-        if found is not None:
-            return found
-    return None
+def _method(subject: Subject, name: str, takes: str) -> Callable[..., Any] | None:
+    """The model's method of this name, or that of a part of it, which says that it takes such an input."""
+    found = [method for module in subject.model.modules() if (method := getattr(module, name, None)) is not None]
+    return next((method for method in found if takes in inspect.signature(method).parameters), None)
 
 
 def _rows(result: Any) -> int:
