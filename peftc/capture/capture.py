@@ -30,6 +30,7 @@ from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.examples.asking import fake_mode_of, unlogged
 from peftc.capture.examples.known import known
+from peftc.capture.examples.settings import parts
 from peftc.capture.inputs import Example
 from peftc.capture.once import tracing_once
 from peftc.capture.texts import MASK, POSITIONS
@@ -209,6 +210,11 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         if example.config is not None:
             stack.enter_context(reset_model_state(model))
             settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
+            settings += [
+                (part, "use_cache", lambda _old: False)
+                for part in parts(model.config)
+                if not example.past and hasattr(part, "use_cache")
+            ]
             stack.enter_context(patch_attributes(settings))
             forward = model.forward
             stack.enter_context(

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from peftc.capture.errors import NeedsExample
 from peftc.capture.examples.made import made_for
+from peftc.capture.examples.settled import Settled, are_sizes
+from peftc.capture.texts import POSITIONS
 from peftc.diagnostics.diagnostic import PeftcError
 
 
@@ -66,11 +68,16 @@ class Example:
         if self.config is not None:  # other inputs that a transformers model takes
             kwargs |= {name: value for name, value in rest.items() if name not in kwargs}
         if len(args) + len(kwargs) == len(values):
-            many = tuple(_two_rows(value) for value in args)
-            general = replace(self, args=many, kwargs={name: _two_rows(value) for name, value in kwargs.items()})
+            general = self._with(tuple(_two_rows(value) for value in args), _doubled(kwargs))
             yield replace(general, sizes=Sizes.ANY)
             yield general
-            yield replace(self, args=args, kwargs=kwargs, sizes=Sizes.FIXED)
+            yield replace(self._with(args, kwargs), sizes=Sizes.FIXED)
+
+    def _with(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+        """With other inputs, and the sizes that are among them as constants instead of those that are."""
+        kept = {name: value for name, value in self.constants.items() if not are_sizes(name, value)}
+        traced, sizes = _sizes_apart(kwargs)
+        return replace(self, args=args, kwargs=traced, constants=kept | sizes)
 
     def dynamic_shapes(self) -> Any:
         """Usually batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
@@ -91,7 +98,7 @@ class Example:
         """The dynamic dimensions of an input; those that are a guess are fixed where the model fixes them."""
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return None
-        counted = 1 if tensor.is_floating_point() else min(2, tensor.dim())
+        counted = 1 if tensor.is_floating_point() else tensor.dim() if guess else min(2, tensor.dim())
         dims = range(tensor.dim() if self.sizes is Sizes.ANY else counted)
         return dict.fromkeys(dims, Dim.AUTO if guess else Dim.DYNAMIC)
 
@@ -108,7 +115,8 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
         if example is not None and not isinstance(example, Mapping):
             raise PeftcError(NeedsExample(model=type(model).__name__))
         if example is not None:
-            return _with_conventions(model, _by_name(example), {})
+            given = Settled.of(model, {}).with_positions(_by_name(example))
+            return _with_conventions(model, *_sizes_apart(given))
         draft = made_for(model)
         return _with_conventions(model, draft.given, draft.fixed)
     if example is None:
@@ -120,7 +128,24 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
 
 
 def _by_name(example: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(example, map(_two_rows, _apart(example.values())), strict=True))
+    return _doubled(dict(zip(example, _apart(example.values()), strict=True)))
+
+
+def _doubled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of one, doubled; where sizes say what the rows of an image are, all together."""
+    if not any(are_sizes(name, value) for name, value in given.items()):
+        return {name: _two_rows(value) for name, value in given.items()}
+    tokens = given.get("input_ids")
+    if not isinstance(tokens, torch.Tensor) or tokens.shape[0] != 1:
+        return dict(given)
+    rows = {name: 1 if name == POSITIONS and value.dim() > 2 else 0 for name, value in given.items()}
+    return {name: torch.cat([value, value], rows[name]) for name, value in given.items()}
+
+
+def _sizes_apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What is traced, and the sizes that a graph is for."""
+    sizes = {name: value.cpu() for name, value in given.items() if are_sizes(name, value)}
+    return {name: value for name, value in given.items() if name not in sizes}, sizes
 
 
 def _apart(given: Iterable[Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
 from peftc.capture.convention import Convention, others_of
+from peftc.capture.examples.settled import Settled
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, tensors
 from peftc.optimise.fuse import Fired
@@ -338,7 +339,8 @@ class Runtime(Switching):
 def _convention(plan: Plan) -> Convention:
     inputs = plan.captured.inputs
     others = others_of(plan.captured.model, inputs)
-    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others)
+    settled = Settled.of(plan.captured.model, plan.captured.example.constants)
+    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others, settled)
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:

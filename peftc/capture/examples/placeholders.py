@@ -14,6 +14,7 @@ from torch import Tensor
 from peftc.capture.examples.asking import Method, answer
 from peftc.capture.examples.draft import BATCH, LENGTH, Draft, Subject
 from peftc.capture.examples.settings import numbers, parts, plain_token
+from peftc.capture.examples.settled import MODALITIES, Settled
 from peftc.diagnostics import debug
 
 # What of a text belongs to an image, where a forward is told.
@@ -60,7 +61,7 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
     plain, config = plain_token(subject.config), subject.config
     begin, end = numbers(config, "vision_start_token_id")[:1], numbers(config, "vision_end_token_id")[:1]
     row = [plain, *begin, *[token if token is not None else plain] * count, *end, *[plain] * LENGTH]
-    tokens = torch.tensor([row] * BATCH, device=subject.model.device)
+    tokens = torch.tensor([row] * BATCH)
     given = {"input_ids": tokens}
     if "attention_mask" in subject.accepts:
         given["attention_mask"] = torch.ones_like(tokens)
@@ -69,6 +70,10 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
             given[name] = subject.counts(BATCH, LENGTH, value=plain)
     if KIND in subject.accepts:
         given[KIND] = torch.where(tokens == token, 1, 0) if count else torch.zeros_like(tokens)
+    if MODALITIES in subject.accepts:
+        given[MODALITIES] = torch.where(tokens == token, 1, 0) if count else torch.zeros_like(tokens)
+    told = Settled.of(subject.model, seen.fixed).with_positions({**given, **seen.fixed})
+    given = {name: value.to(subject.model.device) for name, value in told.items() if name not in seen.fixed}
     yield Draft(given).plus(seen.given, **seen.fixed)
 
 
