@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -209,12 +209,11 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         model.train()
         if example.config is not None:
             stack.enter_context(reset_model_state(model))
-            settings = [(model.config, name, lambda _old, new=new: new) for name, new in example.config.items()]
-            settings += [
-                (part, "use_cache", lambda _old: False)
-                for part in parts(model.config)
-                if not example.past and hasattr(part, "use_cache")
-            ]
+            own = cast(PreTrainedModel, model).config
+            settings: list[tuple[Any, str, Any]] = [(own, name, new) for name, new in example.config.items()]
+            if not example.past:  # a part may have a cache where the whole says nothing of one
+                settings += [(part, "use_cache", False) for part in parts(own) if hasattr(part, "use_cache")]
+            settings = [(part, name, lambda _old, new=new: new) for part, name, new in settings]
             stack.enter_context(patch_attributes(settings))
             forward = model.forward
             stack.enter_context(

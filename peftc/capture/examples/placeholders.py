@@ -68,10 +68,8 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
     for name in subject.needed:
         if name.endswith("input_ids") and name not in given:  # a text for another part of the model
             given[name] = subject.counts(BATCH, LENGTH, value=plain)
-    if KIND in subject.accepts:
-        given[KIND] = torch.where(tokens == token, 1, 0) if count else torch.zeros_like(tokens)
-    if MODALITIES in subject.accepts:
-        given[MODALITIES] = torch.where(tokens == token, 1, 0) if count else torch.zeros_like(tokens)
+    kinds = torch.eq(tokens, token).long() if token is not None else torch.zeros_like(tokens)
+    given |= {name: kinds.clone() for name in (KIND, MODALITIES) if name in subject.accepts}
     told = Settled.of(subject.model, seen.fixed).with_positions({**given, **seen.fixed})
     given = {name: value.to(subject.model.device) for name, value in told.items() if name not in seen.fixed}
     yield Draft(given).plus(seen.given, **seen.fixed)
