@@ -38,6 +38,13 @@ def images(subject: Subject) -> Iterator[Draft]:
                 yield tiled.plus({}, image_sizes=torch.tensor([[height, width]] * BATCH))
 
 
+def patches(subject: Subject, name: str) -> Iterator[Draft]:
+    """The patches of each image, [images, patches, its row and column and the numbers of one]."""
+    channels = (numbers(subject.config, *CHANNELS) or [3])[0]
+    for side in numbers(subject.config, "patch_size") or [16]:
+        yield Draft({name: subject.numbers(BATCH, GRID**2, 2 + channels * side**2)})
+
+
 def _in_a_row(subject: Subject, channels: int) -> Iterator[Draft]:
     """The patches of all images in one row, [all patches, numbers of one], and how many each image has."""
     config = subject.config

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peftc.capture.errors import NeedsExample
 from peftc.capture.examples.asking import answer
 from peftc.capture.examples.draft import Draft, Subject
-from peftc.capture.examples.images import images
+from peftc.capture.examples.images import images, patches
 from peftc.capture.examples.labels import with_labels
 from peftc.capture.examples.placeholders import text, with_text
 from peftc.capture.examples.sounds import sounds
@@ -20,7 +20,7 @@ from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 
-SEEN = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
+SEEN = {"pixel_values": "image", "flattened_patches": "image", "input_features": "audio", "input_values": "audio"}
 
 
 def made_for(model: PreTrainedModel) -> Draft:
@@ -47,12 +47,18 @@ def _uncached(subject: Subject) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in subject.accepts else {}
 
 
+def _seen(subject: Subject, name: str) -> Iterator[Draft]:
+    if name == "pixel_values":
+        return images(subject)
+    return patches(subject, name) if SEEN[name] == "image" else sounds(subject, name)
+
+
 def _drafts(subject: Subject) -> Iterator[Draft]:
     """Everything that the model may take, with all that it can see or hear before its text alone."""
     names = [name for name in SEEN if name in subject.accepts]
     reads = "input_ids" in subject.accepts
     for name in names:
-        for seen in images(subject) if name == "pixel_values" else sounds(subject, name):
+        for seen in _seen(subject, name):
             if reads:
                 yield from with_text(subject, seen, SEEN[name])
             if not reads or subject.main == name:

@@ -18,7 +18,7 @@ from peftc.capture.examples.settled import MODALITIES, Settled
 from peftc.diagnostics import debug
 
 # What of a text belongs to an image, where a forward is told.
-KIND = "token_type_ids"
+KIND, PLACES = "token_type_ids", "image_embeds_position_mask"
 COUNTS = (
     "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens", "image_token_num",
     "num_query_tokens", "latent_query_num",
@@ -50,9 +50,9 @@ def with_text(subject: Subject, seen: Draft, kind: str) -> Iterator[Draft]:
     except Exception as error:  # it has such a method, and that does not take them
         debug.tell(2, [f"{type(subject.model).__name__} sees nothing in {seen}: {error}"])
         return
-    counts = [many] if many is not None else [0, *numbers(subject.config, *COUNTS)]
+    counts = [0, *numbers(subject.config, *COUNTS)] if many is None else [many] if tokens else [many, 0]
     for count in counts:
-        for token in tokens if count else [None]:
+        for token in tokens or [None] if count else [None]:
             yield from (replace(draft, likely=bool(many)) for draft in _around(subject, seen, token, count))
 
 
@@ -68,6 +68,9 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
     for name in subject.needed:
         if name.endswith("input_ids") and name not in given:  # a text for another part of the model
             given[name] = subject.counts(BATCH, LENGTH, value=plain)
+    if token is None and count and PLACES in subject.accepts:
+        places = [[1 <= place - len(begin) <= count for place in range(len(row))]] * BATCH
+        given[PLACES] = torch.tensor(places)
     kinds = torch.eq(tokens, token).long() if token is not None else torch.zeros_like(tokens)
     given |= {name: kinds.clone() for name in (KIND, MODALITIES) if name in subject.accepts}
     told = Settled.of(subject.model, seen.fixed).with_positions({**given, **seen.fixed})
@@ -94,6 +97,8 @@ def _made_of(subject: Subject, seen: Draft, kind: str) -> int | None:
     accepts = inspect.signature(found).parameters
     given = {name: value for name, value in seen.given.items() if name in accepts}
     fixed = {name: value for name, value in seen.fixed.items() if name in accepts}
+    for name in accepts.keys() & set(subject.needed) - given.keys() - fixed.keys():
+        given[name] = subject.counts(BATCH, LENGTH)  # a text for the part that sees
     result = answer(Method(subject.model, found), given, fixed)
     return None if result is None else _rows(result) // BATCH
 
