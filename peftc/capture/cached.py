@@ -17,7 +17,9 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from peftc.capture.inputs import BATCH, Example, fake_mode_of, without_numbers
+from peftc.capture.examples.asking import fake_mode_of, without_numbers
+from peftc.capture.examples.draft import BATCH
+from peftc.capture.inputs import Example
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -28,7 +28,10 @@ from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.convention import has_loss
 from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
-from peftc.capture.inputs import Example, fake_mode_of, unlogged
+from peftc.capture.examples.asking import fake_mode_of, unlogged
+from peftc.capture.examples.known import known
+from peftc.capture.examples.settings import parts
+from peftc.capture.inputs import Example
 from peftc.capture.islands import Islands, Why, place_of, skeleton_of
 from peftc.capture.once import tracing_once
 from peftc.capture.texts import MASK, POSITIONS
@@ -243,19 +246,18 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         model.train()
         if example.config is not None:
             stack.enter_context(reset_model_state(model))
-            configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-            settings = [
-                (config, name, lambda _old, new=new: new)
-                for config in configs.values()
-                for name, new in example.config.items()
-                if config is model.config or hasattr(config, name)
-            ]
+            own = cast(PreTrainedModel, model).config
+            settings: list[tuple[Any, str, Any]] = [(own, name, new) for name, new in example.config.items()]
+            if not example.past:  # a part may have a cache where the whole says nothing of one
+                settings += [(part, "use_cache", False) for part in parts(own) if hasattr(part, "use_cache")]
+            settings = [(part, name, lambda _old, new=new: new) for part, name, new in settings]
             stack.enter_context(patch_attributes(settings))
             forward = model.forward
             stack.enter_context(
                 patch_attributes([(model, "forward", lambda _old: lambda **given: example.called(forward, given))])
             )
             stack.enter_context(patch_forward_signature(cast(PreTrainedModel, model), example.kwargs))
+            stack.enter_context(known(example.constants))
         yield
 
 

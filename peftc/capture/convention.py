@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from peftc.capture.errors import NoRoom
+from peftc.capture.examples.settled import Settled
 from peftc.capture.texts import SAYINGS, with_positions
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import copied, drop_unread
@@ -33,6 +34,7 @@ class Convention:
     room         an input, and how long it may be
     consistency  weight of a loss between two passes of a training step; 0 for one pass
     others       what the base model's forward takes beside the inputs: a call with it is for another graph
+    settled      what a call says that no graph reads
     """
 
     inputs: tuple[str, ...]
@@ -40,6 +42,7 @@ class Convention:
     room: tuple[str, int] | None = None
     consistency: float = 0.0
     others: tuple[str, ...] = ()
+    settled: Settled = field(default_factory=Settled)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -74,12 +77,12 @@ class Convention:
         if len(args) > len(self.inputs) or given.keys() & kwargs.keys():
             raise TypeError(f"the compiled model takes {', '.join(self.inputs)}, each once")
         given |= {name: value for name, value in kwargs.items() if not _is_harmless(name, value)}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self.settled.with_positions({name: value for name, value in given.items() if value is not None})
         return with_positions(given, self.inputs[0]) if given.keys() & SAYINGS - set(self.inputs) else given
 
     def takes(self, given: Mapping[str, Any]) -> bool:
         """Whether this graph is for inputs of these names."""
-        return self._misfit(self._filled(given)) is None
+        return self._lacking(given) is None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The inputs by name; left out are only labels.
@@ -88,15 +91,17 @@ class Convention:
             TypeError: on a missing input, or one that the graph does not have.
             PeftcError: `no-room` where the model has no positions for both the prompt and the input.
         """
-        given = self._filled(self.named(args, kwargs))
-        if (reason := self._misfit(given)) is not None:
+        named = self.named(args, kwargs)
+        if (reason := self._lacking(named)) is not None:
             raise TypeError(reason)
+        given = self._filled(named)
         if self.room and given[self.room[0]].shape[1] > self.room[1]:
             raise PeftcError(NoRoom(given=given[self.room[0]].shape[1], room=self.room[1]))
         return {name: given[name] for name in self.inputs if name in given}
 
     def _filled(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """With what is made of the main input, tokens, where it is left out."""
+        given = self.settled.without_sizes(given)
         main = given.get(self.inputs[0])
         if not isinstance(main, Tensor) or main.is_floating_point():
             return dict(given)
@@ -104,6 +109,12 @@ class Convention:
         if "position_ids" in given:
             wanting.discard("attention_mask")
         return {**given, **{name: FILLED_IN[name](main) for name in wanting}}
+
+    def _lacking(self, given: Mapping[str, Any]) -> str | None:
+        """Why this graph is not for a call with what it says."""
+        if lacking := self.settled.lacks(given):
+            return f"the compiled model needs {', '.join(lacking)}"
+        return self._misfit(self._filled(given))
 
     def _misfit(self, given: Mapping[str, Any]) -> str | None:
         """Why this graph is not for such inputs."""

@@ -7,25 +7,21 @@ what the labels look like is read off the logits, never off the class's name.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
 from peftc.capture.errors import NeedsExample
-from peftc.capture.untouched import untouched
+from peftc.capture.examples.made import made_for
+from peftc.capture.examples.settled import Settled, are_sizes
+from peftc.capture.texts import POSITIONS
 from peftc.diagnostics.diagnostic import PeftcError
-
-BATCH, LENGTH = 2, 8
 
 
 class Sizes(Enum):
@@ -72,25 +68,37 @@ class Example:
         if self.config is not None:  # other inputs that a transformers model takes
             kwargs |= {name: value for name, value in rest.items() if name not in kwargs}
         if len(args) + len(kwargs) == len(values):
-            many = tuple(_two_rows(value) for value in args)
-            general = replace(self, args=many, kwargs={name: _two_rows(value) for name, value in kwargs.items()})
+            general = self._with(tuple(_two_rows(value) for value in args), _doubled(kwargs))
             yield replace(general, sizes=Sizes.ANY)
             yield general
-            yield replace(self, args=args, kwargs=kwargs, sizes=Sizes.FIXED)
+            yield replace(self._with(args, kwargs), sizes=Sizes.FIXED)
+
+    def _with(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+        """With other inputs, and the sizes that are among them as constants instead of those that are."""
+        kept = {name: value for name, value in self.constants.items() if not are_sizes(name, value)}
+        traced, sizes = _sizes_apart(kwargs)
+        return replace(self, args=args, kwargs=traced, constants=kept | sizes)
 
     def dynamic_shapes(self) -> Any:
         """Usually batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
         if self.sizes is Sizes.FIXED:
             return None
-        guess = self.sizes is Sizes.ANY or self.config is None
+        guess = self.sizes is Sizes.ANY or self.config is None or not self._only_texts
         dimensions = [self._dynamic(tensor, guess) for tensor in (*self.args, *self.kwargs.values())]
         return tuple(dimensions) if self.args else dict(zip(self.kwargs, dimensions, strict=True))
+
+    @property
+    def _only_texts(self) -> bool:
+        """Whether no size but those of the texts may be bound to how long they are."""
+        return not any(isinstance(value, torch.Tensor) for value in self.constants.values()) and not any(
+            tensor.is_floating_point() and "input_ids" in self.kwargs for tensor in self.kwargs.values()
+        )
 
     def _dynamic(self, tensor: Any, guess: bool) -> dict[int, Any] | None:
         """The dynamic dimensions of an input; those that are a guess are fixed where the model fixes them."""
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return None
-        counted = 1 if tensor.is_floating_point() else min(2, tensor.dim())
+        counted = 1 if tensor.is_floating_point() else tensor.dim() if guess else min(2, tensor.dim())
         dims = range(tensor.dim() if self.sizes is Sizes.ANY else counted)
         return dict.fromkeys(dims, Dim.AUTO if guess else Dim.DYNAMIC)
 
@@ -106,8 +114,11 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
     if isinstance(model, PreTrainedModel):
         if example is not None and not isinstance(example, Mapping):
             raise PeftcError(NeedsExample(model=type(model).__name__))
-        given = _made_for(model) if example is None else _by_name(example)
-        return _with_conventions(model, given)
+        if example is not None:
+            given = Settled.of(model, {}).with_positions(_by_name(example))
+            return _with_conventions(model, *_sizes_apart(given))
+        draft = made_for(model)
+        return _with_conventions(model, draft.given, draft.fixed)
     if example is None:
         raise PeftcError(NeedsExample(model=type(model).__name__))
     if isinstance(example, dict):
@@ -117,7 +128,24 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
 
 
 def _by_name(example: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(example, map(_two_rows, _apart(example.values())), strict=True))
+    return _doubled(dict(zip(example, _apart(example.values()), strict=True)))
+
+
+def _doubled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of one, doubled; where sizes say what the rows of an image are, all together."""
+    if not any(are_sizes(name, value) for name, value in given.items()):
+        return {name: _two_rows(value) for name, value in given.items()}
+    tokens = given.get("input_ids")
+    if not isinstance(tokens, torch.Tensor) or tokens.shape[0] != 1:
+        return dict(given)
+    rows = {name: 1 if name == POSITIONS and value.dim() > 2 else 0 for name, value in given.items()}
+    return {name: torch.cat([value, value], rows[name]) for name, value in given.items()}
+
+
+def _sizes_apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What is traced, and the sizes that a graph is for."""
+    sizes = {name: value.cpu() for name, value in given.items() if are_sizes(name, value)}
+    return {name: value for name, value in given.items() if name not in sizes}, sizes
 
 
 def _apart(given: Iterable[Any]) -> Iterator[Any]:
@@ -136,102 +164,13 @@ def _two_rows(tensor: Any) -> Any:
     return tensor
 
 
-def _made_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    try:
-        return _inputs_of(model)
-    except PeftcError:
-        raise
-    except Exception as error:  # its config lacks what is asked of it, or its forward fails
-        tried = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PeftcError(NeedsExample(model=type(model).__name__, tried=tried)) from error
-
-
-def _inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One valid batch: tokens or pixels, mask, decoder tokens, labels, by the names `forward` takes."""
-    accepts = inspect.signature(type(model).forward).parameters
-    device = model.device
-    main = str(model.main_input_name)
-    given: dict[str, torch.Tensor] = {}
-    if main == "pixel_values":
-        given[main] = torch.zeros(BATCH, *_image_shape(model), device=device, dtype=model.dtype)
-    elif main == "input_ids":
-        given[main] = torch.ones(BATCH, LENGTH, dtype=torch.long, device=device)
-        if "attention_mask" in accepts:
-            given["attention_mask"] = torch.ones_like(given[main])
-        if "token_type_ids" in accepts and getattr(model.config, "type_vocab_size", None):
-            given["token_type_ids"] = torch.zeros_like(given[main])
-    else:
-        raise PeftcError(NeedsExample(model=type(model).__name__))
-    if "labels" not in accepts:
-        if "decoder_input_ids" in accepts:
-            given["decoder_input_ids"] = torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=device)
-        return given
-    given["labels"] = _labels_for(model, given)
-    return given
-
-
-def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(model.config.num_channels), int(height), int(width)
-
-
-def _labels_for(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Labels in the shape of the logits: one a token, or one an example (a class, or a number to regress)."""
-    if model.config.is_encoder_decoder:
-        return torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=model.device)
-    if model.can_generate():
-        return torch.ones_like(given["input_ids"])
-    main = str(model.main_input_name)  # no mask: its values would be looked at, and there are none
-    with untouched(model), torch.no_grad():
-        try:
-            logits = without_numbers(model, {main: given[main]}).logits
-        except DataDependentOutputException:  # it goes by numbers: by its own, then, where it has some
-            logits = model(given[main]).logits
-    if logits.dim() == 3:
-        return torch.ones(logits.shape[:2], dtype=torch.long, device=model.device)
-    if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
-        shape = logits.shape if logits.shape[-1] > 1 else logits.shape[:1]
-        return torch.zeros(shape, dtype=model.dtype, device=model.device)
-    return torch.zeros(logits.shape[0], dtype=torch.long, device=model.device)
-
-
-def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
-    """The mode of the fake tensors that `model` is made of, or None if it is made of others."""
-    found: FakeTensorMode | None = detect_fake_mode([*model.parameters(), *model.buffers()])
-    return found
-
-
-def without_numbers(model: nn.Module, given: Mapping[str, torch.Tensor], more: Mapping[str, Any] | None = None) -> Any:
-    """What `model` makes of tensors that have no numbers, as its own have none then; of `more` as it is."""
-    fake = fake_mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)  # a forward may have kept real tensors
-    with fake, unlogged():
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        state: dict[str, torch.Tensor] = {name: _faked(tensor, fake) for name, tensor in tensors}
-        inputs = {name: _faked(tensor, fake) for name, tensor in given.items()}
-        return torch.func.functional_call(model, state, kwargs={**inputs, **(more or {})})
-
-
-@contextmanager
-def unlogged() -> Iterator[None]:
-    """Without what others log of a trace that fails: what goes wrong is told once, by who asked for it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _faked(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
-
-
-def _with_conventions(model: PreTrainedModel, kwargs: dict[str, torch.Tensor]) -> Example:
+def _with_conventions(
+    model: PreTrainedModel, kwargs: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor]
+) -> Example:
     """No cache in a training graph, and the loss that the labels' type asks for, fixed before tracing."""
     accepts = inspect.signature(type(model).forward).parameters
-    constants = {"use_cache": False} if "use_cache" in accepts else {}
-    config: dict[str, Any] = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    constants: dict[str, Any] = fixed | ({"use_cache": False} if "use_cache" in accepts else {})
+    config: dict[str, Any] = {}
     labels = kwargs.get("labels")
     if labels is not None and hasattr(model.config, "problem_type") and model.config.problem_type is None:
         per_example = labels.dim() == 1

@@ -129,7 +129,7 @@ def captured_again(compiled: Runtime, given: Mapping[str, Any]) -> CompiledModul
             except PeftcError as error:
                 debug.tell(1, [f"not captured for other sizes: {error}"])
                 continue
-            if other.size_check.refusal(given) is None:
+            if other.runs(given):
                 return other.to(compiled.device) if again.home != compiled.device else other
     return None
 

@@ -27,7 +27,9 @@ from peftc import language as ast
 from peftc.capture.checkpoints.checkpoint import digest
 from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.capture.checkpoints.references import parse_reference
-from peftc.capture.inputs import Example, example_inputs, fake_mode_of
+from peftc.capture.examples.asking import fake_mode_of
+from peftc.capture.examples.settled import are_sizes
+from peftc.capture.inputs import Example, example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source
@@ -110,6 +112,7 @@ class Artifact:
             recorded = self.manifest["example"]
             args = tuple(one(described) for described in recorded["args"])
             kwargs = {name: one(described) for name, described in recorded["kwargs"].items()}
+            kwargs |= {name: torch.tensor(value) for name, value in recorded.get("sizes", {}).items()}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             reason = "its example inputs cannot be made"
             raise PeftcError(BadArtifact(folder=str(self.folder), reason=reason)) from None
@@ -238,7 +241,8 @@ def _described(example: Example) -> dict[str, Any]:
     def one(tensor: Any) -> Any:
         return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
+    sizes = {name: value.tolist() for name, value in example.constants.items() if are_sizes(name, value)}
     return {
         "args": [one(tensor) for tensor in example.args],
         "kwargs": {name: one(tensor) for name, tensor in example.kwargs.items()},
-    }
+    } | ({"sizes": sizes} if sizes else {})

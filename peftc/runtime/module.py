@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import get_annotations
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from peftc.capture.assumptions import SizeCheck
 from peftc.capture.convention import Convention, others_of
+from peftc.capture.examples.settled import Settled
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute, keep_unread, tensors
 from peftc.optimise.fuse import Fired
@@ -193,16 +194,19 @@ class Runtime(Switching):
         if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in self.parameters()):
             raise refusal  # who shards a model does it by the blocks of one graph
         with LOCK:
-            known = (
-                other
-                for other in self.other_graphs
-                if other.convention.takes(given) and other.size_check.refusal(given) is None
+            other = next((other for other in self.other_graphs if other.runs(given)), None) or self._captured_again(
+                given
             )
-            other = next(known, None) or self._captured_again(given)
             if other is None:
                 raise refusal
             self.lend(other, {name: name for name in self.tensors_in_common & tensors(other).keys()})
         return other
+
+    def runs(self, given: Mapping[str, Any]) -> bool:
+        """Whether this one's graph is for inputs of these names and sizes."""
+        if not self.convention.takes(given):
+            return False
+        return self.size_check.refusal(self.convention.bind((), dict(given))) is None
 
     def _captured_again(self, given: dict[str, Any]) -> Runtime | None:
         if self.capture_again is None or len(self.other_graphs) == MOST_GRAPHS - 1:
@@ -338,7 +342,8 @@ class Runtime(Switching):
 def _convention(plan: Plan) -> Convention:
     inputs = plan.captured.inputs
     others = others_of(plan.captured.model, inputs)
-    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others)
+    settled = Settled.of(plan.captured.model, plan.captured.example.constants)
+    return Convention(inputs, plan.captured.result, room(plan), plan.consistency, others, settled)
 
 
 def _sizes(plan: Plan, captured: fx.Graph) -> SizeCheck:

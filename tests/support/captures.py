@@ -10,7 +10,8 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from peftc.capture.capture import Captured, capture, over
-from peftc.capture.inputs import Example, fake_mode_of
+from peftc.capture.examples.asking import fake_mode_of
+from peftc.capture.inputs import Example
 from peftc.graph.ir import set_tensor, tensors
 
 captures: dict[Hashable, Captured] = {}
