@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
+from torch import fx
+
 from peftc.protocol.params import demand, import_all
 from peftc.protocol.site import Sequence, Site
 
@@ -107,3 +109,19 @@ class Sites:
             }
             for site in self.items
         ]
+
+
+def further(module: fx.GraphModule, taken: set[str]) -> Iterator[Site]:
+    """What the kinds of site find that have a file of their own.
+
+    Raises:
+        ValueError: where a site has the name of another, or no word of its kind.
+    """
+    for kind in site_kinds():
+        for site in kind.find(module):
+            if site.name in taken:
+                raise ValueError(f"{kind.__name__}.find calls a site {site.name!r}, as another is called")
+            if site.roles.isdisjoint(kind.own_roles):
+                raise ValueError(f"{kind.__name__}.find gives {site.name} no role of {', '.join(kind.own_roles)}")
+            taken.add(site.name)
+            yield site

@@ -23,7 +23,7 @@ from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
-from peftc.protocol.sites import Absence, Sites, site_kinds
+from peftc.protocol.sites import Absence, Sites, further
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
 from peftc.roles.heads import attention_facts
@@ -32,7 +32,7 @@ from peftc.roles.products import Inside, Product, inside_islands, products
 from peftc.roles.residual import Crossing, block_sites
 from peftc.roles.search import Search
 from peftc.roles.sequences import find_sequences
-from peftc.roles.stacks import BlockPath, find_blocks
+from peftc.roles.stacks import BlockPath, find_blocks, name_stacks, placed
 
 aten = torch.ops.aten
 
@@ -74,13 +74,14 @@ class _Finder:
         self._feed_forwards()
         self._head()
         self._without_role()
-        blocks = _name_stacks(self.blocks, decoders)
+        blocks = name_stacks(self.blocks, decoders)
+        self._join()
         linear = list(self._linear_sites())
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
-        items += _further(self.module, {site.name for site in items})
-        placed = tuple(_place(site, blocks) for site in items)
+        items += further(self.module, {site.name for site in items})
+        everything = tuple(placed(site, blocks) for site in items)
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
             for node in self.module.graph.find_nodes(op="get_attr")
@@ -88,7 +89,7 @@ class _Finder:
         }
         paths = tuple(block.path for block in blocks)
         sequences = find_sequences(self.captured, blocks)
-        return Sites(self.model_name, placed, sizes, paths, sequences, tuple(self.absent.values()))
+        return Sites(self.model_name, everything, sizes, paths, sequences, tuple(self.absent.values()))
 
     def _is_product(self, node: fx.Node) -> bool:
         return node in self.by_node
@@ -317,6 +318,20 @@ class _Finder:
     def _block_of(self, parameter: str) -> BlockPath | None:
         return next((block for block in self.blocks if parameter.startswith(f"{block.path}.")), None)
 
+    def _join(self) -> None:
+        """Parts of a weight that are all of it, and all for the same, are no parts, as v of two attentions."""
+        parts: dict[str, dict[tuple[int, ...], set[str]]] = defaultdict(dict)
+        for (weight, rows), roles in self.roles.items():
+            if rows:
+                parts[weight][rows] = roles
+        sizes = {product.weight: product.n_out for product in self.products}
+        for weight, found in parts.items():
+            first, *others = found.values()
+            if others and all(one == first for one in others) and sorted(sum(found, ())) == [*range(sizes[weight])]:
+                self.roles[weight, None] |= first
+                for rows in found:
+                    del self.roles[weight, rows]
+
     def _linear_sites(self) -> Iterator[Site]:
         grouped: dict[str, list[Product]] = defaultdict(list)
         for product in self.products:
@@ -373,36 +388,3 @@ class _Finder:
 def _has_rows(product: Product, rows: Rows) -> bool:
     """Whether one application of a weight is of these of its rows, or of some of all."""
     return rows is None or product.use.first <= rows[0] < product.use.first + int(value(product.use.y).shape[-1])
-
-
-def _name_stacks(blocks: list[BlockPath], decoders: set[str]) -> list[BlockPath]:
-    """With two stacks, the one with cross attention is the decoder; with one, there is nothing to name."""
-    stacks = {block.stack for block in blocks}
-    if len(stacks) != 2 or not decoders:
-        return [block.named(None) for block in blocks]
-    return [block.named("decoder" if block.stack in decoders else "encoder") for block in blocks]
-
-
-def _further(module: fx.GraphModule, taken: set[str]) -> Iterator[Site]:
-    """What the kinds of site find that have a file of their own.
-
-    Raises:
-        ValueError: where a site has the name of another, or no word of its kind.
-    """
-    for kind in site_kinds():
-        for site in kind.find(module):
-            if site.name in taken:
-                raise ValueError(f"{kind.__name__}.find calls a site {site.name!r}, as another is called")
-            if site.roles.isdisjoint(kind.own_roles):
-                raise ValueError(f"{kind.__name__}.find gives {site.name} no role of {', '.join(kind.own_roles)}")
-            taken.add(site.name)
-            yield site
-
-
-def _place(site: Site, blocks: list[BlockPath]) -> Site:
-    """The site with its layer, stack and block filled in, from where its parameters live."""
-    owner = site.parameters[0] if site.parameters else site.name
-    for block in blocks:
-        if owner.startswith(f"{block.path}.") or owner == block.path:
-            return replace(site, layer=block.layer, stack=block.role, block=block.path)
-    return site

@@ -63,3 +63,20 @@ def linked(sites: list[S]) -> list[S]:
             feeds = any(other.reading and other.source == container for chain in chains.values() for other in chain)
             before = known[block.name] = replace(block, before=before, after=after, memory=memory, feeds=feeds)
     return [cast(S, known.get(site.name, site)) for site in sites]
+
+
+def name_stacks(blocks: list[BlockPath], decoders: set[str]) -> list[BlockPath]:
+    """With two stacks, the one with cross attention is the decoder; with one, there is nothing to name."""
+    stacks = {block.stack for block in blocks}
+    if len(stacks) != 2 or not decoders:
+        return [block.named(None) for block in blocks]
+    return [block.named("decoder" if block.stack in decoders else "encoder") for block in blocks]
+
+
+def placed(site: Site, blocks: list[BlockPath]) -> Site:
+    """The site with its layer, stack and block filled in, from where its parameters live."""
+    owner = site.parameters[0] if site.parameters else site.name
+    for block in blocks:
+        if owner.startswith(f"{block.path}.") or owner == block.path:
+            return replace(site, layer=block.layer, stack=block.role, block=block.path)
+    return site

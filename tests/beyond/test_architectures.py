@@ -5,8 +5,9 @@ All of them, under every spec: `.ci/sweep`.
 
 import pytest
 
-from architectures import HEADS, in_tenth, types_of
+from architectures import in_tenth
 from sweep.judge import judge
+from sweep.tiny import HEADS, types_of
 
 ONCE_WRONG = {("causal", "doge"), ("causal", "jetmoe"), ("causal", "granitemoe")}
 CASES = [

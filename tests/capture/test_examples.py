@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ import peftc
 from peftc.capture.examples.known import known
 from peftc.capture.inputs import example_inputs
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LORA = "apply lora(r=4) to linear"
 IMAGE = 90
 
@@ -40,30 +40,32 @@ def vision(**more: Any) -> dict[str, Any]:
 
 def clip() -> PreTrainedModel:
     torch.manual_seed(0)
-    return CLIPForImageClassification(CLIPConfig(vision_config=vision(), text_config=SMALL)).eval()
+    model = CLIPForImageClassification(CLIPConfig(vision_config=vision(), text_config=SMALL))
+    return cast(PreTrainedModel, model.eval())
 
 
 def siglip() -> PreTrainedModel:
     torch.manual_seed(0)
-    patches = {**SMALL, "patch_size": 8, "num_patches": 16}
-    return Siglip2ForImageClassification(Siglip2Config(vision_config=patches, text_config=SMALL)).eval()
+    patches: Any = {**SMALL, "patch_size": 8, "num_patches": 16}
+    model = Siglip2ForImageClassification(Siglip2Config(vision_config=patches, text_config=SMALL))
+    return cast(PreTrainedModel, model.eval())
 
 
 def heard(kind: type[PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    strides = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (40, 8)}
-    config = Wav2Vec2Config(**SMALL, **strides, num_feat_extract_layers=2, vocab_size=20, pad_token_id=0,
+    strides: Any = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (40, 8), "num_feat_extract_layers": 2}
+    config = Wav2Vec2Config(**SMALL, **strides, vocab_size=20, pad_token_id=0,
                             num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0)  # fmt: skip
-    return kind(config).eval()
+    return cast(PreTrainedModel, kind(config).eval())
 
 
 def whisper() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes: Any = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = WhisperConfig(vocab_size=60, num_mel_bins=10, max_source_positions=12, d_model=32, encoder_ffn_dim=48,
                            decoder_ffn_dim=48, **sizes, pad_token_id=0, bos_token_id=2, eos_token_id=3,
                            decoder_start_token_id=2)  # fmt: skip
-    return WhisperForConditionalGeneration(config).eval()
+    return cast(PreTrainedModel, WhisperForConditionalGeneration(config).eval())
 
 
 def text(**more: Any) -> dict[str, Any]:
@@ -72,9 +74,12 @@ def text(**more: Any) -> dict[str, Any]:
 
 def llava() -> PreTrainedModel:
     torch.manual_seed(0)
-    parts = {"text_config": LlamaConfig(**text()), "vision_config": {"model_type": "clip_vision_model", **vision()}}
+    parts: Any = {
+        "text_config": LlamaConfig(**text()),
+        "vision_config": {"model_type": "clip_vision_model", **vision()},
+    }
     config = LlavaConfig(**parts, image_token_index=IMAGE, vision_feature_layer=-1)
-    return LlavaForConditionalGeneration(config).eval()
+    return cast(PreTrainedModel, LlavaForConditionalGeneration(config).eval())
 
 
 def qwen() -> PreTrainedModel:
@@ -83,7 +88,7 @@ def qwen() -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     config = Qwen2VLConfig(text_config=text(rope_parameters=rope), vision_config=tower, image_token_id=IMAGE,
                            video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)  # fmt: skip
-    return Qwen2VLForConditionalGeneration(config).eval()
+    return cast(PreTrainedModel, Qwen2VLForConditionalGeneration(config).eval())
 
 
 def shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
