@@ -273,7 +273,12 @@ def _vocabulary(config: Any) -> dict[str, Any]:
     special = sorted({old for name, old in numbers.items() if _is_token(name) and old >= VOCABULARY - 40})
     places = {old: VOCABULARY - 1 - place for place, old in enumerate(special)}
     found |= {name: places[old] for name, old in numbers.items() if _is_token(name) and old in places}
-    eos = getattr(config, "eos_token_id", None)
+    missing = [name for name, old in vars(config).items() if old is None]
+    if vars(config).get("is_encoder_decoder"):
+        found |= {name: 0 for name in ("pad_token_id", "decoder_start_token_id") if name in missing}
+    if "image_token_index" in missing:
+        found["image_token_index"] = VOCABULARY - 20
+    eos = vars(config).get("eos_token_id")
     if isinstance(eos, list):
         found["eos_token_id"] = [min(token, 2) for token in eos][:1]
     return found
@@ -288,6 +293,11 @@ def _positions(config: Any) -> dict[str, Any]:
     for name, old in _whole_numbers(config).items():
         if re.search(r"position_embeddings$|n_positions|max_seq_len|max_source_pos|max_target_pos", name):
             found[name] = min(old, POSITIONS)
+    for name, old in vars(config).items():
+        if isinstance(old, dict) and "mrope_section" in old:
+            found[name] = {**old, "mrope_section": [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]}
+        if name == "attention_window":
+            found[name] = [4] * LAYERS if isinstance(old, list) else 4
     return found
 
 
@@ -299,12 +309,18 @@ def _images(config: Any) -> dict[str, Any]:
         if name == "patch_size" and old > 8:
             found[name] = 8
         if name == "window_size" and old > 4:
+            found[name] = 16 if hasattr(config, "spatial_merge_size") else 4
+        if name == "mm_tokens_per_image":
             found[name] = 4
     for name, sizes in _lists(config).items():
         if name == "image_size" and all(type(n) is int for n in sizes):
             found[name] = [32 for _ in sizes]
         if name == "patch_size" and all(type(n) is int and n > 8 for n in sizes):
             found[name] = [8 for _ in sizes]
+        if name == "image_grid_pinpoints":
+            found[name] = [[32, 64], [64, 32]]
+        if name.startswith("vision_feature_layer"):
+            found[name] = [max(layer, -LAYERS) if layer < 0 else min(layer, LAYERS - 1) for layer in sizes]
     return found
 
 

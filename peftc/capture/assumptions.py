@@ -35,6 +35,7 @@ from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.graph.ir import expression, fake_mode
 
 TORCH = Path(torch.__file__).parent
+HERE = f"{Path(__file__).parent}/"
 # Code that asks in order to choose how something is computed, not what; torch's layers are a model's code, though.
 OPERATIONS = (f"{TORCH}/", f"{Path(transformers.__file__).parent / 'integrations'}/", f"{Path(__file__).parents[1]}/")
 LAYERS = f"{TORCH / 'nn'}/"
@@ -76,7 +77,7 @@ def listening() -> Iterator[Asked]:
             said = answer(self, asked, *args, **kwargs)
             if asked.free_symbols:
                 frame = sys._getframe(1)
-                while frame.f_code.co_filename in plumbing and frame.f_back is not None:
+                while _is_ours(frame.f_code.co_filename, plumbing) and frame.f_back is not None:
                     frame = frame.f_back
                 holds = {sympy.true: asked, sympy.false: sympy.Not(asked)}.get(said, sympy.Eq(asked, said))
                 heard.setdefault(self, {})[Question(holds, frame.f_code.co_filename, frame.f_lineno)] = None
@@ -86,6 +87,11 @@ def listening() -> Iterator[Asked]:
 
     with LOCK, patch_attributes([(ShapeEnv, "evaluate_expr", listened)]):
         yield heard
+
+
+def _is_ours(file: str, plumbing: frozenset[str]) -> bool:
+    """Whether a file is torch's plumbing, or of what listens along here: not who asks."""
+    return file in plumbing or file.startswith(HERE)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,10 @@ def _number(node: fx.Node, generator: torch.Generator, masks: bool = True) -> An
 
 
 def hint(size: Any) -> Any:
-    """A size as it was in the capture's example."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    """A size as it was in the capture's example; of one that depends on numbers, which it does not know, one."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)
 
 
 def on_cpu(arguments: Any) -> Any:

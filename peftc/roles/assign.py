@@ -22,6 +22,7 @@ from torch import fx
 from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
+from peftc.kernels.island import Island
 from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, further
 from peftc.roles.counting import with_limits
@@ -382,7 +383,11 @@ class _Finder:
     def _is_tied(self, weight: str) -> bool:
         """Whether something other than this linear layer reads the weight, such as an embedding."""
         (node,) = self.module.graph.find_nodes(op="get_attr", target=weight)
-        return any(user.target is aten.embedding.default for user in node.users)
+        known = {layer.reader for layer in self.inside.get(weight, ())}
+        return any(
+            user.target is aten.embedding.default or (isinstance(user.target, Island) and user not in known)
+            for user in node.users
+        )
 
 
 def _has_rows(product: Product, rows: Rows) -> bool:
