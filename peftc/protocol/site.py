@@ -109,7 +109,7 @@ class Projection(Site):
     `rows` are the output features this site owns in a fused weight (None: all of them), in weight order;
     `n_out` counts only those. `weight` is the tensor's name in the graph, `owner` the layer's own name for it: they
     differ where the tensor is `tied` to another layer's. `mixed`: the weight is applied in two ways, such as itself and
-    its transpose, so that no one change of it is this layer's. `within`: islands that read it; methods change it itself.
+    its transpose, so that no one change of it is this layer's. `within`: islands that read it; methods change that.
     """
 
     n_in: int = 0
