@@ -372,7 +372,7 @@ def wrong_roles(compiled: Any) -> list[str]:
     """Sites whose role and obvious name disagree."""
     problems = []
     for site in compiled.plan.sites:
-        if not isinstance(site, Projection) or re.search(r"norm\w*\.mlp|indexer", site.name):
+        if not isinstance(site, Projection) or site.within or re.search(r"norm\w*\.mlp|indexer", site.name):
             continue
         named = {role for role, pattern in OBVIOUS.items() if re.search(pattern, site.name)}
         has = {role for role in site.roles if role.startswith(("attn.", "mlp."))}

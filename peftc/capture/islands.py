@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
-from peftc.capture.trials import NotToBeToldError, Recipe, Trials, leaf_of
+from peftc.capture.trials import NotToBeToldError, Recipe, Trials, derivatives_tried, leaf_of
 from peftc.diagnostics import debug
 from peftc.graph.ir import module_path, tensors
 from peftc.graph.normalise import training_node
@@ -76,7 +76,7 @@ class Islands:
             module = self.model.get_submodule(path)
             instead = self._instead_of(path, module)
             patches.append((module, "forward", lambda _own, instead=instead: instead))
-        with patch_attributes(patches):
+        with patch_attributes(patches), derivatives_tried():
             yield
 
     def _skeletons(self) -> Iterator[tuple[str, nn.Module]]:

@@ -10,9 +10,16 @@ from sweep.judge import judge
 from sweep.tiny import HEADS, types_of
 
 ONCE_WRONG = {("causal", "doge"), ("causal", "jetmoe"), ("causal", "granitemoe")}
+STILL_WRONG = {
+    ("causal", "hrm_text"): "it runs its layers many times, and all but the last under no_grad, which no graph has",
+}
 CASES = [
-    (head, kind) for head in HEADS for kind in types_of(head) if in_tenth(kind) or (head, kind) in ONCE_WRONG
-]  # fmt: skip
+    pytest.param(head, kind, marks=pytest.mark.xfail(reason=why, strict=True) if why else ())
+    for head in HEADS
+    for kind in types_of(head)
+    for why in [STILL_WRONG.get((head, kind))]
+    if in_tenth(kind) or (head, kind) in ONCE_WRONG
+]
 
 
 @pytest.mark.slow

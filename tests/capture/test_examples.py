@@ -114,12 +114,19 @@ def test_patches_come_with_a_mask_and_their_grid_is_a_constant() -> None:
     assert example.constants["spatial_shapes"].tolist() == [[4, 4], [4, 4]]
 
 
-def test_a_sound_has_a_label_a_row_or_letters() -> None:
+def test_a_sound_has_a_label_a_row() -> None:
     assert shapes(heard(Wav2Vec2ForSequenceClassification)) == {"input_values": (2, 16000), "labels": (2,)}
-    spoken = example_inputs(heard(Wav2Vec2ForCTC))
-    labels = spoken.kwargs["labels"]
-    assert labels.shape == (2, 3)
-    assert 0 not in labels  # what pads, and stands between letters
+
+
+@pytest.mark.slow
+def test_what_is_said_is_compiled_without_its_loss() -> None:
+    """A CTC loss goes by the numbers of its labels."""
+    model = heard(Wav2Vec2ForCTC)
+    assert shapes(model) == {"input_values": (2, 16000)}
+    compiled = peftc.compile(model, LORA).eval()
+    waves = torch.randn(3, 16000)
+    with torch.no_grad():
+        assert torch.allclose(compiled(input_values=waves).logits, model(waves).logits, atol=1e-5)
 
 
 def test_frames_are_as_many_as_an_encoder_has_positions_for() -> None:

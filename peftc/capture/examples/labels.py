@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,15 @@ def with_labels(subject: Subject, draft: Draft) -> Iterator[Draft]:
         yield draft.plus({"labels": torch.full_like(draft.given["input_ids"], plain)})
     else:
         yield from (draft.plus({"labels": labels}) for labels in _like_logits(subject, draft, plain))
+
+
+def traceable(draft: Draft) -> Draft:
+    """The draft without the letters of a sound: a CTC loss goes by their numbers, and is no part of a graph."""
+    labels = draft.given.get("labels")
+    heard = labels is not None and not draft.given.keys() & {"input_ids", "decoder_input_ids"}
+    if labels is None or not heard or labels.shape != (BATCH, SPOKEN):
+        return draft
+    return replace(draft, given={name: value for name, value in draft.given.items() if name != "labels"})
 
 
 def _like_logits(subject: Subject, draft: Draft, plain: int) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from peftc.capture.errors import NeedsExample
 from peftc.capture.examples.asking import answer
 from peftc.capture.examples.draft import Draft, Subject
 from peftc.capture.examples.images import images, patches
-from peftc.capture.examples.labels import with_labels
+from peftc.capture.examples.labels import traceable, with_labels
 from peftc.capture.examples.placeholders import text, with_text
 from peftc.capture.examples.sounds import sounds
 from peftc.capture.untouched import untouched
@@ -36,7 +36,7 @@ def made_for(model: PreTrainedModel) -> Draft:
             try:
                 for whole in with_labels(subject, draft):
                     answer(model, whole.given, {**whole.fixed, **_uncached(subject)}, likely=whole.likely)
-                    return whole
+                    return traceable(whole)
             except Exception as error:  # a forward that does not take them raises anything
                 failures.append(f"{draft}: {type(error).__name__}: {error}".splitlines()[0])
                 debug.tell(2, [f"{type(model).__name__} does not take {failures[-1]}"])
