@@ -131,6 +131,8 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
         compiled = peftc.compile(base, text)
     except peftc.PeftcError as error:
         return verdict.add("refused", _told(error))
+    taken = compiled.plan.captured.example
+    usable = [{name: one for name, one in batch.items() if name in taken.kwargs | taken.constants} for batch in usable]
     if (took := time.process_time() - start) > 20:
         verdict.reasons.append(f"compiled in {took:.0f} CPU seconds")
     verdict.islands = [str(name) for name in getattr(compiled.plan.captured, "islands", ())]

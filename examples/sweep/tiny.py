@@ -32,7 +32,7 @@ MOST_PARAMETERS = 20_000_000
 
 # What the defaults of a type lack, so that transformers makes no model of them.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},  # is asked of a part of the configuration that has none
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},  # a part that has none, and None
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # None
 }
 
@@ -340,7 +340,7 @@ def _unset(config: Any) -> dict[str, Any]:
     """What a checkpoint's configuration has, and the defaults leave out."""
     usual = {
         "vocab_size": VOCABULARY, "head_dim": HEAD_WIDTH, "num_key_value_heads": HEAD_COUNT,
-        "n_routed_experts": EXPERTS, "pad_token_id": 0,
+        "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "pad_token_id": 0,
     }  # fmt: skip
     return {name: value for name, value in usual.items() if vars(config).get(name, 0) is None}
 

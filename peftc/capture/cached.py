@@ -130,7 +130,7 @@ class CachedExample(Example):
         mask = "decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask"
         if mask in kwargs:
             kwargs[mask] = kwargs[mask][:, :NEW]
-        return replace(self, kwargs=kwargs, cached=Cached(""))
+        return replace(self, kwargs=kwargs, cached=Cached(""), made=False)
 
     def dynamic_shapes(self) -> Any:
         before = Dim("before")

@@ -31,7 +31,7 @@ from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, 
 from peftc.capture.examples.asking import fake_mode_of, unlogged
 from peftc.capture.examples.known import known
 from peftc.capture.examples.settings import parts
-from peftc.capture.inputs import Example
+from peftc.capture.inputs import Example, text_alone
 from peftc.capture.islands import Islands, Why, place_of, skeleton_of
 from peftc.capture.once import tracing_once
 from peftc.capture.texts import MASK, POSITIONS
@@ -119,8 +119,11 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
             return _either_way(model, example, timings, islands)
         except PeftcError as error:
             first = first or error
-            if not islands.widened(error, *_blamed(error)):
+            if islands.widened(error, *_blamed(error)):
+                continue
+            if (plain := text_alone(model, example)) is None:
                 raise first from error
+            return capture(model, plain, timings)
 
 
 def _either_way(model: nn.Module, example: Example, timings: Timings, islands: Islands) -> Captured:
@@ -182,6 +185,11 @@ def _as_plain_graph(
     result = program.call_spec.out_spec
     assert isinstance(exported, fx.GraphModule)
     assert result is not None
+    for node in exported.graph.find_nodes(op="get_attr"):
+        if not isinstance(get_attribute(exported, node.target), torch.Tensor | nn.Module):
+            (reader, *_) = node.users  # such as a function of Python's that vmap was given
+            problem = _without_a_line(model, f"{reader.target} is no operation of a graph")
+            raise PeftcError(replace(problem, modules=_modules_of(reader)))
     exported.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     assumptions = Assumptions.of(module.graph, type(model).__name__, asked)
@@ -286,6 +294,10 @@ def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
         is_parameter = isinstance(tensor, nn.Parameter)
         seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
     return seen[id(tensor)]
+
+
+def _without_a_line(model: nn.Module, reason: str) -> CannotCapture:
+    return CannotCapture(model=type(model).__name__, reason=reason, file=None, line=None, source=None)
 
 
 def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:

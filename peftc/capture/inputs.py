@@ -18,7 +18,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from peftc.capture.errors import NeedsExample
-from peftc.capture.examples.made import made_for
+from peftc.capture.examples.made import SEEN, made_for
 from peftc.capture.examples.settled import Settled, are_sizes
 from peftc.capture.texts import POSITIONS
 from peftc.diagnostics.diagnostic import PeftcError
@@ -37,7 +37,7 @@ class Example:
     """Inputs to trace with. `constants` are passed but not traced; `config` is set while tracing.
 
     `config` is None for a plain `nn.Module`. Batch and sequence must not be 1, which would be baked in, unless all
-    `sizes` are to be fixed.
+    `sizes` are to be fixed. One that is `made` was not given, and another may do.
     """
 
     args: tuple[Any, ...] = ()
@@ -45,6 +45,7 @@ class Example:
     constants: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     sizes: Sizes = Sizes.USUAL
+    made: bool = False
 
     @property
     def past(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class Example:
         """With other inputs, and the sizes that are among them as constants instead of those that are."""
         kept = {name: value for name, value in self.constants.items() if not are_sizes(name, value)}
         traced, sizes = _sizes_apart(kwargs)
-        return replace(self, args=args, kwargs=traced, constants=kept | sizes)
+        return replace(self, args=args, kwargs=traced, constants=kept | sizes, made=False)
 
     def dynamic_shapes(self) -> Any:
         """Usually batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
@@ -118,13 +119,25 @@ def example_inputs(model: nn.Module, example: Any = None) -> Example:
             given = Settled.of(model, {}).with_positions(_by_name(example))
             return _with_conventions(model, *_sizes_apart(given))
         draft = made_for(model)
-        return _with_conventions(model, draft.given, draft.fixed)
+        return replace(_with_conventions(model, draft.given, draft.fixed), made=True)
     if example is None:
         raise PeftcError(NeedsExample(model=type(model).__name__))
     if isinstance(example, dict):
         return Example(kwargs=_by_name(example))
     args = example if isinstance(example, tuple | list) else (example,)
     return Example(args=tuple(map(_two_rows, _apart(args))))
+
+
+def text_alone(model: nn.Module, example: Example) -> Example | None:
+    """Another example, of what a model reads, for one that was made of what it sees or hears as well."""
+    if not example.made or "input_ids" not in example.kwargs or SEEN.keys().isdisjoint(example.kwargs):
+        return None
+    assert isinstance(model, PreTrainedModel)
+    try:
+        draft = made_for(model, reads_alone=True)
+    except PeftcError:
+        return None
+    return _with_conventions(model, draft.given, draft.fixed)
 
 
 def _by_name(example: Mapping[str, Any]) -> dict[str, Any]:

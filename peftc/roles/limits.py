@@ -43,7 +43,7 @@ def _looks_up_positions(module: fx.GraphModule, lookup: fx.Node, length: str) ->
 
 
 def _is_range(node: fx.Node, rows: int) -> bool:
-    return is_tensor(node) and not value(node).is_floating_point() and int(value(node).shape[-1]) == rows
+    return is_tensor(node) and not value(node).is_floating_point() and value(node).shape[-1:] == (rows,)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

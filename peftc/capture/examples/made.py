@@ -23,8 +23,10 @@ from peftc.diagnostics.diagnostic import PeftcError
 SEEN = {"pixel_values": "image", "flattened_patches": "image", "input_features": "audio", "input_values": "audio"}
 
 
-def made_for(model: PreTrainedModel) -> Draft:
+def made_for(model: PreTrainedModel, *, reads_alone: bool = False) -> Draft:
     """One valid batch: what is read, heard or seen, masks, decoder tokens, labels, by the names `forward` takes.
+
+    `reads_alone`: of what is read alone.
 
     Raises:
         PeftcError: `needs-example`, with what the likeliest of the inputs that were tried led to.
@@ -32,7 +34,7 @@ def made_for(model: PreTrainedModel) -> Draft:
     subject = Subject(model)
     failures: list[str] = []
     with untouched(model):
-        for draft in _drafts(subject):
+        for draft in [text(subject)] if reads_alone else _drafts(subject):
             try:
                 for whole in with_labels(subject, draft):
                     answer(model, whole.given, {**whole.fixed, **_uncached(subject)}, likely=whole.likely)
