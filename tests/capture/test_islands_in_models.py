@@ -90,8 +90,8 @@ def granite() -> PreTrainedModel:
 # Of each how many islands there are, and a word of the first one's path.
 MODELS: dict[Callable[[], PreTrainedModel], tuple[int, str]] = {
     mamba: (2, "mixer"), rwkv: (2, "attention"), recurrent_gemma: (2, "temporal_block"), dbrx: (2, "experts"),
-    longformer: (2, "self"), led: (1, "longformer_self_attn"), blt: (1, "model"),
-    jetmoe: (4, "layers"), granite: (0, ""),
+    longformer: (2, "self"), led: (1, "longformer_self_attn"), blt: (0, ""),
+    jetmoe: (0, ""), granite: (0, ""),
 }  # fmt: skip
 
 # What no LoRA of a dense weight can be held against.
