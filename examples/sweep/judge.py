@@ -108,6 +108,8 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     try:
         made = example_inputs(copy.deepcopy(base))
     except peftc.PeftcError as error:
+        if (fails := _fails_on_text(base)) is not None:
+            return verdict.add("not-built", fails)
         return verdict.add("refused", _told(error))
     fixed = {name: value for name, value in made.constants.items() if name != "use_cache"}  # sizes of images
     example, rows = {**made.kwargs, **fixed}, 2 if fixed else 3
@@ -139,6 +141,18 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     _shaken_and_compared(verdict, text, base, compiled, usable)
     for problem in wrong_roles(compiled):
         verdict.add("role", problem)
+
+
+def _fails_on_text(base: PreTrainedModel) -> str | None:
+    """What eager mode says of the plainest tokens, where a model reads."""
+    if base.main_input_name != "input_ids":
+        return None
+    try:
+        with torch.no_grad():
+            _called(base, {"input_ids": torch.full((2, 8), 5)})
+    except Exception as error:
+        return f"eager: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
 
 
 def _shaken_and_compared(

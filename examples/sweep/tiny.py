@@ -107,7 +107,7 @@ def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> 
     for everything in (_merged(*changes[:-1], accepted), _merged(*changes, accepted)):
         if _runs(config_class, model_class, everything):
             config: PretrainedConfig = config_class(**everything)
-            return config
+            return _small(model_class, config)
     for change in changes:  # what cannot be borne together: one after another, then name by name
         if _runs(config_class, model_class, tried := _merged(accepted, change, options)):
             accepted = tried
@@ -119,8 +119,11 @@ def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> 
         config = config_class(**accepted)
     except Exception as error:
         raise NotBuilt(_told(error)) from error
-    with torch.device("meta"):
-        count = _count(model_class, config)
+    return _small(model_class, config)
+
+
+def _small(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
+    count = _count(model_class, config)
     if count is None or count > MOST_PARAMETERS:
         raise NotBuilt(f"is not made small: {count} parameters")
     return config
