@@ -11,11 +11,11 @@ import transformers as hf
 from torch import Tensor, fx, nn
 
 import peftc
+from peftc.protocol import sites
 from peftc.protocol.method import Method, State
 from peftc.protocol.params import registered
 from peftc.protocol.site import Site
 from peftc.protocol.stages import SublayerMethod
-from peftc.roles import assign
 from peftc.spec import resolve
 
 EXAMPLE = {"x": torch.ones(2, 3)}
@@ -83,7 +83,7 @@ class Around(SublayerMethod):
 
 def test_a_method_there_is_given_what_others_have_made_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the place needs no parameter of its own for the method's to learn beside."""
-    monkeypatch.setattr(assign, "site_kinds", lambda: (Activation,))
+    monkeypatch.setattr(sites, "site_kinds", lambda: (Activation,))
     monkeypatch.setattr(resolve, "site_kinds", lambda: (Activation,))
     monkeypatch.setitem(registered(Method), "around", Around)
     model, x = Twice().requires_grad_(False), torch.randn(2, 3)
@@ -97,15 +97,15 @@ def test_a_method_there_is_given_what_others_have_made_of_its_input(monkeypatch:
 
 
 def test_they_stand_behind_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assign, "site_kinds", lambda: (Activation,))
+    monkeypatch.setattr(sites, "site_kinds", lambda: (Activation,))
     assert [site.name for site in peftc.sites(Twice(), example=EXAMPLE)] == ["layer", "layer.bias", "relu", "relu_1"]
 
 
 def test_a_name_is_unique_and_a_role_is_the_kinds_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assign, "site_kinds", lambda: (Alike,))
+    monkeypatch.setattr(sites, "site_kinds", lambda: (Alike,))
     with pytest.raises(ValueError, match=r"Alike.find calls a site 'layer', as another is called"):
         peftc.sites(Twice(), example=EXAMPLE)
-    monkeypatch.setattr(assign, "site_kinds", lambda: (Roleless,))
+    monkeypatch.setattr(sites, "site_kinds", lambda: (Roleless,))
     with pytest.raises(ValueError, match=r"Roleless.find gives relu no role of another"):
         peftc.sites(Twice(), example=EXAMPLE)
 
