@@ -1,6 +1,6 @@
 """Every architecture that the installed transformers knows, tiny, under one spec by role: what is right, and what not?
 
-    python examples/architectures.py [HEAD …] [--types WORD …] [--specs lora prefix …] [-o sweep.jsonl] [--tenth]
+    python examples/architectures.py [HEAD …] [--types GLOB …] [--specs lora prefix …] [-o sweep.jsonl] [--tenth]
     python examples/architectures.py --table sweep.jsonl
 
 Each type and spec has a time limit, and is a line of JSON as soon as it is done; what is in the file already is not run
@@ -164,7 +164,7 @@ def work(pipe: Any) -> None:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """How many types of each head and spec have which verdict, and those that are not right."""
+    """How many types of each head and spec have which verdict."""
     lines = []
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for result in results:

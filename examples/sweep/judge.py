@@ -103,8 +103,6 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     except NotBuilt as error:
         return verdict.add("not-built", str(error))
     verdict.parameters = sum(p.numel() for p in base.parameters())
-    if verdict.spec == "nf4":
-        base = base.float()
     try:
         made = example_inputs(copy.deepcopy(base))
     except peftc.PeftcError as error:
@@ -137,7 +135,7 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     usable = [{name: one for name, one in batch.items() if name in taken.kwargs | taken.constants} for batch in usable]
     if (took := time.process_time() - start) > 20:
         verdict.reasons.append(f"compiled in {took:.0f} CPU seconds")
-    verdict.islands = [str(name) for name in getattr(compiled.plan.captured, "islands", ())]
+    verdict.islands = [island.path for island in compiled.plan.captured.islands]
     _shaken_and_compared(verdict, text, base, compiled, usable)
     for problem in wrong_roles(compiled):
         verdict.add("role", problem)

@@ -349,7 +349,7 @@ def _unset(config: Any) -> dict[str, Any]:
 
 
 def _quiet(config: Any) -> dict[str, Any]:
-    """Nothing is dropped out, so that a step in training has one answer; no cache in what is trained."""
+    """Nothing is dropped out or masked, so that a step in training has one answer."""
     found: dict[str, Any] = {}
     for name, old in vars(config).items():
         if re.search("drop|jitter", name) and isinstance(old, float) and old > 0:
