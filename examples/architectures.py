@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from sweep.judge import SPECS, Verdict, judge
+from sweep.judge import Verdict, judge
+from sweep.specs import SPECS
 from sweep.tiny import HEADS, types_of
 
 LIMIT = 240

@@ -135,7 +135,7 @@ def recorded() -> str:
 
 
 def recorded_packing() -> str:
-    """The README's figures of texts in a row."""
+    """The documentation's figures of texts in a row."""
     found = json.loads(RESULTS.read_text())[packing.NAME]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "python")
     where = f"In {found['dtype']}, one thread of {found['cpu']}, the fastest of {found['repeats']} rounds"

@@ -10,6 +10,7 @@ if not (Path(__file__).parent / "passes").exists():  # run from a checkout, not 
 if TYPE_CHECKING:
     from peftc.api import compile, plan, sites
     from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+    from peftc.driver.combining import combine
     from peftc.driver.compiled import CompiledModule
     from peftc.driver.loading import load, load_peft
     from peftc.planning.plan import Plan
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "compile", "load", "load_peft", "plan", "sites",
+    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "combine", "compile", "load", "load_peft",
+    "plan", "sites",
 ]  # fmt: skip
 
 _HOME = {
@@ -26,6 +28,7 @@ _HOME = {
     "PeftcError": "diagnostics.diagnostic",
     "Plan": "planning.plan",
     "check": "spec.check",
+    "combine": "driver.combining",
     "compile": "api",
     "load": "driver.loading",
     "load_peft": "driver.loading",
@@ -42,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, "__version__"])

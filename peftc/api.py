@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftc.capture.capture import capture
-from peftc.capture.checkpoints.references import load_model, parse_reference
+from peftc.capture.checkpoints.references import Reference, load_model, parse_reference
 from peftc.capture.inputs import Example, example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
@@ -24,13 +25,14 @@ from peftc.planning.plan import Plan
 from peftc.protocol.sites import Sites
 from peftc.roles.assign import find_sites
 from peftc.runtime.errors import UnknownTask
+from peftc.show.notebook import plan_image
 from peftc.spec.check import SpecLike, intend
 from peftc.spec.resolve import Intentions
 
 
 @ordinary_tensors()
 def compile(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Reference,
     spec: SpecLike,
     *,
     example: Any = None,
@@ -78,7 +80,7 @@ def compile(
 
 @ordinary_tensors()
 def graphs(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Reference,
     spec: SpecLike,
     passes: Sequence[Pass] = PASSES,
     *,
@@ -115,7 +117,7 @@ def graphs(
 
 
 def _loaded(
-    model: nn.Module | str | Path, intentions: Intentions, example: Any, timings: Timings, **options: Any
+    model: nn.Module | str | Path | Reference, intentions: Intentions, example: Any, timings: Timings, **options: Any
 ) -> Plan:
     """The plan, on a model with its weights."""
 
@@ -134,7 +136,7 @@ def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None
 
 @ordinary_tensors()
 def plan(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Reference,
     spec: SpecLike,
     *,
     example: Any = None,
@@ -158,20 +160,20 @@ def plan(
     intentions = intend(spec)
     module, given = as_model(model, trust_remote_code=trust_remote_code, meta=True, dtype=dtype)
     inputs = example_inputs(module, given if example is None else example)
-    return plan_model(module, intentions, inputs, timings or Timings())
+    return replace(plan_model(module, intentions, inputs, timings or Timings()), picture=plan_image)
 
 
 @ordinary_tensors()
-def sites(model: nn.Module | str | Path, *, example: Any = None, trust_remote_code: bool = False) -> Sites:
+def sites(model: nn.Module | str | Path | Reference, *, example: Any = None, trust_remote_code: bool = False) -> Sites:
     """What `model` offers to selectors: roles, names, shapes, in the order of the forward pass."""
     module, given = as_model(model, trust_remote_code=trust_remote_code, meta=True)
     return find_sites(capture(module, example_inputs(module, given if example is None else example)))
 
 
 def as_model(
-    model: nn.Module | str | Path, *, trust_remote_code: bool = False, **options: Any
+    model: nn.Module | str | Path | Reference, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[nn.Module, Any]:
     """The module itself, or what a reference names with its example inputs; `options` are those of `load_model`."""
     if isinstance(model, nn.Module):
         return model, None
-    return load_model(parse_reference(str(model), trust_remote_code=trust_remote_code), **options)
+    return load_model(parse_reference(model, trust_remote_code=trust_remote_code), **options)

@@ -45,7 +45,8 @@ def constants(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_no_architecture_has_a_name(path: Path) -> None:
-    known = set(CONFIG_MAPPING) | MODULE_NAMES
+    """But for words that people write in a spec, which are answered with what they are called here."""
+    known = set(CONFIG_MAPPING) | (set() if path.name == "words.py" else MODULE_NAMES)
     assert not known & set(constants(path))
 
 

@@ -1,4 +1,7 @@
-"""The README is run: its tables come from the registry and from one recorded run, its specs parse, its code works."""
+"""The README is run: its tables come from the registry and from one recorded run, its specs parse, its code works.
+
+So are the tables and commands of the page of measurements; the rest of the documentation is run by tests/docs.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +19,36 @@ import pytest
 import peftc
 from benchmark import recorded, recorded_packing
 from paths import ROOT
-from peftc.show.tables import methods_markdown, parameterisations_markdown, storages_markdown
+from peftc.show.registry import methods_by_place
 
 README = ROOT / "README.md"
+MEASURED = ROOT / "docs" / "pages" / "measured.md"
 
 
-def fenced(language: str) -> list[str]:
+def fenced(language: str, page: Path = README) -> list[str]:
     """Every fenced block of a language."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [text for named, text in blocks if named == language]
 
 
 @pytest.mark.parametrize(
-    ("name", "made"),
+    ("page", "name", "made"),
     [
-        ("methods", methods_markdown),
-        ("parameterisations", parameterisations_markdown),
-        ("storages", storages_markdown),
-        ("benchmarks", recorded),
-        ("packing", recorded_packing),
+        (README, "methods", methods_by_place),
+        (README, "benchmarks", recorded),
+        (MEASURED, "packing", recorded_packing),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_its_tables_are_what_makes_them(name: str, made: Callable[[], str], request: pytest.FixtureRequest) -> None:
+def test_its_tables_are_what_makes_them(
+    page: Path, name: str, made: Callable[[], str], request: pytest.FixtureRequest
+) -> None:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    text = README.read_text()
+    text = page.read_text()
     before, rest = text.split(begin)
     table, after = rest.split(end)
     if request.config.getoption("--update-golden"):
-        README.write_text(f"{before}{begin}{made()}\n{end}{after}")
+        page.write_text(f"{before}{begin}{made()}\n{end}{after}")
         return
     assert table.strip() == made(), "pytest --update-golden writes it anew"
 
@@ -63,14 +68,6 @@ def test_its_python_runs(tmp_path: Path) -> None:
     assert (tmp_path / "build" / "adapter" / "peftc.json").is_file()
 
 
-def test_its_commands_are_the_programs_commands() -> None:
-    listed = set(re.findall(r"^\| `peftc (\w+)", README.read_text(), re.MULTILINE))
-    usage = subprocess.run(
-        [sys.executable, "-m", "peftc.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert listed == set(re.findall(r"^    (\w+) ", usage, re.MULTILINE))
-
-
 @pytest.mark.slow
 def test_its_first_command_compiles_the_real_model(tmp_path: Path) -> None:
     """The whole line but for the virtual environment, which CI makes by the line for the tests."""
@@ -78,7 +75,7 @@ def test_its_first_command_compiles_the_real_model(tmp_path: Path) -> None:
     command = shlex.split(line.rpartition("&&")[2])
     assert command[0] == ".venv/bin/peftc"
     output = tmp_path / "lora"
-    command = [sys.executable, "-m", "peftc.cli", *command[1:-1], str(output)]
+    command = [sys.executable, "-m", "peftc", *command[1:-1], str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM" in done.stdout
@@ -86,14 +83,14 @@ def test_its_first_command_compiles_the_real_model(tmp_path: Path) -> None:
 
 
 def plans() -> list[str]:
-    """The commands under "Measured" that need no more than a config."""
-    return [line for block in fenced("sh") for line in block.splitlines() if "peftc plan" in line]
+    """The commands of the page of measurements that need no more than a config."""
+    return [line for block in fenced("sh", MEASURED) for line in block.splitlines() if "peftc plan" in line]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", plans(), ids=lambda line: line.rpartition("/")[2])
 def test_its_plans_come_out(line: str) -> None:
-    command = [sys.executable, "-m", "peftc.cli", *shlex.split(line)[1:], "--json"]
+    command = [sys.executable, "-m", "peftc", *shlex.split(line)[1:], "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -101,7 +98,7 @@ def test_its_plans_come_out(line: str) -> None:
         assert plan["trainable"] == 37_748_736
     if "opt" in line:
         shown = [f"{plan['memory'][kind] / 1e9:.2f}" for kind in ("weights", "gradients", "optimizer", "activations")]
-        assert " · ".join(shown) in README.read_text()
+        assert " · ".join(shown) in MEASURED.read_text()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ changes is tried: one that leaves a model that cannot be built or run is left ou
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sweep.exceptions import EXCEPTIONS
 
 HEADS = {
     "causal": "CAUSAL_LM",
@@ -28,13 +31,7 @@ HEADS = {
     "image-text": "IMAGE_TEXT_TO_TEXT",
 }
 LAYERS, WIDTH, INNER, HEAD_COUNT, HEAD_WIDTH, EXPERTS, VOCABULARY, POSITIONS = 2, 32, 48, 4, 8, 4, 160, 128
-MOST_PARAMETERS = 20_000_000
-
-# What the defaults of a type lack, so that transformers makes no model of them.
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},  # a part that has none, and None
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # None
-}
+MOST_PARAMETERS = 40_000_000
 
 Rule = Callable[[str, int], int | None]
 
@@ -104,7 +101,9 @@ def _shrunk(config_class: Any, model_class: Any, options: Mapping[str, Any]) -> 
     groups = [_layers, _sizes, _vocabulary, _positions, _images, _experts, _quiet, _unset]
     accepted: dict[str, Any] = dict(options)
     changes = [_changes(config_class, whole, group) for group in groups]
-    for everything in (_merged(*changes[:-1], accepted), _merged(*changes, accepted)):
+    attempts = [_merged(*changes[:-1], accepted), _merged(*changes, accepted)]
+    attempts += [_without(attempts[0], path) for path, _ in _leaves(attempts[0])]
+    for everything in attempts:
         if _runs(config_class, model_class, everything):
             config: PretrainedConfig = config_class(**everything)
             return _small(model_class, config)
@@ -180,6 +179,15 @@ def _leaves(change: Mapping[str, Any], path: Sequence[str] = ()) -> list[tuple[t
     return found
 
 
+def _without(change: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    return {
+        name: _without(value, rest) if rest and name == first else value
+        for name, value in change.items()
+        if rest or name != first
+    }
+
+
 def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
     for name in reversed(path):
         value = {name: value}
@@ -231,7 +239,7 @@ SIZES: tuple[tuple[str, Rule], ...] = (
     (r"lora_rank|_rank$|time_step_rank|dt_rank", lambda _name, old: 16 if old > 16 else None),
     (r"intermediate|ffn|d_ff|mlp_dim|inner|ff_dim|feed_?forward", lambda _name, old: INNER if old > INNER else None),
     (
-        r"hidden|embd|embed|d_model|(^|_)dim$|width|_size_per_layer|proj|channels|units|features|d_rel",
+        r"adapter_input|hidden|embd|embed|d_model|(^|_)dim$|width|_size_per_layer|proj|channels|units|features|d_rel",
         lambda _name, old: WIDTH if old > WIDTH else None,
     ),
     (r"state_size|d_state|ssm", lambda _name, old: 8 if old > 8 else None),
@@ -297,11 +305,18 @@ def _positions(config: Any) -> dict[str, Any]:
         if re.search(r"position_embeddings$|n_positions|max_seq_len|max_source_pos|max_target_pos", name):
             found[name] = min(old, POSITIONS)
     for name, old in vars(config).items():
-        if isinstance(old, dict) and "mrope_section" in old:
-            found[name] = {**old, "mrope_section": [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]}
+        if isinstance(old, dict) and ("mrope_section" in old or (name == "rope_parameters" and _has_sections(config))):
+            turned = int(HEAD_WIDTH // 2 * old.get("partial_rotary_factor", 1.0))
+            found[name] = {**old, "mrope_section": [turned // 4, turned // 4, turned - 2 * (turned // 4)]}
         if name == "attention_window":
             found[name] = [4] * LAYERS if isinstance(old, list) else 4
     return found
+
+
+def _has_sections(config: Any) -> bool:
+    """Whether a model turns positions in three directions by default, in sections that are those of wide heads."""
+    modeling = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    return 'get("mrope_section"' in inspect.getsource(modeling)
 
 
 def _images(config: Any) -> dict[str, Any]:
@@ -313,9 +328,11 @@ def _images(config: Any) -> dict[str, Any]:
             found[name] = 8
         if name == "window_size" and old > 4:
             found[name] = 16 if hasattr(config, "spatial_merge_size") else 4
-        if name == "mm_tokens_per_image":
+        if name in ("mm_tokens_per_image", "latent_query_num"):
             found[name] = 4
     for name, sizes in _lists(config).items():
+        if name == "depths" and hasattr(config, "window_size") and type(getattr(config, "image_size", None)) is int:
+            found["image_size"] = 4 * 4 * 2 ** (len(sizes) - 1)  # the last stage has a window yet
         if name == "image_size" and all(type(n) is int for n in sizes):
             found[name] = [32 for _ in sizes]
         if name == "patch_size" and all(type(n) is int and n > 8 for n in sizes):
@@ -343,7 +360,8 @@ def _unset(config: Any) -> dict[str, Any]:
     """What a checkpoint's configuration has, and the defaults leave out."""
     usual = {
         "vocab_size": VOCABULARY, "head_dim": HEAD_WIDTH, "num_key_value_heads": HEAD_COUNT,
-        "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "pad_token_id": 0,
+        "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "num_experts": EXPERTS, "top_k_experts": 2,
+        "moe_intermediate_size": INNER, "pad_token_id": 0,
     }  # fmt: skip
     return {name: value for name, value in usual.items() if vars(config).get(name, 0) is None}
 
@@ -354,6 +372,8 @@ def _quiet(config: Any) -> dict[str, Any]:
     for name, old in vars(config).items():
         if re.search("drop|jitter", name) and isinstance(old, float) and old > 0:
             found[name] = 0.0
+        if "drop" in name and isinstance(old, list | tuple) and all(isinstance(rate, float) for rate in old):
+            found[name] = [0.0 for _ in old]
         if name == "mask_time_prob" or name == "mask_feature_prob":
             found[name] = 0.0
     return found

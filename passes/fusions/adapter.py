@@ -36,6 +36,7 @@ class Adapter(Fusion):
     """h + s (U f(D x + b) + c), behind a sublayer (x is h) or beside it: one operation that keeps x and D x + b."""
 
     name = "adapter"
+    sought = ("adapter",)
     rank = 3
     pattern = add(value("h"), cast(_shaped))
 

@@ -38,6 +38,7 @@ class RowLengths(Fusion):
     """|W + s B A| of each row as one operation, from the three terms of its square; constant to the gradient."""
 
     name = "row_lengths"
+    sought = ("dora",)
     pattern = op(aten.sqrt.default, op(aten.clamp_min.default, _squared, number("least")))
 
     def check(self, match: Match, editor: Editor) -> Miss | None:
@@ -69,6 +70,7 @@ class DoraLinear(BesideFrozen):
     """
 
     name = "dora_linear"
+    sought = ("dora",)
     pattern = either(
         cast(add(mul(_length, beside(cast(unbiased()))), value("removed"))),
         cast(mul(_length, beside(cast(frozen())))),

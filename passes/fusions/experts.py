@@ -26,6 +26,7 @@ class ExpertLora(Fusion):
     """
 
     name = "expert_lora"
+    sought = ("grouped_mm",)
     rank = 3
     pattern = beside(either(_product, add(_product, value("added"))))
 
@@ -51,6 +52,7 @@ class ExpertLinear(Fusion):
     """y = W_e x for a frozen stack: the library's product would compute a gradient for every expert all the same."""
 
     name = "expert_linear"
+    sought = ("grouped_mm",)
     rank = 4
     pattern = _product
 

@@ -21,6 +21,7 @@ class LoraLinear(BesideFrozen):
     """
 
     name = "lora_linear"
+    sought = ("lora",)
     pattern = beside(frozen())
 
     def rewrite(self, matches: Sequence[Match], editor: Editor) -> list[fx.Node]:

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -81,8 +78,8 @@ class AdaLoRA(WeightMethod):
         }
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, P: Tensor, E: Tensor, Q: Tensor) -> Tensor:
-        x = dropout(x.to(Q.dtype), self.dropout) if self.dropout else x.to(Q.dtype)
-        branch: Tensor = self.scale * linear(linear(x, Q * E), P)
+        x = F.dropout(x.to(Q.dtype), self.dropout) if self.dropout else x.to(Q.dtype)
+        branch: Tensor = self.scale * F.linear(F.linear(x, Q * E), P)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:

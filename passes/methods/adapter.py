@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.site import Sublayer
 from peftc.protocol.stages import SublayerMethod
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
+    "relu": lambda x: F.relu(x),
+    "gelu": lambda x: F.gelu(x),
+    "silu": lambda x: F.silu(x),
+    "tanh": lambda x: torch.tanh(x),
     "identity": lambda x: x,
 }
 

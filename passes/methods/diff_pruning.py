@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -53,7 +50,7 @@ class DiffPruning(WeightMethod):
     ) -> Tensor:  # fmt: skip
         uniform = torch.where(training > 0, torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6), 0.5)
         change = self._change(w, alpha, mask, pruned, torch.logit(uniform))
-        branch: Tensor = linear(x.to(change.dtype), change)
+        branch: Tensor = F.linear(x.to(change.dtype), change)
         return y + branch.to(y.dtype)
 
     def _change(self, w: Tensor, alpha: Tensor, mask: Tensor, pruned: Tensor, noise: Tensor) -> Tensor:

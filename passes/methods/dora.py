@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
-from peftc.kernels.row_lengths import SHRUNK
+from peftc.protocol import F, Lazy, Tensor, torch
 from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
+
+if TYPE_CHECKING:
+    from peftc.kernels import row_lengths
+else:
+    row_lengths = Lazy("peftc.kernels.row_lengths")
 
 # The length of a row of zeros, which is divided by; its square is a normal number of float32.
 SMALLEST = 2.0**-63
@@ -27,6 +28,7 @@ class DoRA(WeightMethod):
     formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     peft_type = "LORA"
+    peft_bias = "lora_only"
     peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     peft_patterns: ClassVar = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
@@ -58,9 +60,9 @@ class DoRA(WeightMethod):
         A: Tensor, B: Tensor, m: Tensor,
     ) -> Tensor:  # fmt: skip
         length = m / self._norm(weight, A.detach(), B.detach())  # a constant to the gradient (section 4.3)
-        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         base = y if bias is None else y - bias
-        result: Tensor = length * (base.to(A.dtype) + self.scale * linear(linear(x, A), B))
+        result: Tensor = length * (base.to(A.dtype) + self.scale * F.linear(F.linear(x, A), B))
         return (result if bias is None else result + bias).to(y.dtype)
 
     def _norm(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -71,8 +73,8 @@ class DoRA(WeightMethod):
         is what it is, so the row starts as it is in W, and learns.
         """
         own = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype)
-        shrunk = SHRUNK if weight.dtype is torch.float16 else 1  # where W A' itself may pass what fp16 has
-        cross = (B * linear(weight, (A if shrunk == 1 else A * shrunk).to(weight.dtype))).sum(1)
+        shrunk = row_lengths.SHRUNK if weight.dtype is torch.float16 else 1  # where W A' itself may pass what fp16 has
+        cross = (B * F.linear(weight, (A if shrunk == 1 else A * shrunk).to(weight.dtype))).sum(1)
         added = (B * (B @ (A @ A.t()))).sum(1)
         squared: Tensor = own * own + 2 * self.scale / shrunk * cross + self.scale**2 * added
         return squared.clamp_min(SMALLEST**2).sqrt()
@@ -88,7 +90,7 @@ class DoRA(WeightMethod):
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
-        if not config.get("use_dora") or set(tensors) != set(names):
+        if not config.get("use_dora") or config.get("kasa_config") is not None or set(tensors) != set(names):
             return None
         r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
         values = {

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import PLAIN, Data, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -72,7 +69,7 @@ class FAR(WeightMethod):
     ) -> Tensor:  # fmt: skip
         # The base computes all rows: less work than to gather the frozen ones in every step. What reaches it in the
         # backward pass is zero at the selected rows.
-        part = linear(x.to(selected.dtype), selected)
+        part = F.linear(x.to(selected.dtype), selected)
         if bias is not None and shift is not None:
             part = part + (bias.index_select(0, index).to(selected.dtype) + shift)
         return y.index_copy(-1, index, part.to(y.dtype))

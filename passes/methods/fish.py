@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import Data, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -40,7 +37,7 @@ class Fish(WeightMethod):
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, values: Tensor, places: Tensor) -> Tensor:
         change = self.delta(site, values=values, places=places)
-        branch: Tensor = linear(x.to(change.dtype), change)
+        branch: Tensor = F.linear(x.to(change.dtype), change)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:

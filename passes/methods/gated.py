@@ -6,10 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.combinator import INNER, Combinator
 from peftc.protocol.method import REQUIRED, Method, Stage, State, method, param
 from peftc.protocol.site import Attention, Projection, Sublayer
@@ -73,7 +70,7 @@ class Gated(Combinator):
         return self.gate(site, x, y, self.inner_output(site, x, y, known), known["w"], known["b"])
 
     def gate(self, site: Any, x: Tensor, y: Tensor, changed: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        gate = torch.sigmoid(linear(x.to(w.dtype), w, b))
+        gate = torch.sigmoid(F.linear(x.to(w.dtype), w, b))
         inside = self.method.stage is Stage.ATTENTION  # and not on the output of the sublayer around one
         beside = _beside_heads(gate, y, site) if inside else gate.reshape(*y.shape[:-1], 1)
         return y + (beside * (changed - y)).to(y.dtype)

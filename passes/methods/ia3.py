@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from peftc.protocol import Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import OutputMethod

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Sequence
 from peftc.protocol.stages import SequenceMethod

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
-from peftc.protocol.method import State, divisors_near, method, param
+from peftc.protocol import F, Tensor, torch
+from peftc.protocol.method import State, method, param
+from peftc.protocol.params import divisors_near
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
@@ -57,9 +55,9 @@ class KronA(WeightMethod):
         value = x.to(A.dtype).unflatten(-1, (A.shape[1], B.shape[1]))
         left = self.scale * A
         if B.shape[0] <= B.shape[1]:  # the narrower of X and X B^T meets A
-            value = linear(linear(value, B).mT, left).mT
+            value = F.linear(F.linear(value, B).mT, left).mT
         else:
-            value = linear(linear(value.mT, left).mT, B)
+            value = F.linear(F.linear(value.mT, left).mT, B)
         return y + value.flatten(-2).to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:

@@ -6,19 +6,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Block
 from peftc.protocol.stages import BlockMethod
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
+    "relu": lambda x: F.relu(x),
+    "gelu": lambda x: F.gelu(x),
+    "silu": lambda x: F.silu(x),
+    "tanh": lambda x: torch.tanh(x),
 }
 EPSILON = 1e-6  # of the side network's norms, as T5's
 

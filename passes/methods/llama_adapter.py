@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Attention
 from peftc.protocol.stages import AttentionMethod
@@ -50,7 +47,7 @@ class LlamaAdapter(AttentionMethod):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         weights = ((key_weight, key_bias), (value_weight, value_bias))
         keys, values = (
-            linear(prompt, weight.to(prompt.dtype), None if bias is None else bias.to(prompt.dtype))
+            F.linear(prompt, weight.to(prompt.dtype), None if bias is None else bias.to(prompt.dtype))
             for weight, bias in weights
         )
         return keys, values

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
-
-NAMES = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 
 
 @method
@@ -33,8 +28,10 @@ class LoHa(WeightMethod):
     formula = "y = W x + (alpha/r) ((B1 A1) * (B2 A2)) x"
     paper = "Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859"
     peft_type = "LOHA"
-    peft_settings = ("r", "alpha", "rank_dropout", "module_dropout")
+    peft_tensors: ClassVar = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
+    peft_values: ClassVar = {name: name for name in ("r", "alpha", "rank_dropout", "module_dropout")}
     peft_patterns: ClassVar = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    peft_transposed = False
 
     r: int = param(8, "rank of each of the two products", min=1, alias="rank")
     alpha: float = param(8.0, "the branch is scaled by alpha/r", above=0)
@@ -70,41 +67,19 @@ class LoHa(WeightMethod):
         if self.factored(site):
             into = (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)  # [r^2, n_in]
             out = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1, 2)  # [n_out, r^2]
-            branch = linear(linear(x, into), self.scale * out)
+            branch = F.linear(F.linear(x, into), self.scale * out)
         else:
-            branch = linear(x, ((self.scale * w1_a) @ w1_b) * (w2_a @ w2_b))
+            branch = F.linear(x, ((self.scale * w1_a) @ w1_b) * (w2_a @ w2_b))
         return y + self._thinned(branch).to(y.dtype)
 
     def _thinned(self, branch: Tensor) -> Tensor:
         """Rows of the change left out, the others scaled up to the same mean; or all of it, and nothing scaled."""
         if self.rank_dropout:
-            kept = dropout(branch.new_ones(branch.shape[-1]), self.rank_dropout)
+            kept = F.dropout(branch.new_ones(branch.shape[-1]), self.rank_dropout)
             branch = branch * (kept / kept.mean().clamp_min(1e-6))
         if self.module_dropout:
-            branch = branch * (dropout(branch.new_ones(1), self.module_dropout) > 0)
+            branch = branch * (F.dropout(branch.new_ones(1), self.module_dropout) > 0)
         return branch
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:
         return self.scale * (state["w1_a"] @ state["w1_b"]) * (state["w2_a"] @ state["w2_b"])
-
-    def unexportable(self, site: Linear) -> str | None:
-        return "it has LoHa on no transposed weight" if site.transposed else None
-
-    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings = {"peft_type": "LOHA", "r": self.r, "alpha": self.alpha, "rank_dropout": self.rank_dropout,
-                    "module_dropout": self.module_dropout}  # fmt: skip
-        return settings, {theirs: state[ours] for theirs, ours in NAMES.items()}
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if set(tensors) != set(NAMES):
-            return None
-        values = {
-            "r": config.get("r", 8),
-            "alpha": config.get("alpha", 8),
-            "rank_dropout": config.get("rank_dropout", 0.0),
-            "module_dropout": config.get("module_dropout", 0.0),
-        }
-        return values, {ours: tensors[theirs] for theirs, ours in NAMES.items()}

@@ -6,10 +6,7 @@ import math
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -73,19 +70,19 @@ class LoKr(WeightMethod):
         widths = [right[0].shape[1], *(part.shape[0] for part in right)]
         narrowest = widths.index(min(widths))  # W1 comes in where the other side has the fewest columns
         for part in right[:narrowest]:
-            value = linear(value, part)
-        value = linear(value.mT, left).mT
+            value = F.linear(value, part)
+        value = F.linear(value.mT, left).mT
         for part in right[narrowest:]:
-            value = linear(value, part)
+            value = F.linear(value, part)
         return y + self._thinned(value.flatten(-2)).to(y.dtype)
 
     def _thinned(self, branch: Tensor) -> Tensor:
         """Rows of the change left out; or all of it."""
         if self.rank_dropout:
-            kept = (dropout(branch.new_ones(branch.shape[-1]), self.rank_dropout) > 0).to(branch.dtype)
+            kept = (F.dropout(branch.new_ones(branch.shape[-1]), self.rank_dropout) > 0).to(branch.dtype)
             branch = branch * (kept / kept.mean().clamp_min(1e-6) if self.rank_dropout_scale else kept)
         if self.module_dropout:
-            branch = branch * (dropout(branch.new_ones(1), self.module_dropout) > 0)
+            branch = branch * (F.dropout(branch.new_ones(1), self.module_dropout) > 0)
         return branch
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.fourbit import rounded
 from peftc.protocol.method import PLAIN, Data, Here, Init, LowRank, State, method, param
 from peftc.protocol.site import Experts, Linear, Projection
@@ -37,7 +34,8 @@ class LoRA(WeightMethod):
     site = Linear | Experts
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
-    peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    peft_bias = "lora_only"
+    peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     peft_patterns: ClassVar = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
     r: int = param(8, "rank of the product", min=1, alias="rank")
@@ -51,6 +49,7 @@ class LoRA(WeightMethod):
         choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq"),
     )
     loftq_iterations: int = param(5, "times that init=loftq rounds and decomposes in turn", min=1)
+    bias: bool = param(False, "a trained vector b beside B: y = W x + (alpha/r) (B A x + b)", alias="lora_bias")
     lr_ratio: float = param(1.0, "learning rate of B over that of A (LoRA+, Hayou 2024)", above=0)
 
     def __init__(self, **given: Any) -> None:
@@ -73,6 +72,8 @@ class LoRA(WeightMethod):
         return self.takes_from_weight
 
     def refuses(self, site: Projection) -> str | None:
+        if self.bias and isinstance(site, Experts):
+            return "bias=true is for linear layers, and stacked experts add none"
         if self.init == "eva" and isinstance(site, Experts):
             return "init=eva needs each expert's own inputs, which calibration does not tell apart"
         if self.init == "eva" and self.r > site.n_in:
@@ -94,7 +95,7 @@ class LoRA(WeightMethod):
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
-        return state
+        return state | ({"b": State((site.n_out,))} if self.bias else {})
 
     def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         if not self.takes_from_weight:
@@ -147,16 +148,31 @@ class LoRA(WeightMethod):
         rest = self._rest(weight, state)
         return rounded(rest, "nf4") if self.init == "loftq" and here.storage is None else rest
 
-    def rewrite(self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, here: Here = PLAIN) -> Tensor:
-        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        branch = self.scale * here.product(here.product(x, A), B)
+    def rewrite(
+        self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, b: Tensor | None = None, here: Here = PLAIN
+    ) -> Tensor:
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        branch = here.product(here.product(x, A), B)
+        branch = self.scale * (branch if b is None else branch + b)
         return y + branch.to(y.dtype)
 
-    def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank:
-        return LowRank(state["A"], state["B"], self.scale, self.dropout)
+    def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank | None:
+        return None if self.bias else LowRank(state["A"], state["B"], self.scale, self.dropout)
 
     def delta(self, site: Projection, **state: Tensor) -> Tensor:
         return self.scale * (state["B"] @ state["A"])
+
+    def adds_bias(self, site: Projection) -> bool:
+        return self.bias
+
+    def fold(
+        self, site: Projection, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        folded, _ = super().fold(site, weight, bias, {name: state[name] for name in ("A", "B")})
+        if not self.bias:
+            return folded, bias
+        moved = self.scale * state["b"]
+        return folded, (moved if bias is None else bias.to(moved.dtype) + moved).to(weight.dtype)
 
     def unexportable(self, site: Projection) -> str | None:
         if self.init == "loftq":
@@ -171,22 +187,27 @@ class LoRA(WeightMethod):
             a, b, r = torch.cat([a, state["A0"]], -2), torch.cat([b, -state["B0"]], -1), 2 * r
         alpha = self.scale * (math.sqrt(r) if self.rslora else r)
         settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
-                    "lora_dropout": self.dropout, "use_dora": False}  # fmt: skip
-        return settings, {"lora_A.weight": a, "lora_B.weight": b}
+                    "lora_dropout": self.dropout, "use_dora": False, "lora_bias": self.bias}  # fmt: skip
+        moved = {"lora_B.bias": state["b"]} if self.bias else {}
+        return settings, {"lora_A.weight": a, "lora_B.weight": b, **moved}
 
     @classmethod
     def from_peft(
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if config.get("use_dora") or set(tensors) != {"lora_A.weight", "lora_B.weight"}:
+        names = {"lora_A.weight": "A", "lora_B.weight": "B"} | ({"lora_B.bias": "b"} if config.get("lora_bias") else {})
+        if config.get("use_dora") or config.get("kasa_config") is not None or set(tensors) != set(names):
             return None
         values = {
             "r": config.get("r", 8),
             "alpha": config.get("lora_alpha", 8),
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
+            "bias": config.get("lora_bias", False),
         }
-        return values, {"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]}
+        if config.get("init_lora_weights") in ("pissa", "olora"):  # beside what this leaves of the weight
+            values["init"] = config["init_lora_weights"]
+        return values, {ours: tensors[theirs] for theirs, ours in names.items()}
 
     def rate(self, state: str) -> float:
-        return self.lr_ratio if state == "B" else 1.0
+        return self.lr_ratio if state in ("B", "b") else 1.0

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from peftc.protocol import Tensor, torch
 from peftc.protocol.combinator import INNER, Combinator
 from peftc.protocol.method import PLAIN, REQUIRED, Here, Init, Method, Stage, State, method, param
 

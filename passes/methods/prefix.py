@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Attention
 from peftc.protocol.stages import AttentionMethod
+
+CARTRIDGE = "CARTRIDGE"  # what HF PEFT calls a prefix of which some tokens are frozen
+KEPT = "_kept"
 
 
 @method
@@ -31,13 +31,19 @@ class Prefix(AttentionMethod):
     peft_type = "PREFIX_TUNING"
     peft_settings = (  # of a network that made the prefix the folder holds what came out
         "num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads",
-        "encoder_hidden_size", "prefix_projection",
+        "encoder_hidden_size", "prefix_projection", "num_frozen_tokens",
     )  # fmt: skip
     unmergeable = "its keys and values depend on no token, and no weight makes such"
 
     length: int = param(20, "virtual tokens", min=1)
     reparam: int | None = param(None, "hidden width of a network that makes the prefix; none: no such", min=1)
+    frozen: int = param(0, "the first of them that do not learn (a cartridge, Eyuboglu 2025)", min=0)
     windowed: bool = param(False, "whether a sliding window of attention may pass the prefix by, as in HF PEFT")
+
+    def conflict(self) -> str | None:
+        if self.frozen and self.reparam is not None:
+            return "frozen tokens are no network's: leave out reparam"
+        return f"frozen={self.frozen} of length={self.length} leaves none" if self.frozen >= self.length else None
 
     def refuses(self, site: Attention) -> str | None:
         if site.positions is not None and self.length >= site.positions:
@@ -64,17 +70,23 @@ class Prefix(AttentionMethod):
         widths = {"keys": site.kv_heads * site.key_width, "values": site.kv_heads * site.value_width}
         if self.reparam is None:
             start = partial(torch.nn.init.normal_, std=0.02)
-            return {name: State((self.length, width), start) for name, width in widths.items()}
+            state = {name: State((self.length - self.frozen, width), start) for name, width in widths.items()}
+            kept = {f"{name}{KEPT}": State((self.frozen, width), start, False) for name, width in widths.items()}
+            return state | kept if self.frozen else state
         uniform = partial(torch.nn.init.uniform_, a=-(self.reparam**-0.5), b=self.reparam**-0.5)
         weights = {f"{name}_weight": State((width, self.reparam), uniform) for name, width in widths.items()}
         return weights | {f"{name}_bias": State((width,), uniform) for name, width in widths.items()}
 
     def extend(self, site: Attention, **state: Tensor) -> tuple[Tensor, Tensor]:
         if self.reparam is None:
-            return state["keys"], state["values"]
-        inner = torch.tanh(linear(state["embedding"], state["hidden"], state["hidden_bias"]))
-        keys = linear(inner, state["keys_weight"], state["keys_bias"])
-        return keys, linear(inner, state["values_weight"], state["values_bias"])
+            keys, values = (
+                torch.cat([state[name + KEPT], state[name]]) if self.frozen else state[name]
+                for name in ("keys", "values")
+            )
+            return keys, values
+        inner = torch.tanh(F.linear(state["embedding"], state["hidden"], state["hidden_bias"]))
+        keys = F.linear(inner, state["keys_weight"], state["keys_bias"])
+        return keys, F.linear(inner, state["values_weight"], state["values_bias"])
 
     def unexportable(self, site: Attention) -> str | None:
         if site.cross or site.stack == "encoder":
@@ -87,6 +99,8 @@ class Prefix(AttentionMethod):
             "peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.length, "token_dim": width,
             "num_attention_heads": site.kv_heads, "encoder_hidden_size": width, "prefix_projection": False,
         }  # fmt: skip
+        if self.frozen:
+            settings |= {"peft_type": CARTRIDGE, "num_frozen_tokens": self.frozen}
         return settings, dict(zip(("keys", "values"), self.extend(site, **state), strict=True))
 
     @classmethod
@@ -95,4 +109,7 @@ class Prefix(AttentionMethod):
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if set(tensors) != {"keys", "values"}:
             return None
-        return {"length": config["num_virtual_tokens"], "windowed": True}, tensors
+        frozen = config.get("num_frozen_tokens", 1) if config["peft_type"] == CARTRIDGE else 0
+        kept = {f"{name}{KEPT}": tensor[:frozen] for name, tensor in tensors.items() if frozen}
+        own = {name: tensor[frozen:] for name, tensor in tensors.items()}
+        return {"length": config["num_virtual_tokens"], "frozen": frozen, "windowed": True}, own | kept

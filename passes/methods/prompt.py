@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Sequence
 from peftc.protocol.stages import SequenceMethod

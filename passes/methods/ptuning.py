@@ -7,10 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Sequence
 from peftc.protocol.stages import SequenceMethod

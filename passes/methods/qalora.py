@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
-from peftc.protocol.method import State, divisors_near, method, param
+from peftc.protocol import F, Tensor, torch
+from peftc.protocol.method import State, method, param
+from peftc.protocol.params import divisors_near
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
@@ -48,9 +46,9 @@ class QALoRA(WeightMethod):
         return {"A": State((self.r, site.n_in // self.group), start), "B": State((site.n_out, self.r))}
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         pooled = x.unflatten(-1, (A.shape[1], self.group)).sum(-1)
-        branch: Tensor = self.scale * linear(linear(pooled, A), B)
+        branch: Tensor = self.scale * F.linear(F.linear(pooled, A), B)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:

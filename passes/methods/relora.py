@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -18,7 +14,10 @@ from peftc.protocol.stages import WeightMethod
 if TYPE_CHECKING:
     from peftc.protocol.method import Place, Step
 
-START = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+
+def _start(tensor: Tensor) -> Tensor:
+    """As `torch.nn.Linear` starts its weight."""
+    return torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 @method
@@ -53,7 +52,7 @@ class ReLoRA(WeightMethod):
 
     def state(self, site: Linear) -> dict[str, State]:
         return {
-            "A": State((self.r, site.n_in), START),
+            "A": State((self.r, site.n_in), _start),
             "B": State((site.n_out, self.r)),
             "merged": State((site.n_out, site.n_in), trainable=False),
         }
@@ -63,8 +62,8 @@ class ReLoRA(WeightMethod):
         return weight + merged.to(weight.dtype) if merged.any() else weight
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        branch: Tensor = self.scale * linear(linear(x, A), B)
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        branch: Tensor = self.scale * F.linear(F.linear(x, A), B)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class ReLoRA(WeightMethod):
         for place in places:
             state = place.state
             state["merged"] += self.delta(place.site, **state)  # type: ignore[arg-type]
-            START(state["A"])
+            _start(state["A"])
             state["B"].zero_()
             step.forget(state["A"])
             step.forget(state["B"])

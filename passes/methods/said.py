@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear, pad
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
@@ -43,7 +40,7 @@ class SAID(WeightMethod):
 
     def rewrite(self, site: Linear, x: Tensor, y: Tensor, length: Tensor, seed: Tensor, theta: Tensor) -> Tensor:
         change = self.delta(site, length=length, seed=seed, theta=theta)
-        branch: Tensor = linear(x.to(change.dtype), change)
+        branch: Tensor = F.linear(x.to(change.dtype), change)
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:
@@ -61,7 +58,7 @@ def fastfood(theta: Tensor, seed: Tensor, size: int) -> Tensor:
     place = torch.arange(2**bits, device=theta.device)
     signs = 1 - 2 * (_noise(place, seed, 0) & 1).to(theta.dtype)
     gauss = _gaussian(place, seed).to(theta.dtype)
-    mixed = hadamard(pad(theta, (0, 2**bits - len(theta))) * signs, bits)
+    mixed = hadamard(F.pad(theta, (0, 2**bits - len(theta))) * signs, bits)
     spread = hadamard(mixed[_permuted(place, seed, bits)] * gauss, bits)
     scaled: Tensor = spread[:size] / (2 ** (bits / 2) * gauss.norm() * math.sqrt(size / 2**bits))
     return scaled

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from peftc.protocol import Tensor, torch
 from peftc.protocol.combinator import INNER, Combinator
 from peftc.protocol.method import PLAIN, REQUIRED, Data, Here, Method, State, method, param
 
 Probed = Mapping[str, tuple[Tensor, Tensor]]  # state name -> its values and their gradients, in the probe
-PROBE = partial(torch.nn.init.normal_, std=0.02)  # what a matrix that starts at zero is judged by
 
 
 @method
@@ -95,7 +91,7 @@ class Sparse(Combinator):
         """The score of each entry without data."""
         if self.by == "random":
             return torch.rand_like(start)
-        return start if start.any() else PROBE(torch.empty_like(start))
+        return start if start.any() else _probe_start(torch.empty_like(start))
 
     def rewrite(self, site: Any, x: Tensor, y: Tensor, **known: Tensor) -> Tensor:
         return self.inner_output(site, x, y, self._whole(site, known))
@@ -129,3 +125,8 @@ def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _score(start: Tensor, gradient: Tensor) -> Tensor:
     """SNIP: how much the loss would change, to first order, if the entry were gone."""
     return start * gradient
+
+
+def _probe_start(tensor: Tensor) -> Tensor:
+    """What a matrix that starts at zero is judged by."""
+    return torch.nn.init.normal_(tensor, std=0.02)

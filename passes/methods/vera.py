@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import dropout, linear
-
+from peftc.protocol import F, Lazy, Tensor, torch
 from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
+
+if TYPE_CHECKING:
+    from peftc.kernels.common import draws
+else:
+    draws = Lazy("peftc.kernels.common.draws")
 
 
 @method
@@ -28,7 +30,12 @@ class VeRA(WeightMethod):
     formula = "y = W x + b * B (d * A x)"
     paper = "Kopiczko et al. 2023, arXiv:2310.11454"
     peft_type = "VERA"
-    peft_settings = ("r", "d_initial", "projection_prng_key", "vera_dropout", "save_projection")
+    peft_bias = "vera_only"
+    peft_tensors: ClassVar = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
+    peft_values: ClassVar = {
+        "r": "r", "d_initial": "d_initial", "projection_prng_key": "seed", "vera_dropout": "dropout",
+    }  # fmt: skip
+    peft_settings = ("save_projection",)
     peft_shared: ClassVar = {"vera_A": "A", "vera_B": "B"}
 
     r: int = param(256, "rows of A and columns of B", min=1, alias="rank")
@@ -40,8 +47,8 @@ class VeRA(WeightMethod):
         a = self.r, max(site.n_in for site in sites)
         b = max(site.n_out for site in sites), self.r
         return {
-            "A": State(a, partial(_drawn, seed=self.seed), trainable=False),
-            "B": State(b, partial(_drawn, seed=self.seed, behind=math.prod(a)), trainable=False),
+            "A": State(a, partial(draws.kaiming_uniform, seed=self.seed), trainable=False),
+            "B": State(b, partial(draws.kaiming_uniform, seed=self.seed, behind=math.prod(a)), trainable=False),
         }
 
     def state(self, site: Linear) -> dict[str, State]:
@@ -51,9 +58,9 @@ class VeRA(WeightMethod):
     def rewrite(
         self, site: Linear, x: Tensor, y: Tensor, A: Tensor, B: Tensor, lambda_b: Tensor, lambda_d: Tensor
     ) -> Tensor:
-        x = dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        inner = lambda_d * linear(x, A[:, : site.n_in])
-        branch: Tensor = lambda_b * linear(inner, B[: site.n_out])
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        inner = lambda_d * F.linear(x, A[:, : site.n_in])
+        branch: Tensor = lambda_b * F.linear(inner, B[: site.n_out])
         return y + branch.to(y.dtype)
 
     def delta(self, site: Linear, **state: Tensor) -> Tensor:
@@ -61,28 +68,5 @@ class VeRA(WeightMethod):
         return state["lambda_b"][:, None] * state["B"][: site.n_out] @ into
 
     def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings = {"peft_type": "VERA", "r": self.r, "d_initial": self.d_initial, "projection_prng_key": self.seed,
-                    "vera_dropout": self.dropout, "save_projection": True, "bias": "none"}  # fmt: skip
-        return settings, {f"vera_{name}": state[name] for name in ("lambda_b", "lambda_d")}
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if set(tensors) != {"vera_lambda_b", "vera_lambda_d"}:
-            return None
-        values = {
-            "r": config.get("r", 256),
-            "d_initial": config.get("d_initial", 0.1),
-            "seed": config.get("projection_prng_key", 0),
-            "dropout": config.get("vera_dropout", 0.0),
-        }
-        return values, {name.removeprefix("vera_"): tensor for name, tensor in tensors.items()}
-
-
-def _drawn(tensor: Tensor, *, seed: int, behind: int = 0) -> Tensor:
-    """Kaiming-uniform numbers: those that follow the first `behind` ones of the seed, on any device, as in HF PEFT."""
-    generator = torch.Generator().manual_seed(seed)
-    bound = math.sqrt(6 / tensor.shape[1])
-    torch.empty(behind).uniform_(generator=generator)
-    return tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+        settings, tensors = super().to_peft(site, state)
+        return settings | {"save_projection": True, "bias": "none"}, tensors

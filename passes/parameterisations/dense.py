@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State
 from peftc.protocol.parameterisation import Parameterisation, parameterisation
 
@@ -30,4 +27,4 @@ class Dense(Parameterisation):
         return state[""]
 
     def apply(self, x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]) -> Tensor:
-        return linear(x, state[""], bias)
+        return F.linear(x, state[""], bias)

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-from torch import Tensor
-
+from peftc.protocol import Tensor, torch
 from peftc.protocol.method import State
 from peftc.protocol.parameterisation import Parameterisation, param, parameterisation
 

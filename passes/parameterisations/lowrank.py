@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State
 from peftc.protocol.parameterisation import Parameterisation, param, parameterisation
 
@@ -38,4 +35,4 @@ class LowRank(Parameterisation):
         return state["U"] @ state["V"]
 
     def apply(self, x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]) -> Tensor:
-        return linear(linear(x, state["V"]), state["U"], bias)
+        return F.linear(F.linear(x, state["V"]), state["U"], bias)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import State
 from peftc.protocol.parameterisation import Parameterisation, param, parameterisation
 
@@ -53,12 +50,12 @@ class PHM(Parameterisation):
 
     def apply(self, x: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]) -> Tensor:
         if self.rank is None:
-            return linear(x, self.dense(state), bias)
+            return F.linear(x, self.dense(state), bias)
         rules, s, t = state["A"], state["s"], state["t"]
         # [..., q, i, r]: each of the n parts of x through every t_i; the rules mix the parts; every s_i widens them
-        narrow = linear(x.unflatten(-1, (self.n, -1)), t.flatten(0, 1)).unflatten(-1, (self.n, self.rank))
+        narrow = F.linear(x.unflatten(-1, (self.n, -1)), t.flatten(0, 1)).unflatten(-1, (self.n, self.rank))
         mixed = torch.einsum("ipq,...qir->...pir", rules, narrow)
-        wide: Tensor = linear(mixed.flatten(-2), s.transpose(0, 1).flatten(1))
+        wide: Tensor = F.linear(mixed.flatten(-2), s.transpose(0, 1).flatten(1))
         flat = wide.flatten(-2)
         return flat if bias is None else flat + bias
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from peftc.kernels.dequantize import dequantize_int8
+from peftc.protocol import Lazy, Tensor, torch
 from peftc.protocol.storage import Buffer, Storage, storage
+
+if TYPE_CHECKING:
+    from peftc.kernels import dequantize
+else:
+    dequantize = Lazy("peftc.kernels.dequantize")
 
 # Numbers that are rounded at a time: what that takes is no multiple of a large weight.
 CHUNK = 1 << 20
@@ -48,7 +51,7 @@ class Int8(Storage):
         return {"values": values, "scale": scale}
 
     def unpack(self, shape: tuple[int, ...], dtype: torch.dtype, **buffers: Tensor) -> Tensor:
-        dense: Tensor = dequantize_int8(buffers["values"], buffers["scale"], shape, dtype)
+        dense: Tensor = dequantize.dequantize_int8(buffers["values"], buffers["scale"], shape, dtype)
         return dense
 
     def to_bitsandbytes(

@@ -70,15 +70,18 @@ LOCK = RLock()  # one listens at a time: what is asked is heard for all shape en
 def listening() -> Iterator[Asked]:
     """Yields what is asked of the sizes of each shape environment, while it is asked."""
     heard: Asked = {}
+    known: set[Any] = set()
     plumbing = frozenset(uninteresting_files())
 
     def listened(answer: Callable[..., sympy.Basic]) -> Callable[..., sympy.Basic]:
         def evaluate_expr(self: ShapeEnv, asked: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
             said = answer(self, asked, *args, **kwargs)
-            if asked.free_symbols:
-                frame = sys._getframe(1)
-                while _is_ours(frame.f_code.co_filename, plumbing) and frame.f_back is not None:
-                    frame = frame.f_back
+            frame = sys._getframe(1)
+            while _is_ours(frame.f_code.co_filename, plumbing) and frame.f_back is not None:
+                frame = frame.f_back
+            key = self, asked, frame.f_code, frame.f_lineno
+            if key not in known and asked.free_symbols:
+                known.add(key)  # an unrolled loop asks the same a thousand times
                 holds = {sympy.true: asked, sympy.false: sympy.Not(asked)}.get(said, sympy.Eq(asked, said))
                 heard.setdefault(self, {})[Question(holds, frame.f_code.co_filename, frame.f_lineno)] = None
             return said
@@ -293,7 +296,7 @@ class SizeCheck:
 
 def _function(symbols: tuple[sympy.Symbol, ...], asked: list[sympy.Basic]) -> Any:
     """A function of the symbols' values that answers all that is asked."""
-    return sympy.lambdify(list(symbols), asked, modules=[{"math": math}], printer=PythonPrinter())
+    return sympy.lambdify(list(symbols), asked, modules=[{"math": math, "torch": torch}], printer=PythonPrinter())
 
 
 def _comes_out_otherwise(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int], given: Container[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
+import re
 import traceback
 import warnings
 from collections import defaultdict
@@ -18,28 +19,33 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch._guards import TracingContext, tracing
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import patch_forward_signature, reset_model_state
 from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.assumptions import Asked, Assumptions, listening
+from peftc.capture.blocks.once import tracing_once
 from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
+from peftc.capture.checks import checks_deferred, tell_where
 from peftc.capture.convention import has_loss
-from peftc.capture.errors import CannotCapture, MadeForInference, PackedLayers, StaysRandom
+from peftc.capture.eager_ways import as_in_eager_mode
+from peftc.capture.errors import WHENEVER_IT_RUNS, CannotCapture, MadeForInference, PackedLayers, StaysRandom
 from peftc.capture.examples.asking import fake_mode_of, unlogged
 from peftc.capture.examples.known import known
-from peftc.capture.examples.settings import parts
+from peftc.capture.examples.settings import held_by
+from peftc.capture.gradients.regions import regions_marked, without_gradients, writes_on_a_weight
 from peftc.capture.inputs import Example, text_alone
 from peftc.capture.islands import Islands, Why, place_of, skeleton_of
-from peftc.capture.once import tracing_once
+from peftc.capture.recorded.disk import Program, Record
 from peftc.capture.texts import MASK, POSITIONS
 from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import STACK, get_attribute, keep_unread, set_tensor, tensors
+from peftc.graph.ir import STACK, alias_of, aliases_of, get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
@@ -119,7 +125,7 @@ def capture(model: nn.Module, example: Example, timings: Timings | None = None) 
             return _either_way(model, example, timings, islands)
         except PeftcError as error:
             first = first or error
-            if islands.widened(error, *_blamed(error)):
+            if not _writes(error) and islands.widened(error, *_blamed(error)):
                 continue
             if (plain := text_alone(model, example)) is None:
                 raise first from error
@@ -130,26 +136,55 @@ def _either_way(model: nn.Module, example: Example, timings: Timings, islands: I
     try:
         return _captured(model, example, timings, islands, once=True)
     except Exception as error:  # whatever it is, it may come of this way; what the plain one says of it counts
+        if _writes(error):
+            raise
         debug.tell(1, [f"each block is traced, also equal ones: {error}"])
     return _captured(model, example, timings, islands, once=False)
 
 
+def _writes(error: Exception) -> bool:
+    """Whether a capture failed as the model writes on a weight: no other way of capturing it helps then."""
+    problems = error.diagnostics if isinstance(error, PeftcError) else ()
+    return any(isinstance(one, CannotCapture) and one.reason.endswith(WHENEVER_IT_RUNS) for one in problems)
+
+
 def _captured(model: nn.Module, example: Example, timings: Timings, islands: Islands, *, once: bool) -> Captured:
     """Equal blocks are traced `once`; then what anything raises may come of that."""
+    record = Record.of(model, example) if once and not islands.classes else Record(None, model)
     with timings.stage("torch.export"), untouched(model), _prepared(model, example), listening() as asked:
-        try:
-            with islands.standing(), tracing_once(model) if once else nullcontext():
-                program = torch.export.export(
-                    model,
-                    example.args,
-                    example.kwargs,
-                    dynamic_shapes=example.dynamic_shapes(),
-                    strict=False,
-                )
-        except Exception as error:
-            raise PeftcError(_diagnose(model, error)) from error
+        program = record.read(example)
+        if program is None:
+            asked.clear()  # by a file that did not fit
+            try:
+                with (
+                    islands.standing(),
+                    checks_deferred() as places,
+                    regions_marked(),
+                    tracing_once(model) if once else nullcontext(),
+                ):
+                    exported = torch.export.export(
+                        model,
+                        example.args,
+                        example.kwargs,
+                        dynamic_shapes=example.dynamic_shapes(),
+                        strict=False,
+                    )
+            except Exception as error:
+                raise PeftcError(_diagnose(model, error)) from error
+            program = _program(exported, asked)
+            tell_where(program.module.graph, places)
     with timings.stage("capture"):
-        return _as_plain_graph(program, model, example, asked, islands)
+        write = record.draft(program)
+        captured = _as_plain_graph(program, model, example, islands)
+        write()
+    return captured
+
+
+def _program(exported: torch.export.ExportedProgram, asked: Asked) -> Program:
+    module, result = exported.module(check_guards=False), exported.call_spec.out_spec
+    assert isinstance(module, fx.GraphModule)
+    assert result is not None
+    return Program(module, result, asked)
 
 
 def _blamed(error: PeftcError) -> tuple[Why, tuple[str, ...]]:
@@ -170,29 +205,27 @@ def over(captured: Captured, model: nn.Module, checkpoint: Checkpoint | None) ->
     aliases: dict[int, torch.Tensor] = {}
     for name in tensors(captured.module):
         if name in own and not own[name].is_meta:  # else it is a constant of the code, or still to be read
-            set_tensor(captured.module, name, _alias(own[name], aliases))
+            set_tensor(captured.module, name, alias_of(own[name], aliases))
     nodes = islands_in(captured.module.graph)
     for node in nodes:
         node.target = island_of(node).over(skeleton_of(model, island_of(node).path))
     return replace(captured, model=model, checkpoint=checkpoint, islands=tuple(map(island_of, nodes)))
 
 
-def _as_plain_graph(
-    program: torch.export.ExportedProgram, model: nn.Module, example: Example, asked: Asked, islands: Islands
-) -> Captured:
+def _as_plain_graph(program: Program, model: nn.Module, example: Example, islands: Islands) -> Captured:
     """The program without its input checks and pytree wrapping, over aliases of the model's tensors."""
-    exported = program.module(check_guards=False)
-    result = program.call_spec.out_spec
-    assert isinstance(exported, fx.GraphModule)
-    assert result is not None
+    exported = program.module
     for node in exported.graph.find_nodes(op="get_attr"):
         if not isinstance(get_attribute(exported, node.target), torch.Tensor | nn.Module):
             (reader, *_) = node.users  # such as a function of Python's that vmap was given
-            problem = _without_a_line(model, f"{reader.target} is no operation of a graph")
-            raise PeftcError(replace(problem, modules=_modules_of(reader)))
+            raise PeftcError(_diagnose_node(model, reader, f"{reader.target} is no operation of a graph"))
     exported.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
-    assumptions = Assumptions.of(module.graph, type(model).__name__, asked)
+    assumptions = Assumptions.of(module.graph, type(model).__name__, program.asked)
+    if (node := without_gradients(module)) is not None:
+        raise PeftcError(_diagnose_node(model, node, f"{node.target} writes under no_grad on what has a gradient"))
+    if (written := writes_on_a_weight(module)) is not None:
+        raise PeftcError(_diagnose_node(model, written[0], f"it writes on {written[1]} {WHENEVER_IT_RUNS}"))
     normalise(module)
     if (node := stays_random(module.graph)) is not None:
         where = str(node.meta.get("stack_trace", "")).strip().splitlines()
@@ -211,7 +244,7 @@ def _as_plain_graph(
     ):
         module.recompile()
     inputs = tuple(given)
-    return Captured(module, inputs, result, assumptions, model, example, islands=placed)
+    return Captured(module, inputs, program.result, assumptions, model, example, islands=placed)
 
 
 def _modules_of(node: fx.Node) -> tuple[str, ...]:
@@ -249,15 +282,18 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
+        # As torch's compiler does, for the whole process: what is captured would depend on whether it ran.
+        stack.enter_context(patch_attributes([(Distribution, "_validate_args", lambda _own: False)]))
         if (mode := fake_mode_of(model)) is not None:  # else torch.export makes another, which these do not mix with
             stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(as_in_eager_mode(model))
         model.train()
         if example.config is not None:
             stack.enter_context(reset_model_state(model))
             own = cast(PreTrainedModel, model).config
             settings: list[tuple[Any, str, Any]] = [(own, name, new) for name, new in example.config.items()]
             if not example.past:  # a part may have a cache where the whole says nothing of one
-                settings += [(part, "use_cache", False) for part in parts(own) if hasattr(part, "use_cache")]
+                settings += [(part, "use_cache", False) for part in held_by(model) if hasattr(part, "use_cache")]
             settings = [(part, name, lambda _old, new=new: new) for part, name, new in settings]
             stack.enter_context(patch_attributes(settings))
             forward = model.forward
@@ -275,29 +311,14 @@ def _frozen_aliases(exported: fx.GraphModule) -> nn.Module:
     return aliases_of({node.target: get_attribute(exported, node.target) for node in nodes})
 
 
-def aliases_of(values: Mapping[str, torch.Tensor | nn.Module]) -> nn.Module:
-    """A module with frozen parameters over the same memory as `values`, by full name: tied ones stay one object."""
-    root = nn.Module()
-    seen: dict[int, torch.Tensor] = {}
-    for name, there in values.items():
-        if isinstance(there, nn.Module):  # the body of a higher-order operator
-            root.add_module(name, there)
-        else:
-            set_tensor(root, name, _alias(there, seen))
-    return root
-
-
-def _alias(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A frozen tensor over the same memory, one for each that there is."""
-    if id(tensor) not in seen:
-        detached = tensor.detach()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
-    return seen[id(tensor)]
-
-
-def _without_a_line(model: nn.Module, reason: str) -> CannotCapture:
-    return CannotCapture(model=type(model).__name__, reason=reason, file=None, line=None, source=None)
+def _diagnose_node(model: nn.Module, node: fx.Node, reason: str) -> CannotCapture:
+    """What is wrong with a node of the graph, at the line of the model's own code that made it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
+    own = [(file, int(line)) for file, line in frames if not file.startswith((*LIBRARIES, "<"))]
+    file, line = own[-1] if own else (None, None)
+    source = linecache.getline(file, line or 0).strip() if file else None
+    found = CannotCapture(model=type(model).__name__, reason=reason, file=file, line=line, source=source)
+    return replace(found, modules=_modules_of(node))
 
 
 def _diagnose(model: nn.Module, error: Exception) -> CannotCapture:

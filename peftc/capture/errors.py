@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from peftc.diagnostics.diagnostic import Diagnostic, among
 
+WHENEVER_IT_RUNS = "whenever it runs"
+
 
 class NeedsExample(Diagnostic):
     code = "needs-example"
@@ -18,7 +20,8 @@ class NeedsExample(Diagnostic):
     def notes(self) -> tuple[str, ...]:
         return (
             *((f"tried with some that others take: {self.tried}",) if self.tried else ()),
-            "pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more",
+            "pass example=<a tensor, a tuple, or a dict of keyword arguments>, with a batch of two or more; on the "
+            "command line, the function of path/to/file.py:function returns both, (model, example)",
         )
 
 
@@ -48,6 +51,8 @@ class CannotCapture(Diagnostic):
                 "torch.export needs a forward without branches on tensor values; replace the branch by torch.where "
                 "or torch.cond, or pass an example= that avoids it"
             )
+        if self.reason.endswith(WHENEVER_IT_RUNS):
+            return "a weight that a forward changes is not frozen: turn that off in the config, or in the code"
         return "its forward must run on the example inputs first: check the config, or pass other inputs as example="
 
 

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from peftc.capture.errors import NeedsExample
 from peftc.capture.examples.made import SEEN, made_for
 from peftc.capture.examples.settled import Settled, are_sizes
 from peftc.capture.texts import POSITIONS
 from peftc.diagnostics.diagnostic import PeftcError
+
+PROBLEM = "problem_type"  # a setting that, where it is none, the labels decide at the first call
 
 
 class Sizes(Enum):
@@ -53,8 +56,11 @@ class Example:
         return ()
 
     def called(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """What is traced: a model's own `forward` on inputs by name."""
-        return forward(**given, **self.constants)
+        """What is traced: a model's own `forward` on inputs by name; a cache that it makes unasked is no result."""
+        result = forward(**given, **self.constants)
+        if isinstance(result, ModelOutput) and any(isinstance(value, Cache) for value in result.values()):
+            return type(result)(**{name: value for name, value in result.items() if not isinstance(value, Cache)})
+        return result
 
     def like(self, given: Mapping[str, Any]) -> Iterator[Example]:
         """Examples of the sizes of other inputs, the most general first.
@@ -78,7 +84,10 @@ class Example:
         """With other inputs, and the sizes that are among them as constants instead of those that are."""
         kept = {name: value for name, value in self.constants.items() if not are_sizes(name, value)}
         traced, sizes = _sizes_apart(kwargs)
-        return replace(self, args=args, kwargs=traced, constants=kept | sizes, made=False)
+        config = self.config
+        if config and PROBLEM in config and "labels" in traced:
+            config = {**config, PROBLEM: _problem(traced["labels"])}
+        return replace(self, args=args, kwargs=traced, constants=kept | sizes, config=config, made=False)
 
     def dynamic_shapes(self) -> Any:
         """Usually batch is dynamic everywhere; a second dimension is where it counts tokens (integers)."""
@@ -91,9 +100,13 @@ class Example:
     @property
     def _only_texts(self) -> bool:
         """Whether no size but those of the texts may be bound to how long they are."""
-        return not any(isinstance(value, torch.Tensor) for value in self.constants.values()) and not any(
-            tensor.is_floating_point() and "input_ids" in self.kwargs for tensor in self.kwargs.values()
-        )
+        if any(isinstance(value, torch.Tensor) for value in self.constants.values()):
+            return False
+        seen = [tensor for tensor in self.kwargs.values() if tensor.is_floating_point()]
+        mask = self.kwargs.get("attention_mask")
+        frames = mask.shape[1:2] if mask is not None else ()  # of a sound
+        masked = any(length in tensor.shape[1:] for length in frames for tensor in seen)
+        return not (seen and ("input_ids" in self.kwargs or masked))
 
     def _dynamic(self, tensor: Any, guess: bool) -> dict[int, Any] | None:
         """The dynamic dimensions of an input; those that are a guess are fixed where the model fixes them."""
@@ -177,6 +190,13 @@ def _two_rows(tensor: Any) -> Any:
     return tensor
 
 
+def _problem(labels: torch.Tensor) -> str | None:
+    """Which loss transformers chooses for labels of that kind; None where the model is to say, as for several each."""
+    if labels.dim() != 1:
+        return None
+    return "regression" if labels.is_floating_point() else "single_label_classification"
+
+
 def _with_conventions(
     model: PreTrainedModel, kwargs: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor]
 ) -> Example:
@@ -185,11 +205,6 @@ def _with_conventions(
     constants: dict[str, Any] = fixed | ({"use_cache": False} if "use_cache" in accepts else {})
     config: dict[str, Any] = {}
     labels = kwargs.get("labels")
-    if labels is not None and hasattr(model.config, "problem_type") and model.config.problem_type is None:
-        per_example = labels.dim() == 1
-        config["problem_type"] = (
-            None if not per_example
-            else "regression" if labels.is_floating_point()
-            else "single_label_classification"
-        )  # fmt: skip
+    if labels is not None and hasattr(model.config, PROBLEM) and getattr(model.config, PROBLEM) is None:
+        config[PROBLEM] = _problem(labels)
     return Example(kwargs=kwargs, constants=constants, config=config)

@@ -24,7 +24,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
-from peftc.capture.trials import NotToBeToldError, Recipe, Trials, derivatives_tried, leaf_of
+from peftc.capture.gradients.functions import derivatives_tried
+from peftc.capture.trials import NotToBeToldError, Recipe, Trials, leaf_of
 from peftc.diagnostics import debug
 from peftc.graph.ir import module_path, tensors
 from peftc.graph.normalise import training_node
@@ -123,10 +124,14 @@ class Islands:
     def _listening(self, answer: Callable[..., sympy.Basic]) -> Callable[..., sympy.Basic]:
         """Shape environments answer as before; the first time that a symbol becomes a number it is noted where."""
 
+        known: set[Any] = set()
+
         def evaluate_expr(env: ShapeEnv, asked: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
             said = answer(env, asked, *args, **kwargs)
-            if not self.fixing[0] and asked.free_symbols and _fixes(asked, said):
-                self.fixing = self._running(_frames(sys._getframe(1)))
+            if not self.fixing[0] and (env, asked) not in known:
+                known.add((env, asked))
+                if asked.free_symbols and _fixes(asked, said):
+                    self.fixing = self._running(_frames(sys._getframe(1)))
             return said
 
         return evaluate_expr
@@ -192,12 +197,16 @@ def skeleton_of(model: nn.Module, path: str) -> nn.Module:
     """A copy of the module at `path` without any weight of the model, or gradient of what it remembers of a forward."""
     known: dict[int, Any] = {id(tensor): _without_numbers(tensor) for tensor in tensors(model).values()}
     module = model.get_submodule(path)
-    held = (value for part in module.modules() for value in vars(part).values())
-    known |= {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and value.requires_grad}
-    skeleton = copy.deepcopy(module, known)
+    skeleton = copy.deepcopy(module, known | remembered(module))
     for hooks in (skeleton._forward_hooks, skeleton._forward_pre_hooks):
         hooks.clear()  # those of the module itself are in the graph
     return skeleton
+
+
+def remembered(module: nn.Module) -> dict[int, Any]:
+    """What modules keep of a forward with its gradient, such as a state, for `copy.deepcopy`: without."""
+    held = (value for part in module.modules() for value in vars(part).values())
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and value.requires_grad}
 
 
 def names_of(skeleton: nn.Module) -> tuple[str, ...]:

@@ -8,13 +8,11 @@ it was given as it was, and compute the same when it is called again.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations, combinations_with_replacement, zip_longest
+from itertools import combinations, combinations_with_replacement
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy
 import sympy
@@ -27,7 +25,6 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.untouched import untouched
 from peftc.graph.ir import expression
-from peftc.graph.rows import hint
 from peftc.kernels.island import Call, Layout, called
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -83,7 +80,7 @@ class Trials:
         problem: NotToBeToldError | None = None
         for fill in (1, 0):
             try:
-                with _alone(), untouched(self.skeleton):
+                with alone(), untouched(self.skeleton):
                     return self._call(fill)
             except NotToBeToldError as error:
                 problem = problem or error
@@ -149,10 +146,10 @@ class Trials:
 
     def _run(self, values: Values, fill: int, *, training: bool = True, scale: float = 1.0, seed: int = 0) -> _Run:
         """One run; `scale`: of the numbers that its weights are."""
-        _seeded(seed)
+        seeded(seed)
         device = next((one.device for one in self.own.values() if _has_numbers(one)), torch.device("cpu"))
         own = {name: _standing_for(one, scale) for name, one in self.own.items()}
-        given = [_numbers(one, [_at(size, values) for size in one.shape], fill, device) for one in self.given]
+        given = [numbers_like(one, [_at(size, values) for size in one.shape], fill, device) for one in self.given]
         numbers = [_at(number, values) for number in self.numbers]
         watched = [*given, *own.values()]
         versions = [tensor._version for tensor in watched]
@@ -248,7 +245,7 @@ def _made_by(recipe: Recipe, known: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Nothing of what runs here is for the trace, and no random number is drawn of the caller's."""
     ours, theirs = random.getstate(), numpy.random.get_state()
     with ExitStack() as stack:
@@ -264,7 +261,7 @@ def _alone() -> Iterator[None]:
             numpy.random.set_state(theirs)
 
 
-def _seeded(seed: int) -> None:
+def seeded(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
@@ -292,70 +289,7 @@ def _standing_for(tensor: Tensor, scale: float) -> Tensor:
     return like.expand([int(size) for size in tensor.shape])
 
 
-def _numbers(like: Tensor, sizes: list[int], fill: int, device: torch.device) -> Tensor:
+def numbers_like(like: Tensor, sizes: list[int], fill: int, device: torch.device) -> Tensor:
     if like.is_floating_point():
         return torch.rand(sizes, dtype=torch.float32, device=device).to(like.dtype)
     return torch.full(sizes, fill, dtype=like.dtype, device=device)
-
-
-class OwnDerivativeError(Exception):
-    """A function whose derivative is another than that of what it computes, which alone is in a trace."""
-
-
-@contextmanager
-def derivatives_tried() -> Iterator[None]:
-    """While it is open, a trace that comes to a `torch.autograd.Function` with a derivative of its own ends there.
-
-    A graph has what such a function computes, and the derivative of that; where a trial finds both equal, it goes on.
-
-    Raises:
-        OwnDerivativeError: from inside what is traced.
-    """
-    before = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: Any, *args: Any) -> Any:
-        ours = cls.__module__.partition(".")[0] in ("torch", "peftc")
-        if not ours and any(isinstance(one, FakeTensor) for one in args) and not _is_its_derivative(cls, args):
-            raise OwnDerivativeError(f"{cls.__name__} has a derivative of its own")
-        return before.__get__(None, cls)(*args)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = before  # type: ignore[method-assign]
-
-
-def _is_its_derivative(cls: Any, args: Sequence[Any]) -> bool:
-    """Whether what a function says of its gradients is what autograd makes of its forward, on some numbers."""
-    try:
-        with _alone():
-            _seeded(0)
-            given = [_number_like(one) for one in args]
-            learning = [one for one in given if isinstance(one, Tensor) and one.is_floating_point()]
-            said, found = (_gradients(run, given, learning) for run in (cls.apply, _forward_of(cls)))
-    except Exception:  # it may do anything, and goes by what it is not given here
-        return False
-    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(said, found, strict=True))
-
-
-def _number_like(one: Any) -> Any:
-    if isinstance(one, Tensor):
-        return _numbers(one, [hint(size) for size in one.shape], 1, torch.device("cpu"))
-    return hint(one)
-
-
-def _forward_of(cls: Any) -> Callable[..., Any]:
-    separate = cls.setup_context is not torch.autograd.Function.setup_context
-    return cls.forward if separate else partial(cls.forward, MagicMock())
-
-
-def _gradients(run: Callable[..., Any], given: Sequence[Any], learning: Sequence[Tensor]) -> list[Tensor]:
-    """Of a sum of what `run` returns, each number with a weight of its own, with respect to `learning`."""
-    with torch.enable_grad():
-        leaves = {id(one): one.detach().clone().requires_grad_() for one in learning}
-        made = run(*(leaves.get(id(one), one) for one in given))
-        floats = [one for one in pytree.tree_leaves(made) if isinstance(one, Tensor) and one.requires_grad]
-        weights = [torch.linspace(0.5, 1.5, one.numel()).reshape(one.shape).to(one.dtype) for one in floats]
-        found = torch.autograd.grad(floats, [*leaves.values()], weights, allow_unused=True) if floats else ()
-    return [torch.zeros_like(one) if own is None else own for one, own in zip_longest(learning, found)]

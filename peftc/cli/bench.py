@@ -6,14 +6,16 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from peftc.bench.errors import NoDevice
-from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.command import Argument, Command
 from peftc.cli.common.inputs import (
     CALIBRATION,
     DTYPE,
     JSON,
+    LABELS,
     MODEL,
     RANDOM_WEIGHTS,
     SPEC,
+    TASK,
     TRUST,
     amount,
     calibration_batches,
@@ -23,6 +25,7 @@ from peftc.cli.common.inputs import (
 )
 from peftc.cli.common.output import print_json, progress
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.lazy import Lazy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from peftc.bench.counting import table as count_table
     from peftc.diagnostics.timings import Timings
     from peftc.driver import loading
-    from peftc.show import tables
+    from peftc.show import screen
     from peftc.spec.resolve import Intentions
 else:
     api, loading = Lazy("peftc.api"), Lazy("peftc.driver.loading")
@@ -42,7 +45,7 @@ else:
     count_table = Lazy("peftc.bench.counting.table")
     generation = Lazy("peftc.bench.generation")
     table = Lazy("peftc.bench.table")
-    tables = Lazy("peftc.show.tables")
+    screen = Lazy("peftc.show.screen")
 
 
 def run(given: Namespace) -> int:
@@ -71,7 +74,7 @@ def run(given: Namespace) -> int:
     if given.json:
         print_json(found.to_json())
     else:
-        tables.print_all(table.bench_table(found))
+        screen.print_all(table.bench_table(found))
     return 0 if found.agrees else 1
 
 
@@ -88,7 +91,7 @@ def _counted(spec: Intentions, given: Namespace, timings: Timings) -> int:
     if given.json:
         print_json(found.to_json() | {"time": timings.seconds})
     else:
-        tables.print_all(count_table.count_table(found, verbose=given.verbose))
+        screen.print_all(count_table.count_table(found, verbose=given.verbose))
     return 0
 
 
@@ -96,7 +99,7 @@ def _generated(found: generation.GenerationBench, given: Namespace) -> int:
     if given.json:
         print_json(found.to_json())
     else:
-        tables.print_all(generation.generation_table(found))
+        screen.print_all(generation.generation_table(found))
     return 0 if found.agrees else 1
 
 
@@ -108,7 +111,7 @@ def _move(model: nn.Module, device: str) -> None:
         raise PeftcError(NoDevice(name=device, reason=str(error).splitlines()[0])) from error
 
 
-BENCH = Command(
+COMMAND = Command(
     "bench",
     run,
     (
@@ -129,6 +132,8 @@ BENCH = Command(
         Argument("--torch-compile", action="store_true", help="each also under torch.compile(fullgraph=True)"),
         CALIBRATION,
         RANDOM_WEIGHTS,
+        TASK,
+        LABELS,
         DTYPE,
         TRUST,
     ),

@@ -24,4 +24,4 @@ def run(given: Namespace) -> int:
     return 1 if problems else 0
 
 
-CHECK = Command("check", run, (SPEC, JSON))
+COMMAND = Command("check", run, (SPEC, JSON))

@@ -6,26 +6,29 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.command import Argument, Command
 from peftc.cli.common.inputs import (
     CALIBRATION,
     DTYPE,
     JSON,
+    LABELS,
     MODEL,
     RANDOM_WEIGHTS,
     SPEC,
+    TASK,
     TRUST,
     calibration_batches,
     checked_spec,
     model_to_compile,
 )
 from peftc.cli.common.output import print_json, progress
+from peftc.diagnostics.lazy import Lazy
 from peftc.diagnostics.render import visible
 
 if TYPE_CHECKING:
-    from peftc.show import tables
+    from peftc.show import screen, tables
 else:
-    tables = Lazy("peftc.show.tables")
+    screen, tables = Lazy("peftc.show.screen"), Lazy("peftc.show.tables")
 
 
 def run(given: Namespace) -> None:
@@ -42,18 +45,19 @@ def run(given: Namespace) -> None:
             with timings.stage("save"):
                 compiled.save(given.output)
     if given.json:
-        fusions = [fired.to_json() for fired in compiled.face().fired]
-        told = {"fusions": fusions, "seconds": timings.seconds, "artifact": given.output, "notes": compiled.notes()}
-        print_json(compiled.plan.to_json() | told)
+        told = [fired.to_json() for fired in compiled.face().fired]
+        rest = {"fusions": told, "seconds": timings.seconds, "artifact": given.output, "notes": compiled.notes()}
+        print_json(compiled.plan.to_json() | rest)
         return
-    tables.print_all(tables.plan_table(compiled.plan), tables.fusions_table(compiled.face().fired), *compiled.notes())
+    fusions = tables.fusions_table(compiled.face().fired, every=given.verbose)
+    screen.print_all(tables.plan_table(compiled.plan), *([fusions] if fusions else []), *compiled.notes())
     if given.timings:
-        tables.print_all(tables.timings_table(timings.seconds))
+        screen.print_all(tables.timings_table(timings.seconds))
     if given.output:
         print(f"written to {visible(given.output)}")
 
 
-COMPILE = Command(
+COMMAND = Command(
     "compile",
     run,
     (
@@ -63,7 +67,10 @@ COMPILE = Command(
         Argument("-o", "--output", metavar="DIR", help="write the artifact here"),
         CALIBRATION,
         Argument("--timings", action="store_true", help="print seconds by stage, and what capture alone takes"),
+        Argument("--verbose", action="store_true", help="print the fusions, too, that there is nothing for"),
         RANDOM_WEIGHTS,
+        TASK,
+        LABELS,
         DTYPE,
         TRUST,
     ),

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from peftc.cli.common.command import Argument, Command, Lazy
+from peftc.cli.common.command import Argument, Command
 from peftc.cli.common.inputs import JSON
 from peftc.cli.common.output import print_json
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.spec.errors import UnknownMethod
+from peftc.diagnostics.lazy import Lazy
 
 if TYPE_CHECKING:
-    from peftc.protocol import method, storage
-    from peftc.show import tables
+    from peftc.language import words
+    from peftc.protocol import params
+    from peftc.show import registry, screen
+    from peftc.spec import calls, errors
 else:
-    method = Lazy("peftc.protocol.method")
-    storage = Lazy("peftc.protocol.storage")
-    tables = Lazy("peftc.show.tables")
+    words = Lazy("peftc.language.words")
+    params, calls, errors = Lazy("peftc.protocol.params"), Lazy("peftc.spec.calls"), Lazy("peftc.spec.errors")
+    registry, screen = Lazy("peftc.show.registry"), Lazy("peftc.show.screen")
 
 
 def run(given: Namespace) -> None:
     """The registry of methods and storages, or one of it."""
-    methods, storages = method.methods(), storage.storages()
-    if given.name and given.name not in methods and given.name not in storages:
-        raise PeftcError(UnknownMethod(name=given.name, known=tuple(methods)))
-    if given.json:
-        everything = [*tables.described_methods(), *tables.described_storages()]
-        print_json([item for item in everything if given.name in (None, item["name"])])
-    elif given.name in methods:
-        tables.print_all(tables.method_page(methods[given.name]))
-    elif given.name:
-        tables.print_all(tables.storage_page(storages[given.name]))
+    if given.name is not None:
+        _one(given.name, as_json=given.json)
+    elif given.json:
+        print_json(registry.described())
     else:
-        tables.print_all(tables.methods_table(), tables.storages_table())
+        methods = registry.methods_table(papers=screen.standard().width >= 100)
+        screen.print_all(methods, registry.storages_table(), registry.parameterisations_table())
 
 
-METHODS = Command(
+def _one(asked: str, *, as_json: bool) -> None:
+    """What is called so here, or what is meant by a name that others have for it."""
+    brought = words.meant(asked)
+    named = [asked, *re.findall(r"\w+", brought.here)] if brought else [asked]
+    names = [name for kind in calls.KINDS for name in params.registered(kind)]
+    found = next((name for name in named if name in names), None)
+    if found is None and brought is None:
+        raise PeftcError(errors.UnknownMethod(name=asked, known=tuple(names)))
+    if as_json:
+        print_json([item for item in registry.described() if item["name"] == found])
+        return
+    if brought and found != asked:
+        screen.print_all(f"{asked} is written: {brought.here}" + (f" ({brought.why})" if brought.why else ""))
+    if found:
+        screen.print_all(registry.page(found))
+
+
+COMMAND = Command(
     "methods",
     run,
-    (JSON, Argument("name", nargs="?", metavar="NAME", help="one method or storage, with its parameters")),
+    (
+        JSON,
+        Argument(
+            "name",
+            nargs="?",
+            metavar="NAME",
+            help="one of them, also by what others call it",
+        ),
+    ),
 )

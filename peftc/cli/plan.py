@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peftc
-from peftc.cli.common.command import Argument, Command, Lazy
-from peftc.cli.common.inputs import DTYPE, JSON, MODEL, SPEC, TRUST, positive
+from peftc.cli.common.command import Argument, Command
+from peftc.cli.common.inputs import DTYPE, JSON, LABELS, MODEL, SPEC, TASK, TRUST, checked_spec, model_named, positive
 from peftc.cli.common.output import print_json, progress
+from peftc.diagnostics.lazy import Lazy
 from peftc.planning.memory import STATE_BYTES
 
 if TYPE_CHECKING:
-    from peftc.show import tables
+    from peftc.show import screen, tables
 else:
-    tables = Lazy("peftc.show.tables")
+    screen, tables = Lazy("peftc.show.screen"), Lazy("peftc.show.tables")
 
 
 def run(given: Namespace) -> None:
     """What each statement matches, and what a step needs, from shapes alone."""
     with progress(given) as timings:
-        plan = peftc.plan(
-            given.model, Path(given.spec),
-            dtype=given.dtype, trust_remote_code=given.trust_remote_code, timings=timings,
-        )  # fmt: skip
+        spec = checked_spec(given, timings)
+        model = model_named(given)
+        plan = peftc.plan(model, spec, dtype=given.dtype, timings=timings)
     memory = plan.memory(given.batch, given.seq, given.optimizer)
     if given.json:
         print_json(plan.to_json() | {"memory": memory.to_json(), "seconds": timings.seconds})
         return
-    tables.print_all(tables.plan_table(plan), tables.memory_table(memory, given.batch, given.seq, given.optimizer))
+    screen.print_all(tables.plan_table(plan), tables.memory_table(memory, given.batch, given.seq, given.optimizer))
 
 
-PLAN = Command(
+COMMAND = Command(
     "plan",
     run,
     (
@@ -42,6 +41,8 @@ PLAN = Command(
         Argument("--batch", type=positive, default=1, help="examples in a step, for the memory table"),
         Argument("--seq", type=positive, default=512, help="tokens in an example, for the memory table"),
         Argument("--optimizer", choices=tuple(STATE_BYTES), default="adamw", help="for the memory table"),
+        TASK,
+        LABELS,
         DTYPE,
         TRUST,
     ),

@@ -1,8 +1,8 @@
 """What a diagnostic is: a mistake that a user can make, one small class each, in the `errors.py` of who finds it.
 
 A class holds the facts of one mistake as fields and derives its words from them. `code` is stable, for
-tools and for the golden files; the words may improve. Declaring a subclass of `Diagnostic` makes it a frozen,
-keyword-only dataclass.
+tools and for the golden files; the words may improve. A subclass of `Diagnostic` is a frozen, keyword-only dataclass;
+it is made one when there is the first of it, as of hundreds few are ever told, and making one takes a millisecond.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from peftc.diagnostics.render import render
 from peftc.diagnostics.source import Label, Span
@@ -24,8 +24,11 @@ class Diagnostic:
     code: ClassVar[str]
     span: Span | None = None
 
-    def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, kw_only=True)(cls)
+    def __new__(cls, **_facts: Any) -> Self:
+        for each in reversed(cls.__mro__):  # those that it is derived from first
+            if issubclass(each, Diagnostic) and "__dataclass_params__" not in vars(each):
+                dataclass(frozen=True, kw_only=True)(each)
+        return super().__new__(cls)
 
     @property
     def title(self) -> str:
@@ -104,7 +107,8 @@ def in_file_order(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
 def suggest(word: str, candidates: Iterable[str]) -> str | None:
     """`did you mean 'rank'?` for the candidate nearest to a misspelt word, or None when none is near."""
     folded = {candidate.casefold(): candidate for candidate in candidates}
-    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    near = difflib.get_close_matches(word.casefold(), folded, n=3)
+    near.sort(key=lambda one: sorted(one) != sorted(word.casefold()))  # letters that changed places come first
     return f"did you mean '{folded[near[0]]}'?" if near else None
 
 

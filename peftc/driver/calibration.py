@@ -23,6 +23,7 @@ from peftc.driver.compiled import CompiledModule
 from peftc.driver.errors import BadCalibration
 from peftc.graph.ir import get_attribute, value
 from peftc.planning.plan import Binding, Plan
+from peftc.planning.planner import shared_names
 from peftc.protocol.method import Data
 from peftc.protocol.site import Linear
 from peftc.rewrite.weights import dense_weight
@@ -90,9 +91,19 @@ def probing(plan: Plan) -> Plan:
     kept = [binding for binding in plan.bindings if binding.method.data is Data.STATE_GRADIENTS]
     standing = {one.statement: [b.site for b in kept if b.statement == one.statement] for one in kept}
     probes = {one.statement: one.method.probe() for one in kept}
-    shared = {number: probes[number].shared(sites) for number, sites in standing.items()}
-    bindings = tuple(replace(b, method=probes[b.statement], shared=shared[b.statement]) for b in kept)
+    shared: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, sites in standing.items():
+        shares = probes[number].shares(sites)
+        names = shared_names(next(_home(one) for one in kept if one.statement == number), shares)
+        for site, own, full in zip(sites, shares, names, strict=True):
+            shared[number, site.name] = {"shared": own, "shared_names": full}
+    bindings = tuple(replace(b, method=probes[b.statement], **shared[b.statement, b.site.name]) for b in kept)
     return replace(plan, bindings=bindings, trained={})
+
+
+def _home(binding: Binding) -> str:
+    """The module in which what a method shares lies; "" where it shares nothing, as its probe does not either."""
+    return next((full[: full.rindex(f".{name}")] for name, full in binding.shared_names.items()), "")
 
 
 def probed(compiled: CompiledModule, batches: Batches) -> list[dict[str, tuple[Tensor, Tensor]]]:

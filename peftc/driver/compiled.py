@@ -16,6 +16,7 @@ from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
 from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
+from peftc.show.notebook import Report, image_html, report_html
 from peftc.show.tables import report
 
 BATCH_NORMS = "batch norms: these use their running statistics in training, too, and leave them as they are"
@@ -33,9 +34,17 @@ class CompiledModule(Runtime):
     without ever holding all of them; `eval()` returns both. Set `logits_in_training` to have them in training, too.
     """
 
-    def report(self) -> str:
-        """What `peftc compile` prints: statement, sites, parameters, share; how often each fusion fired; notes."""
-        return "\n".join((report(self.plan, self.face().fired), *self.notes()))
+    def report(self) -> Report:
+        """What `peftc compile` prints: statement, sites, parameters, share; how often each fusion fired; notes.
+
+        A text, which a notebook shows as tables.
+        """
+        fired, notes = self.face().fired, self.notes()
+        return Report("\n".join((report(self.plan, fired), *notes)), report_html(self.plan, fired, notes))
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the report, and the first block that the spec touches as an image."""
+        return self.report().html + image_html(self.face())
 
     def notes(self) -> tuple[str, ...]:
         """What is to be known of this model beyond its tables."""

@@ -85,3 +85,19 @@ class CannotCalibrate(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return ("compile it with calibration=, save it, and add the folder",)
+
+
+class NothingToExplain(Diagnostic):
+    code = "nothing-to-explain"
+    asked: str
+    has: str
+    place: str | None = None  # that is called as the line that was asked for
+
+    @property
+    def title(self) -> str:
+        return f"there is nothing at {self.asked}: {self.has}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        named = f"there is a place called {self.place}: ask for it with --place" if self.place else None
+        return (*([named] if named else []), "`peftc sites MODEL --all` lists the places of a model by name")

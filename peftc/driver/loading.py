@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftc.capture.capture import over
 from peftc.capture.checkpoints.checkpoint import Checkpoint
 from peftc.capture.checkpoints.differences import Differences
 from peftc.capture.checkpoints.errors import UntrainedHead
-from peftc.capture.checkpoints.references import Reference, opened, parse_reference, read_model, readable
+from peftc.capture.checkpoints.references import Loaded, Reference, opened, parse_reference, read_model, readable
 from peftc.capture.checkpoints.streaming import OpenCheckpoint
 from peftc.capture.inputs import Example, example_inputs
 from peftc.diagnostics import debug
@@ -27,8 +28,11 @@ from peftc.driver import pipeline
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.planned import misfit, plan_model
 from peftc.files import artifact
+from peftc.files.adapters import kohya
 from peftc.files.errors import BadArtifact
 from peftc.files.hf_peft import folder as peft_folder
+from peftc.files.hf_peft.kinds import base_named, head_of
+from peftc.files.hf_peft.saved import tokens_of
 from peftc.graph.ir import get_attribute
 from peftc.graph.surroundings import ordinary_tensors
 from peftc.planning.plan import Plan
@@ -39,7 +43,7 @@ MakeExample = Callable[[nn.Module, Any], Example]
 
 
 def load_and_plan(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Reference,
     intentions: Intentions,
     make_example: MakeExample,
     timings: Timings,
@@ -64,8 +68,8 @@ def load_and_plan(
     """
     if isinstance(model, nn.Module):
         return plan_model(model, intentions, make_example(model, None), timings)
-    reference = parse_reference(str(model), trust_remote_code=trust_remote_code)
-    if intentions.packings:
+    reference = parse_reference(model, trust_remote_code=trust_remote_code)
+    if intentions.packings or any(fit.storages for fit in intentions.fits):
         checkpoint = None if whole else opened(reference, dtype=dtype)
         if checkpoint is not None:
             return _leaving_what_is_packed(reference, checkpoint, intentions, make_example, timings)
@@ -129,15 +133,23 @@ def load(
             base model's weights are not those the artifact was made on.
     """
     found = artifact.read(Path(folder))
+    base: nn.Module | Reference
+    if isinstance(model, nn.Module):
+        base = model
+    else:
+        named = found.base if model is None else model
+        base = found.reference(parse_reference(named, trust_remote_code=trust_remote_code))
     plan = load_and_plan(
-        found.base if model is None else model,
+        base,
         resolve(found.spec),
-        lambda base, _given: found.example(base),
+        lambda module, _given: found.example(module),
         Timings(),
         dtype=found.dtype,
         trust_remote_code=trust_remote_code,
     )
-    compiled = _built(found.folder, plan, found.state)
+    if not isinstance(model, nn.Module):
+        found.name_classes(plan.captured.model)
+    compiled = built(found.folder, plan, found.state)
     for name, tensor in found.state.items():
         if (own := get_attribute(compiled, name).dtype) != tensor.dtype:
             reason = f"its {name} is {tensor.dtype}, where the compiled model has {own}"
@@ -148,18 +160,75 @@ def load(
 
 
 @ordinary_tensors()
-def load_peft(model: nn.Module, folder: str | Path) -> CompiledModule:
-    """`model` compiled with an adapter that HF PEFT saved at `folder`.
+def load_peft(
+    model: nn.Module | str | Path | Reference | None,
+    folder: str | Path | None = None,
+    *,
+    example: Any = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> CompiledModule:
+    """A model compiled with an adapter that HF PEFT saved.
+
+    Args:
+        model: the base model, or a reference to it. Left out, as in `load_peft(folder)`, or None, it is the base that
+            the folder names, with the head that its task has.
+        folder: where the adapter is; or one .safetensors file of kohya's scripts or of LyCORIS.
+        example: as for `peftc.compile`.
+        dtype: float32, float16, bfloat16 or float64 for a reference; its checkpoint's own by default.
+        trust_remote_code: Python code that the base model's folder or hub id comes with may run.
 
     Raises:
-        PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
+        PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have, or
+            names no base model; what `peftc.compile` says of a reference.
     """
-    adapter = peft_folder.read(model, Path(folder))
-    plan = plan_model(model, resolve(adapter.spec), example_inputs(model), Timings())
-    return _built(Path(folder), plan, adapter.state(plan))
+    if folder is None:
+        if not isinstance(model, str | Path):
+            raise TypeError("load_peft() needs the folder of an adapter")
+        place = Path(model)
+        model = None
+    else:
+        place = Path(folder)
+    text, found, files = _opened(place, model, dtype, trust_remote_code)
+    adapter = peft_folder.read(found.model, place, files)
+    inputs = example_inputs(found.model, found.example if example is None else example)
+    plan = plan_model(found.model, resolve(adapter.spec), inputs, Timings())
+    return built(place, knowing(text, plan, found.differences), adapter.state(plan))
 
 
-def _built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule:
+def _opened(
+    place: Path, model: nn.Module | str | Path | Reference | None, dtype: str | None, trusted: bool
+) -> tuple[str, Loaded, peft_folder.Files]:
+    """What the base model is called, the model, and what the adapter's folder, or its one file, holds."""
+    if place.is_file():
+        if model is None:
+            reason = "a file does not say where its base model is: pass the model, load_peft(model, file)"
+            raise PeftcError(BadArtifact(folder=str(place), reason=reason))
+        if isinstance(model, nn.Module):
+            found = Loaded(model)
+        else:
+            found = read_model(parse_reference(model, trust_remote_code=trusted), dtype=dtype)
+        return str(place), found, kohya.read(place, found.model)
+    files = peft_folder.read_files(place)
+    if isinstance(model, nn.Module):
+        return "", Loaded(model), files
+    named = base_named(place, files.config) if model is None else model
+    reference = parse_reference(named, trust_remote_code=trusted)
+    return reference.text, _base_of(reference, files, dtype), files
+
+
+def _base_of(reference: Reference, files: peft_folder.Files, dtype: str | None) -> Loaded:
+    """The base model of an adapter's folder, with the head and the tokens that its settings and tensors say it has."""
+    if reference.kind == "folder":
+        reference = replace(reference, **head_of(files.config, files.tensors))
+    found = read_model(reference, dtype=dtype)
+    tokens = tokens_of(found.model, files.tensors)
+    if tokens is not None and isinstance(found.model, PreTrainedModel):
+        found.model.resize_token_embeddings(tokens, mean_resizing=False)
+    return found
+
+
+def built(folder: Path, plan: Plan, state: dict[str, Tensor]) -> CompiledModule:
     """The compiled model with `state`, of which every planned tensor is there in its shape, and no other."""
     if reason := misfit(plan, state):
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"the tensors do not fit the spec: {reason}"))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from peftc.capture.capture import aliases_of, capture, over
+from peftc.capture.capture import capture, over
 from peftc.capture.checkpoints.streaming import weightless
 from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import CAPTURE
-from peftc.graph.ir import copied, get_attribute, keep_unread, set_tensor, tensors, value
+from peftc.graph.ir import aliases_of, copied, get_attribute, keep_unread, set_tensor, tensors, value
 from peftc.graph.surroundings import uncollected
 from peftc.planning.plan import Plan, of_task
 from peftc.planning.planner import make_plan

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from types import UnionType
@@ -21,12 +22,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftc import language as ast
 from peftc.capture.checkpoints.checkpoint import digest
+from peftc.capture.checkpoints.naming import Reference, parse_reference
 from peftc.capture.checkpoints.ondisk import read_tensors
-from peftc.capture.checkpoints.references import parse_reference
+from peftc.capture.checkpoints.untrusted import MOST_LABELS
 from peftc.capture.examples.asking import fake_mode_of
 from peftc.capture.examples.settled import are_sizes
 from peftc.capture.inputs import Example, example_inputs
@@ -47,7 +49,7 @@ TENSORS = "adapter.safetensors"
 LARGEST_MANIFEST = 4 << 20  # bytes; a spec has one at most
 FIELDS: dict[str, type | UnionType] = {
     "spec": str, "model": str, "reference": str | None, "dtype": str, "base": str, "frozen": str | None,
-    "tensors": str, "example": dict,
+    "tensors": str, "example": dict, "labels": int | None,
 }  # fmt: skip
 # Settings of a config that say where a model came from or how it is called, not what it computes.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "problem_type", "id2label",
@@ -96,6 +98,27 @@ class Artifact:
         if name is None or parse_reference(name).kind != "folder":
             raise self._wrong("it does not say where its base model is")
         return name
+
+    def reference(self, named: Reference) -> Reference:
+        """The same with the head that the artifact was made on, which its checkpoint need not have."""
+        labels = self.manifest.get("labels")
+        if labels is not None and not 0 < labels <= MOST_LABELS:
+            raise self._wrong(f"it says that its base has {labels:,} labels")
+        return replace(named, model_class=self.manifest["model"], labels=labels)
+
+    def name_classes(self, base: nn.Module) -> None:
+        """Has a model that was read for this artifact call its classes as the data called them that it learnt from.
+
+        Raises:
+            PeftcError: `bad-artifact`.
+        """
+        names, config = self.manifest.get("classes"), getattr(base, "config", None)
+        if names is None or not isinstance(config, PreTrainedConfig):
+            return
+        if not (isinstance(names, list) and len(names) == config.num_labels and {*map(type, names)} == {str}):
+            raise PeftcError(BadArtifact(folder=str(self.folder), reason=f"{MANIFEST} has no usable classes"))
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: place for place, name in enumerate(names)}
 
     def example(self, base: nn.Module) -> Example:
         """Inputs of the recorded shapes, to capture the same graph with, for a base of the right class.
@@ -200,8 +223,19 @@ def _manifest(compiled: Runtime, tensors: str) -> dict[str, Any]:
         "frozen": fingerprint(base, digests, plan.trained),
         "tensors": tensors,
         "example": _described(plan.captured.example),
+        "labels": getattr(compiled.config, "num_labels", None),
+        "classes": _classes(compiled.config),
     }
     return body | {"checksum": _checksum(body)}
+
+
+def _classes(config: Any) -> list[str] | None:
+    """The names of a model's classes, in order, where they are not those that transformers makes up."""
+    names = getattr(config, "id2label", None) if isinstance(config, PreTrainedConfig) else None
+    if not names or {*names} != {*range(len(names))}:
+        return None
+    told = [str(names[place]) for place in range(len(names))]
+    return None if told == [f"LABEL_{place}" for place in range(len(told))] else told
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -209,14 +243,14 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    def bad(reason: str) -> PeftcError:
-        return PeftcError(BadArtifact(folder=str(folder), reason=reason))
+    def bad(reason: str, hint: str = "") -> PeftcError:
+        return PeftcError(BadArtifact(folder=str(folder), reason=reason, hint=hint))
 
     try:
         manifest = json.loads(read_file(current(folder, MANIFEST), LARGEST_MANIFEST))
         checksum = manifest.pop("checksum")
     except OSError as error:
-        raise bad(f"{MANIFEST} cannot be read: {error.strerror or error}") from None
+        raise bad(f"{MANIFEST} cannot be read: {error.strerror or error}", _instead(folder)) from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise bad(f"{MANIFEST} is cut short or altered") from None
     if checksum != _checksum(manifest):
@@ -226,6 +260,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
         raise bad(f"{MANIFEST} has no usable {wrong[0]}")
     return dict(manifest)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder is that is no artifact, and who reads that; of a name that no file can have nothing."""
+    if os.path.isfile(folder / "artifact" / MANIFEST):
+        return f"a training has its artifact in a folder of its own: {folder / 'artifact'}"
+    if os.path.isfile(folder / "adapter_config.json"):
+        return "an adapter of HF PEFT's, which peftc.load_peft(model, folder) reads"
+    if os.path.isfile(folder / "config.json"):
+        return "a whole model, which transformers reads, and peftc compile SPEC MODEL"
+    return ""
 
 
 def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,10 +9,15 @@ class BadArtifact(Diagnostic):
     code = "bad-artifact"
     folder: str
     reason: str
+    hint: str = ""
 
     @property
     def title(self) -> str:
         return f"'{self.folder}' is not an artifact that can be used: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self.hint,) if self.hint else ()
 
 
 class CannotExport(Diagnostic):
@@ -100,3 +105,19 @@ class NotFinite(Diagnostic):
         return (
             f"what was learned is, but the sum is too large for {self.dtype}: save() keeps it beside the base model",
         )
+
+
+class CannotCombine(Diagnostic):
+    code = "cannot-combine"
+    folder: str
+    reason: str
+    hint: str = ""
+
+    @property
+    def title(self) -> str:
+        place = f"'{self.folder}' cannot be combined: " if self.folder else "these cannot be combined: "
+        return place + self.reason
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self.hint,) if self.hint else ()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftc.capture.checkpoints.bitsandbytes import PackedFile
+from peftc.capture.islands import remembered
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
 from peftc.files.errors import BadOutput, CannotMerge, NotFinite
 from peftc.files.folder import replacing
@@ -38,7 +39,7 @@ def merge(compiled: Runtime) -> nn.Module:
     if problems:
         raise PeftcError(*problems)
     plan = compiled.plan
-    model = copy.deepcopy(compiled.base)
+    model = copy.deepcopy(compiled.base, remembered(compiled.base))
     by_weight: dict[str, list[Binding]] = defaultdict(list)
     for binding in plan.bindings:
         assert isinstance(binding.site, Projection)

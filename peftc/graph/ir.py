@@ -6,7 +6,8 @@ The graph is a flat ATen `torch.fx.Graph` straight from `torch.export`. Every no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
@@ -157,6 +158,27 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
+def aliases_of(values: Mapping[str, torch.Tensor | nn.Module]) -> nn.Module:
+    """A module with frozen parameters over the same memory as `values`, by full name: tied ones stay one object."""
+    root = nn.Module()
+    seen: dict[int, torch.Tensor] = {}
+    for name, there in values.items():
+        if isinstance(there, nn.Module):  # the body of a higher-order operator
+            root.add_module(name, there)
+        else:
+            set_tensor(root, name, alias_of(there, seen))
+    return root
+
+
+def alias_of(tensor: torch.Tensor, seen: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A frozen tensor over the same memory, one for each that there is."""
+    if id(tensor) not in seen:
+        detached = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        seen[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+    return seen[id(tensor)]
+
+
 def keep_unread(root: nn.Module, made: nn.Module) -> None:
     """Gives `made`, a GraphModule on `root`, the tensors of `root` that no node reads and that it therefore left out.
 
@@ -277,10 +299,14 @@ def described(node: fx.Node) -> tuple[Any, ...]:
 def trace(function: Callable[..., torch.Tensor], *fakes: torch.Tensor) -> fx.Graph:
     """Traces plain PyTorch on fake values to an ATen graph whose placeholders are the arguments, in order.
 
+    What the function makes of nothing, such as `arange`, is as fake as they are.
     Nodes that were copied from one template have one fake value, which tracing would take for one argument.
     """
     distinct = [fake if id(fake) not in map(id, fakes[:place]) else fake.detach() for place, fake in enumerate(fakes)]
-    module = make_fx(function, pre_dispatch=True)(*distinct)
+    modes = (fake.fake_mode for fake in distinct if isinstance(fake, FakeTensor))
+    mode: AbstractContextManager[Any] = next(modes, nullcontext())
+    with mode:
+        module = make_fx(function, pre_dispatch=True)(*distinct)
     module.graph.eliminate_dead_code()
     return module.graph
 

@@ -6,6 +6,8 @@ Nothing here changes a number. It makes the graph a third shorter, which every l
 from __future__ import annotations
 
 import operator
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,7 @@ BLANK: dict[Any, Any] = {
     aten.new_empty.default: aten.new_ones.default,
     aten.empty_like.default: aten.ones_like.default,
 }
+EINSUM = re.compile(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)")
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 
 
@@ -48,6 +51,8 @@ def normalise(module: fx.GraphModule) -> None:
                 node.update_arg(TRAINING_FLAG[node.target], training_node(graph))
         elif node.target is aten.scaled_dot_product_attention.default:
             _attention_dropout(graph, node)
+        elif node.target is aten.einsum.default:
+            _as_product(node)
         elif node.target is aten.batch_norm.default and node.args[3] is not None:
             node.update_arg(5, False)
         elif assigned(node):
@@ -208,6 +213,44 @@ def stays_random(graph: fx.Graph) -> fx.Node | None:
         if torch.Tag.nondeterministic_seeded in tags and node.users and not follows:
             return cast(fx.Node, node)
     return None
+
+
+def _as_product(node: fx.Node) -> None:
+    """A sum of products over one index, of two batches of matrices, is their product: `bhid,bhjd->bhij` are scores."""
+    equation, operands = cast(tuple[str, list[fx.Node]], node.args[:2])
+    found = EINSUM.fullmatch(equation.replace(" ", ""))
+    if found is None or any(len({*labels}) < len(labels) for labels in found.groups()):
+        return
+    one, other, out = found.groups()
+    batch = [label for label in out if label in one and label in other]
+    rows, columns = ([label for label in out if label in own and label not in batch] for own in (one, other))
+    inner = [label for label in one if label in other and label not in out]
+    if not len(rows) == len(columns) == len(inner) == 1 or {*one, *other} != {*out, *inner}:
+        return
+    wanted = ([*batch, *rows, *inner], [*batch, *inner, *columns])
+    first, second = (_turned(node, x, has, want) for x, has, want in zip(operands, (one, other), wanted, strict=True))
+    product = _computed_before(node, aten.matmul.default, first, second)
+    node.replace_all_uses_with(_turned(node, product, [*batch, *rows, *columns], out))
+    node.graph.erase_node(node)
+
+
+def _turned(before: fx.Node, node: fx.Node, has: Sequence[str], wanted: Sequence[str]) -> fx.Node:
+    """A view with dimensions in another order."""
+    order = [has.index(label) for label in wanted]
+    if order == sorted(order):
+        return node
+    if order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
+        return _computed_before(before, aten.transpose.int, node, -2, -1)
+    return _computed_before(before, aten.permute.default, node, order)
+
+
+def _computed_before(node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """An operation in the place of `node`, of the same line of the model."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args)
+    made.meta = dict(node.meta)
+    made.meta["val"] = computed(made)
+    return made
 
 
 def _drop_batch_counters(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ Imports go one way: tree <- build, unparse; tokens <- explain <- reader; parse p
 """
 
 from peftc.language.parse import LARGEST_FILE, parse, parse_file
-from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS, WORDS
+from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS, FIT_OPERATORS, WORDS
 from peftc.language.tree import (
     UNITS,
     Apply,
@@ -18,6 +18,7 @@ from peftc.language.tree import (
     Checkpoint,
     Except,
     Filter,
+    Fit,
     Freeze,
     Glob,
     Group,
@@ -48,9 +49,9 @@ from peftc.language.tree import (
 from peftc.language.unparse import unparse
 
 __all__ = [
-    "BUDGET_OPERATORS", "FILTER_OPERATORS", "LARGEST_FILE", "UNITS", "WORDS",
-    "Apply", "Arg", "Bool", "Call", "Checkpoint", "Except", "Filter", "Freeze", "Glob", "Group", "InLayers",
-    "InStack", "Intersect", "Let", "ListValue", "Name", "Node", "Number", "Quantize", "Regex", "Require", "Role",
-    "Selector", "Spec", "Statement", "String", "Task", "Train", "Union", "Use", "Value", "Where",
+    "BUDGET_OPERATORS", "FILTER_OPERATORS", "FIT_OPERATORS", "LARGEST_FILE", "UNITS", "WORDS",
+    "Apply", "Arg", "Bool", "Call", "Checkpoint", "Except", "Filter", "Fit", "Freeze", "Glob", "Group",
+    "InLayers", "InStack", "Intersect", "Let", "ListValue", "Name", "Node", "Number", "Quantize", "Regex", "Require",
+    "Role", "Selector", "Spec", "Statement", "String", "Task", "Train", "Union", "Use", "Value", "Where",
     "parse", "parse_file", "unparse", "within",
 ]  # fmt: skip

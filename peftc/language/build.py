@@ -7,20 +7,20 @@ import re
 import sys
 import unicodedata
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import regex
 from lark import Token, Tree
 
 import peftc.language.errors as mistakes
 import peftc.language.globs as patterns
 import peftc.language.spelling as spelling
 from peftc.diagnostics.diagnostic import Diagnostic
+from peftc.diagnostics.lazy import Lazy
 from peftc.diagnostics.source import Source, Span
 from peftc.language.explain import bad_number, unknown_operator
 from peftc.language.matching import compiled
 from peftc.language.reader import DEEPEST
-from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS
+from peftc.language.tokens import BUDGET_OPERATORS, FILTER_OPERATORS, FIT_OPERATORS
 from peftc.language.tree import (
     UNITS,
     Apply,
@@ -29,6 +29,7 @@ from peftc.language.tree import (
     Call,
     Checkpoint,
     Except,
+    Fit,
     Freeze,
     Glob,
     Group,
@@ -53,6 +54,11 @@ from peftc.language.tree import (
     Value,
     Where,
 )
+
+if TYPE_CHECKING:
+    import regex
+else:
+    regex = Lazy("regex")
 
 
 class Builder:
@@ -90,8 +96,20 @@ class Builder:
             case "require":
                 operator = self._operator(parts[1], BUDGET_OPERATORS)
                 return Require(self.call(parts[0]), operator, self.number(parts[2]), span=span)
+            case "fit":
+                operator = self._operator(parts[2], FIT_OPERATORS)
+                using = tuple(self._tool(tool) for tool in filter(None, parts[5:]))
+                return Fit(self.call(parts[1]), operator, self.number(parts[3]), using, span=span)
             case _:
                 return Use(self.string(parts[0]), span=span)
+
+    def _tool(self, tree: Tree[Token]) -> Call:
+        """What a `fit` may use: a word of the language, or a storage."""
+        (part,) = _parts(tree)
+        if isinstance(part, Tree):
+            return self.call(part)
+        span = self._span(part)
+        return Call(Name(str(part), span=span), span=span)
 
     def _task(self, tree: Tree[Token], span: Span) -> Task:
         name, *body = _parts(tree)

@@ -13,9 +13,10 @@ from lark import Token
 import peftc.language.errors as mistakes
 import peftc.language.spelling as spelling
 import peftc.language.tokens as tokens
+import peftc.language.words as words
 from peftc.diagnostics.diagnostic import Diagnostic, choices, suggest
 from peftc.diagnostics.source import Source, Span
-from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, NEWLINE, VERBS, WORDS
+from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, FIT_OPERATORS, NEWLINE, VERBS, WORDS
 from peftc.language.tree import UNITS
 
 _SELECTOR = {"NAME", "DOTTED", "STRING", "REGEX", "LPAR"}
@@ -81,16 +82,27 @@ class Situation:
     def _operator(self) -> Diagnostic | None:
         if self.token.type not in ("_EQUAL", "BAD_OPERATOR") or "COMPARE" not in self.accepts:
             return None
-        operators = FILTER_OPERATORS if self.taken[-2].type == "WHERE" else BUDGET_OPERATORS
+        operators: tuple[str, ...] = FILTER_OPERATORS
+        if self.taken[-2].type != "WHERE":
+            verb = next(token.type for token in reversed(self.taken) if token.type in VERBS)
+            operators = FIT_OPERATORS if verb == "FIT" else BUDGET_OPERATORS
         return unknown_operator(self.token, operators, self.span)
 
     def _mistake(self) -> Diagnostic | None:
+        if self.token == "-" and self.taken and (brought := words.meant(f"{self.before}-{self.next}")):
+            span = tokens.span(self.source, self.before).to(tokens.span(self.source, self.next))
+            return spelling.BadCharacter(character="-", hint=brought.label, span=span)
         return _lexical_mistake(self.token, self.span)
 
     def _statement(self) -> Diagnostic | None:
+        if self.fresh and self.token == "fit":  # a word of the language where another follows, and a name elsewhere
+            return mistakes.Unexpected(
+                expected=("a quantity",), found=_described(self.next), span=tokens.span(self.source, self.next)
+            )
         if self.fresh:
             verbs = tuple(map(str.lower, VERBS))
-            hint = suggest(self.token, verbs)
+            brought = words.meant(self.token)
+            hint = brought.label if brought else suggest(self.token, verbs)
             return mistakes.UnknownStatement(found=self.found, hint=hint, verbs=verbs, span=self.span)
         if self.token.type in VERBS and NEWLINE in self.accepts:
             return mistakes.SeveralStatements(verb=str(self.token), span=self.span)
@@ -108,6 +120,9 @@ class Situation:
         if self.before.type == "NUMBER" and self.token.type == "NAME" and self.next.type != "_EQUAL":
             if self.token in _OTHER_LANGUAGES:
                 return self._general()
+            if self.token == "using":  # as `fit`
+                expected = ("'checkpoint'", "a storage")
+                return mistakes.Unexpected(expected=expected, found=_described(self.next), span=self.span)
             return unknown_unit(str(self.token), self.span)
         if not self.open or "NUMBER" not in self.accepts:
             return None
@@ -180,6 +195,7 @@ def _expected(accepts: set[str]) -> tuple[str, ...]:
             words.append(kind)
             left -= terminals
     literals = {terminal.name: f"'{terminal.pattern.value}'" for terminal in tokens.grammar().terminals}
+    literals |= {word: f"'{word.lower()}'" for word in WORDS}
     words += sorted(_KINDS.get(terminal, literals[terminal]) for terminal in left - {NEWLINE})
     return (*words, _KINDS[NEWLINE]) if NEWLINE in left else tuple(words)
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import regex
+from peftc.diagnostics.lazy import Lazy
+
+if TYPE_CHECKING:
+    import regex
+else:
+    regex = Lazy("regex")
 
 T = TypeVar("T")
 SECONDS = 1.0  # that all matching for one specification may take

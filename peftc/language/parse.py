@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lark import Tree
 
 import peftc.language.errors as mistakes
+from peftc.diagnostics import reading as files
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
-from peftc.diagnostics.reading import read_file
 from peftc.diagnostics.source import Source, Span
 from peftc.language.build import Builder
 from peftc.language.reader import MOST_WORDS, Reader
@@ -22,21 +22,63 @@ MOST_FILES = 100
 DEEPEST_USE = 16
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a text says as far as it could be read: the good statements, and all that is wrong with the others.
+
+    `lost`: what a name stands for may be in a statement, or a file, that could not be read; None stands for any name.
+    """
+
+    spec: Spec
+    problems: tuple[Diagnostic, ...] = ()
+    lost: frozenset[str | None] = frozenset()
+
+    def whole(self) -> Spec:
+        """The specification. Raises `PeftcError` with every mistake, if there are any."""
+        if self.problems:
+            raise PeftcError(*self.problems)
+        return self.spec
+
+
 def parse(source: Source) -> Spec:
     """The specification in a text; `use` is not followed. Raises `PeftcError` with every mistake found."""
-    spec, problems, _ = _parse(source, MOST_WORDS)
-    if problems:
-        raise PeftcError(*problems)
-    return spec
+    return read(source).whole()
 
 
-def _parse(source: Source, most: int) -> tuple[Spec, list[Diagnostic], int]:
-    """What could be read, the mistakes in the order of the text, and how many of `most` words were taken."""
+def read(source: Source) -> Reading:
+    """The same, with what could be read of a text that has mistakes."""
+    return _parse(source, MOST_WORDS)[0]
+
+
+def _parse(source: Source, most: int) -> tuple[Reading, int]:
+    """What could be read, and how many of `most` words were taken."""
     reader = Reader(source, most)
     builder = Builder(source)
-    statements = tuple(builder.statement(tree) for tree in reader.read().children if isinstance(tree, Tree))
+    statements = []
+    for tree in reader.read().children:
+        before = len(builder.problems)
+        statement = builder.statement(tree) if isinstance(tree, Tree) else None
+        if statement is not None and len(builder.problems) == before:  # else it has a stand-in somewhere
+            statements.append(statement)
     problems = sorted(reader.problems + builder.problems, key=lambda problem: problem.span.start if problem.span else 0)
-    return Spec(statements, source, span=Span(source, 0, len(source.text))), problems, reader.count
+    spec = Spec(tuple(statements), source, span=Span(source, 0, len(source.text)))
+    return Reading(spec, tuple(problems), reader.defined() if problems else frozenset()), reader.count
+
+
+def source_of(path: str | Path) -> Source:
+    """A file's text. Raises `PeftcError` where it cannot be read."""
+    return _readable(str(path), _text(Path(path)))
+
+
+def decoded(name: str, content: bytes) -> Source:
+    """The same of bytes that are no file's."""
+    return _readable(name, _decoded(content))
+
+
+def _readable(name: str, text: str | _Unreadable) -> Source:
+    if isinstance(text, _Unreadable):
+        raise PeftcError(mistakes.UnreadableFile(path=name, reason=text.reason))
+    return Source(name, text)
 
 
 def parse_file(path: str | Path, *, roots: Iterable[str | Path] = ()) -> Spec:
@@ -45,23 +87,34 @@ def parse_file(path: str | Path, *, roots: Iterable[str | Path] = ()) -> Spec:
     A used file is found relative to the file that names it, and must lie, symbolic links resolved, below the
     folder of `path` or one of `roots`. Raises `PeftcError` with every mistake of every file.
     """
-    reader = _Files(tuple(Path(os.path.realpath(folder)) for folder in (Path(path).parent, *roots)))
+    return read_file(path, roots=roots).whole()
+
+
+def read_file(
+    path: str | Path, *, roots: Iterable[str | Path] = (), unsaved: Mapping[Path, str] | None = None
+) -> Reading:
+    """The same, with what could be read of files that have mistakes; `unsaved`: texts in place of files, resolved."""
+    reader = _Files(tuple(Path(os.path.realpath(folder)) for folder in (Path(path).parent, *roots)), unsaved or {})
     spec = reader.read(Path(path), str(path), None)
-    if reader.problems:
-        raise PeftcError(*dict.fromkeys(reader.problems))  # two files may use the same bad one
-    assert spec is not None  # or there were problems
-    return spec
+    problems = tuple(dict.fromkeys(reader.problems))  # two files may use the same bad one
+    return Reading(
+        spec or Spec((), Source(str(path), ""), span=Span(Source(str(path), ""), 0, 0)),
+        problems,
+        frozenset(reader.lost),
+    )
 
 
 class _Files:
     """Reads a file and what it uses, depth first."""
 
-    def __init__(self, folders: tuple[Path, ...]) -> None:
+    def __init__(self, folders: tuple[Path, ...], unsaved: Mapping[Path, str]) -> None:
         self.folders = folders
+        self.unsaved = unsaved
         self.problems: list[Diagnostic] = []
         self.chain: list[Path] = []  # the files being read, resolved
         self.count = 0
         self.words = MOST_WORDS  # that are left
+        self.lost: set[str | None] = set()  # names, see `Reading`
 
     def read(self, path: Path, name: str, asked: Span | None) -> Spec | None:
         self.count += 1
@@ -69,15 +122,17 @@ class _Files:
             limit = MOST_FILES if self.count > MOST_FILES else DEEPEST_USE
             self.problems.append(mistakes.TooManyFiles(limit=limit, span=asked))
             return None
-        text = _text(path)
+        unsaved = self.unsaved.get(Path(os.path.realpath(path))) if self.unsaved else None
+        text = _text(path) if unsaved is None else unsaved
         if isinstance(text, _Unreadable):
             self.problems.append(mistakes.UnreadableFile(path=name, reason=text.reason, span=asked))
             return None
-        spec, problems, words = _parse(Source(name, text), self.words)
+        reading, words = _parse(Source(name, text), self.words)
         self.words = max(self.words - words, 0)
-        self.problems += problems
+        self.problems += reading.problems
+        self.lost |= reading.lost
         self.chain.append(path.resolve())
-        spec = replace(spec, statements=self._follow(spec.statements, Path(name).parent))
+        spec = replace(reading.spec, statements=self._follow(reading.spec.statements, Path(name).parent))
         self.chain.pop()
         return spec
 
@@ -86,7 +141,11 @@ class _Files:
         followed: list[Statement] = []
         for statement in statements:
             if isinstance(statement, Use):
-                statement = replace(statement, spec=self._use(statement.path, folder))
+                used = self._use(statement.path, folder)
+                if used is None:
+                    self.lost.add(None)
+                    continue
+                statement = replace(statement, spec=used)
             elif isinstance(statement, Task):
                 statement = replace(statement, body=self._follow(statement.body, folder))
             followed.append(statement)
@@ -116,13 +175,17 @@ class _Unreadable:
 
 def _text(path: Path) -> str | _Unreadable:
     try:
-        content = read_file(path, LARGEST_FILE)
+        return _decoded(files.read_file(path, LARGEST_FILE))
+    except (OSError, ValueError) as error:
+        return _Unreadable(_reason(error))
+
+
+def _decoded(content: bytes) -> str | _Unreadable:
+    try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return _Unreadable(f"it is not UTF-8 (byte {error.start}, line {line})")
-    except (OSError, ValueError) as error:
-        return _Unreadable(_reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from lark import Token, Tree, UnexpectedToken
 
 import peftc.language.errors as mistakes
@@ -43,8 +45,20 @@ class Reader:
 
     def read(self) -> Tree[Token]:
         """The tree of the good statements; `problems` has the others."""
+        last = len(self.tokens) - 1
+        return self._end(self.tokens[last]) if self._feed_until(last) else Tree("spec", [])
+
+    def following(self) -> frozenset[str]:
+        """The kinds of token that may follow the text, whose last statement need not be whole."""
+        if not self._feed_until(len(self.tokens) - 2):  # but for the line end that it need not have
+            return frozenset()
+        accepts: set[str] = self.parser.accepts()  # type: ignore[no-untyped-call]
+        return frozenset(accepts)
+
+    def _feed_until(self, end: int) -> bool:
+        """Gives the parser the tokens before one; whether there were not too many mistakes."""
         index = 0
-        while self.tokens[index].type != END:
+        while index < end:
             token = self.tokens[index]
             problem = self._bracket_problem(index)
             if problem is None and token.type == NEWLINE and self._in_brackets():
@@ -56,11 +70,23 @@ class Reader:
                 continue
             self.problems.append(problem)
             if len(self.problems) > MOST_MISTAKES:
-                return Tree("spec", [])
+                return False
             if isinstance(problem, mistakes.UnclosedBracket):
                 del self.open[self.start[1] :]  # nothing to skip to
             index = self._recover(index)
-        return self._end(self.tokens[index])
+        return True
+
+    def defined(self) -> frozenset[str | None]:
+        """The names that a `let` or `group` of the text gives, in a good statement or a bad one; None for a `use`."""
+        found: set[str | None] = set()
+        names = False
+        for token, following in itertools.pairwise(self.tokens):
+            names = token.type in ("LET", "GROUP") or (names and token.type in ("NAME", "COMMA"))
+            if names and following.type == "NAME":
+                found.add(str(following))
+            if token.type == "USE":
+                found.add(None)
+        return frozenset(found)
 
     def _feed(self, index: int) -> Diagnostic | None:
         """Give the parser one token, or explain why it does not take it."""

@@ -235,6 +235,16 @@ class Require(Statement):
 
 
 @dataclass(frozen=True)
+class Fit(Statement):
+    """A budget that is met by choosing: `using` has `checkpoint` and storages, none where the statement names none."""
+
+    quantity: Call
+    op: str
+    value: Number
+    using: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
 class Use(Statement):
     """`spec` is what the file says, once it has been read; comparisons leave it out."""
 

@@ -12,6 +12,7 @@ from peftc.language.tree import (
     Call,
     Checkpoint,
     Except,
+    Fit,
     Freeze,
     Glob,
     Group,
@@ -77,6 +78,9 @@ def _statement_text(statement: Statement) -> str:
             return f"group {', '.join(name.text for name in names)} = {_method_text(call)}"
         case Require(quantity, op, number):
             return f"require {_method_text(quantity)} {op} {unparse(number)}"
+        case Fit(quantity, op, number, using):
+            tools = f" using {', '.join(map(_method_text, using))}" if using else ""
+            return f"fit {_method_text(quantity)} {op} {unparse(number)}{tools}"
         case Use(path):
             return f"use {unparse(path)}"
     raise TypeError(f"no statement: {statement!r}")

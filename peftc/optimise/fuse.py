@@ -23,17 +23,27 @@ __all__ = ["Editor", "Fired", "Fusion", "Match", "Miss", "NearMiss", "fuse", "fu
 
 @dataclass(frozen=True)
 class Fired:
-    """How often a rule fired, how many places that rewrote, and, where it never did, how near it came."""
+    """How often a rule fired, how many places that rewrote, and, where it never did, how near it came.
+
+    `telling`: the graph has what the rule is for, so that a near miss is worth a look.
+    """
 
     rule: str
     count: int
     places: int
     nearest: NearMiss | None
+    telling: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         miss = None if self.nearest is None else asdict(self.nearest)
-        return {"rule": self.rule, "fired": self.count, "places": self.places, "nearest_miss": miss}
+        return {
+            "rule": self.rule,
+            "fired": self.count,
+            "places": self.places,
+            "nearest_miss": miss,
+            "telling": self.telling,
+        }
 
     @property
     def missed(self) -> str:
@@ -77,8 +87,16 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
             raise TypeError(f"{type(rule).__name__}.rewrite gives {len(written)} nodes for {len(matches)} places")
         for match, new in zip(matches, written, strict=True):
             editor.replace(match, new)
-    nearest = None if groups or not misses else _in_words(max(misses, key=lambda miss: (miss.refused, miss.depth)))
-    return Fired(rule.name, len(groups), sum(map(len, groups.values())), nearest)
+    if groups or not misses:
+        return Fired(rule.name, len(groups), sum(map(len, groups.values())), None)
+    best = max(misses, key=lambda miss: (miss.refused, miss.depth))
+    return Fired(rule.name, 0, 0, _in_words(best), telling=best.refused or _has(editor.graph, rule.sought))
+
+
+def _has(graph: fx.Graph, words: Sequence[str]) -> bool:
+    """Whether one of `words` is in the name of a tensor or an operation of the graph."""
+    names = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_function")}
+    return any(word in name for word in words for name in names)
 
 
 def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:

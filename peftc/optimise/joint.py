@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -85,13 +86,13 @@ class Joint:
     """Both passes in one graph: the placeholders are the block's inputs and, behind them, the tangents.
 
     There is a tangent for each output that `differentiable` names, and a gradient for each input that needs one; it is
-    None where the outputs do not depend on the input.
+    None where the outputs do not depend on the input. An output may be a number.
     """
 
     graph: fx.Graph
     inputs: list[fx.Node]
     tangents: list[fx.Node]
-    outputs: list[fx.Node]
+    outputs: list[fx.Node | int]
     gradients: list[fx.Node | None]
     differentiable: tuple[int, ...]
 
@@ -207,7 +208,10 @@ def joint(
             stack.enter_context(torch.autocast(*autocast, cache_enabled=False))
         ends = [_fresh(graph.outputs[place].meta["val"], device) for place in tensors]
         tangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
-        traced = make_fx(both)([_fresh(item, device) for item in inputs], tangents).graph
+        given = [_fresh(item, device) for item in inputs], tangents
+        traced = make_fx(both)(*given).graph
+        if any(map(is_mutable, traced.nodes)):  # some derivatives write in place, and what is kept is chosen by values
+            traced = make_fx(functionalize(fx.GraphModule(nn.Module(), traced)))(*given).graph
     reached = [tensors.index(place) for place in differentiable]
     return _as_joint(shorten(traced), len(inputs), len(graph.outputs), tuple(differentiable), reached)
 

@@ -17,6 +17,7 @@ from peftc.graph.ir import is_tensor, memory
 from peftc.optimise.joint import Joint
 
 aten = torch.ops.aten
+CHECKS = (aten._assert_scalar.default, aten._assert_async.msg)  # nothing reads what they return
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ def split(joint: Joint, free: Iterable[fx.Node], *, recompute_all: bool = False)
         lambda node: node.op != "placeholder" and may_repeat(node) and (recompute_all or not is_dear(node)),
     )
     kept = sorted(chosen, key=order.__getitem__)
-    return Passes(_forward(joint, kept), _backward(joint, kept, behind), tuple(kept))
+    checks = [node for node in joint.graph.nodes if node.target in CHECKS and node not in behind]
+    return Passes(_forward(joint, kept, checks), _backward(joint, kept, behind), tuple(kept))
 
 
 def _behind(joint: Joint) -> set[fx.Node]:
@@ -64,19 +66,19 @@ def _behind(joint: Joint) -> set[fx.Node]:
 
 
 def _needed(joint: Joint, behind: set[fx.Node]) -> set[fx.Node]:
-    """What the backward pass reads of the forward pass."""
-    readers = [operand for node in behind for operand in node.all_input_nodes]
+    """What the backward pass reads of the forward pass, on the way to a gradient that is wanted."""
     results = [node for node in joint.gradients if node is not None]
+    readers = [operand for node in _ancestors(joint, results) if node in behind for operand in node.all_input_nodes]
     return {node for node in (*readers, *results) if node not in behind}
 
 
-def _forward(joint: Joint, kept: list[fx.Node]) -> fx.Graph:
+def _forward(joint: Joint, kept: list[fx.Node], checks: list[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {node: _placed(graph, node) for node in joint.inputs}
-    results = [*joint.outputs, *kept]
-    for node in _ancestors(joint, results):
+    results: list[fx.Node | int] = [*joint.outputs, *kept]
+    for node in _ancestors(joint, [*results, *checks]):
         env[node] = _copied(graph, node, env)
-    graph.output(tuple(env[node] for node in results))
+    graph.output(tuple(env[node] if isinstance(node, fx.Node) else node for node in results))
     return graph
 
 
@@ -107,7 +109,7 @@ def _backward(joint: Joint, kept: list[fx.Node], behind: set[fx.Node]) -> fx.Gra
     return graph
 
 
-def _ancestors(joint: Joint, results: Iterable[fx.Node]) -> Iterator[fx.Node]:
+def _ancestors(joint: Joint, results: Iterable[fx.Node | int]) -> Iterator[fx.Node]:
     """The calls that `results` come from, themselves included, in the graph's order."""
     reached = set(results)
     for node in reversed(joint.graph.nodes):

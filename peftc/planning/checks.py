@@ -24,7 +24,8 @@ from peftc.planning.select import COMPARE
 from peftc.protocol.method import Stage
 from peftc.protocol.site import Projection, Site
 from peftc.protocol.sites import Sites
-from peftc.spec.resolve import Budget, Intentions
+from peftc.spec.budgets import Budget
+from peftc.spec.resolve import Intentions
 
 
 @dataclass(frozen=True)

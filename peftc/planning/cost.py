@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -41,6 +42,19 @@ PRODUCTS = {
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What is kept of one block: values of the graph and hidden states as they were, by their memory, and what is none.
+
+    `again`: the nodes that the backward pass computes again.
+    """
+
+    values: dict[Memory, Kept]
+    replaced: dict[Memory, Kept]
+    beside: tuple[Kept, ...]
+    again: frozenset[fx.Node]
+
+
 class Step:
     """One training step over a captured graph: what stands in it, what learns, what is computed again."""
 
@@ -57,29 +71,49 @@ class Step:
         self.members: dict[str | None, list[fx.Node]] = defaultdict(list)
         for node, block in self.of.items():
             self.members[block].append(node)
+        self.by_block: dict[str | None, list[Binding]] = defaultdict(list)
+        for binding in self.bindings:
+            self.by_block[self._block_of_site(binding.site)].append(binding)
 
     def kept(self) -> tuple[Kept, ...]:
         """Everything that is kept from the forward pass for the backward pass: each tensor's memory once.
 
         Of what the backward pass reads in a block, those values that `peftc.graph.cut` keeps.
         """
-        needed: dict[str | None, dict[fx.Node, None]] = defaultdict(dict)
+        pieces = [self.piece(block, again=block in self.recomputed) for block in {**self.members, **self.by_block}]
+        values = {where: kept for piece in pieces for where, kept in piece.values.items()}
+        replaced = {where: kept for piece in pieces for where, kept in piece.replaced.items()}
+        return (*values.values(), *replaced.values(), *(kept for piece in pieces for kept in piece.beside))
+
+    def piece(self, block: str | None, *, again: bool) -> Piece:
+        """What is kept of one block, or of what stands in none; `again`: of the block's input all else is computed."""
+        needed: dict[fx.Node, None] = {}
         beside: list[Kept] = []
-        for node in self.graph.nodes:
+        replaced: dict[Memory, Kept] = {}
+        for node in self.members.get(block, ()):
             if node.op != "call_function" or self.needs.isdisjoint(node.all_input_nodes):
                 continue
-            block = self.of[node]
-            needed[block] |= dict.fromkeys(tensor for tensor in _kept_by(node, self.needs) if is_tensor(tensor))
-            if block not in self.recomputed:
+            needed |= dict.fromkeys(tensor for tensor in _kept_by(node, self.needs) if is_tensor(tensor))
+            if not again:
                 beside += _kept_beside(node)
-        replaced: dict[Memory, Kept] = {}
-        for binding in self.bindings:
-            block = self._block_of_site(binding.site)
-            if block not in self.recomputed:
-                beside += _kept_by_branch(binding, needed[block], replaced)
-        chosen = {node for block, wanted in needed.items() for node in self._chosen(block, wanted)}
-        kept = {memory(node): _whole(node) for node in chosen if node.op == "call_function" and is_tensor(node)}
-        return (*kept.values(), *replaced.values(), *beside)
+        bindings = self.by_block.get(block, ())
+        for binding in () if again else bindings:
+            beside += _kept_by_branch(binding, needed, replaced)
+        chosen = set(self._chosen(block, needed, again))
+        values = {memory(node): _whole(node) for node in chosen if node.op == "call_function" and is_tensor(node)}
+        read = {node for binding in bindings for node in binding.site.reads()} if again else set[fx.Node]()
+        return Piece(values, replaced, tuple(beside), frozenset(self._on_the_way(block, read | needed.keys(), again)))
+
+    def _on_the_way(self, block: str | None, wanted: Iterable[fx.Node], again: bool) -> set[fx.Node]:
+        """What is computed again in a block for what is wanted; of dropout the mask is kept, and not what it drops."""
+        found: set[fx.Node] = set()
+        queue = [*wanted] if again else []
+        while queue:
+            node = queue.pop()
+            if node.op == "call_function" and self.of[node] == block and node not in found:
+                found.add(node)
+                queue += node.all_input_nodes
+        return found
 
     def _needing_gradients(self, trained: Container[str]) -> set[fx.Node]:
         """The nodes a gradient flows through: all that depend on something that learns."""
@@ -97,14 +131,13 @@ class Step:
         """The block whose backward pass a branch at the site belongs to; that of a block's own branch is its own."""
         return site.path if isinstance(site, Block) else site.block if site.block in self.blocks else None
 
-    def _chosen(self, block: str | None, wanted: dict[fx.Node, None]) -> Iterable[fx.Node]:
+    def _chosen(self, block: str | None, wanted: dict[fx.Node, None], all_again: bool) -> Iterable[fx.Node]:
         """What is kept so that the backward pass of a block has what it wants; outside of blocks that is all of it."""
         if block is None:
             return wanted
-        members = self.members[block]
+        members = self.members.get(block, [])
         inside = set(members)
         entering = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in inside)
-        all_again = block in self.recomputed
 
         def weight(node: fx.Node) -> float:
             own = node in inside or node in self.needs or self.of[node] is not None

@@ -14,6 +14,7 @@ class NoMatch(Diagnostic):
     near: tuple[str, ...]
     has: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -21,6 +22,8 @@ class NoMatch(Diagnostic):
 
     @property
     def label(self) -> str:
+        if self.instead:
+            return f"write {choices(self.instead)}"
         return f"nearest: {', '.join(self.near)}" if self.near else ""
 
     @property
@@ -245,6 +248,32 @@ class OverBudget(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         return self.breakdown
+
+
+class CannotFit(Diagnostic):
+    """Everything that a `fit` may choose is too little."""
+
+    code = "cannot-fit"
+    quantity: str
+    least: str
+    op: str
+    limit: str
+    tried: str
+    smallest: str
+    advice: tuple[str, ...] = ()
+    breakdown: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.quantity} is {self.least} {self.tried}, and the spec wants {self.op} {self.limit}"
+
+    @property
+    def label(self) -> str:
+        return f"the smallest that fits: {self.smallest}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.breakdown, *self.advice)
 
 
 class NothingTrains(Diagnostic):

@@ -58,8 +58,12 @@ class Kept:
 
     def bytes(self, known: Mapping[Any, int]) -> int:
         """Its bytes with the symbols' values put in."""
-        dims = (d if isinstance(d, int) else int(d.node.expr.subs(known)) for d in self.shape)
-        return self.size * prod(dims)
+        return self.size * prod(sized(size, known) for size in self.shape)
+
+
+def sized(size: Any, known: Mapping[Any, int]) -> int:
+    """A size of a captured shape with the symbols' values put in."""
+    return size if isinstance(size, int) else int(size.node.expr.subs(known))
 
 
 def step_memory(

@@ -5,7 +5,7 @@ A plan knows everything about the compiled model but its numbers. The planner ma
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, KeysView, Mapping
+from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from peftc.capture.capture import Captured
+from peftc.diagnostics.html import html_table
 from peftc.diagnostics.source import Span
 from peftc.graph.ir import get_attribute, value
 from peftc.language import Spec
-from peftc.planning.memory import Kept, Memory, step_memory
+from peftc.planning.memory import Kept, Memory, formatted_bytes, step_memory
 from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.method import Method, State
 from peftc.protocol.site import Sequence, Site
@@ -30,14 +31,14 @@ TASK = "task"  # the module in which tensors of tasks lie, by the task's name
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """One method at one site. `path` is where the compiled model keeps its state."""
+    """One method at one site. `path` is where the compiled model keeps its state; `shared` lies by `shared_names`."""
 
     statement: int
     method: Method
     site: Site
     path: str
     span: Span
-    shared_path: str = ""
+    shared_names: dict[str, str] = field(default_factory=dict)
     shared: dict[str, State] = field(default_factory=dict)
 
     @cached_property
@@ -53,7 +54,7 @@ class Binding:
     @cached_property
     def names(self) -> dict[str, str]:
         """The full name of each tensor the method has here, those it shares with other sites included."""
-        return self.own_names | {name: f"{self.shared_path}.{name}" for name in self.shared}
+        return self.own_names | self.shared_names
 
     @cached_property
     def tensors(self) -> dict[str, State]:
@@ -83,6 +84,12 @@ class StatementCost:
     dense: int = 0  # and what they take in the base model
     task: str | None = None  # whose statement it is; all have in common what is nobody's
 
+    def told(self, total: int) -> tuple[str, str]:
+        """How many parameters learn and their share of `total`; of packed weights the bytes, and of how many."""
+        if self.packed is None:
+            return f"{self.parameters:,}", f"{self.parameters / total:.4%}"
+        return formatted_bytes(self.packed), f"of {formatted_bytes(self.dense)}"
+
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
         row = {"statement": self.statement, "sites": self.sites, "parameters": self.parameters}
@@ -91,11 +98,34 @@ class StatementCost:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What was chosen for one `fit` statement: spec text, and in words what it comes to and costs."""
+
+    statement: str
+    span: Span
+    chosen: tuple[str, ...]
+    comes_to: str
+    costs: str
+
+    @property
+    def told(self) -> str:
+        """In one line, without the statements that it chose."""
+        return "; ".join(filter(None, (self.comes_to, self.costs)))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it but the place."""
+        return {
+            "statement": self.statement, "chosen": list(self.chosen), "comes_to": self.comes_to, "costs": self.costs,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a spec comes to on a model. Counts are exact; nothing has been allocated.
 
     `kept`: what autograd keeps for the backward pass, read off the graph as it was captured. `tasks`: what each task of
-    the spec comes to, with what all of them have in common; that alone is in the other fields.
+    the spec comes to, with what all of them have in common; that alone is in the other fields. `picture` draws it in
+    HTML, for a notebook. `fitted`: what was chosen for each `fit`; the spec of the intentions has it written out.
     """
 
     intentions: Intentions
@@ -109,6 +139,8 @@ class Plan:
     kept: tuple[Kept, ...] = ()
     tasks: dict[str, Plan] = field(default_factory=dict)
     by_row: dict[str, tuple[int, str]] = field(default_factory=dict)
+    picture: Callable[[Plan], str] | None = field(default=None, repr=False, compare=False)
+    fitted: tuple[Fitted, ...] = ()
 
     @property
     def spec(self) -> Spec:
@@ -229,7 +261,7 @@ class Plan:
             (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
             for name, state in self.tensors.items()
         ]
-        known = self._sizes(batch, seq)
+        known = self.sizes(batch, seq)
         return step_memory(
             frozen + sum(item.bytes for item in self.packed.values()),
             sum(count * size for count, size, _ in added),
@@ -241,7 +273,7 @@ class Plan:
             optimizer,
         )
 
-    def _sizes(self, batch: int, seq: int) -> dict[Any, int]:
+    def sizes(self, batch: int, seq: int) -> dict[Any, int]:
         """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens, prompts included."""
         known: dict[Any, int] = {}
         for fake in self.input_values:
@@ -249,6 +281,14 @@ class Plan:
                 if isinstance(size, torch.SymInt):
                     known[size.node.expr] = given
         return known
+
+    def _repr_html_(self) -> str:
+        """The table of `peftc plan`, for a notebook, and the picture where the plan has one."""
+        rows = [[row.statement, f"{row.sites:,}", *row.told(self.total)] for row in self.rows]
+        title = f"{self.sites.model}: {self.total:,} parameters"
+        every = ["all", "", f"{self.trainable:,}", f"{self.share:.4%}"]
+        table = html_table(title, ("statement", "sites", "trainable", "share"), [*rows, every])
+        return table + (self.picture(self) if self.picture else "")
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data; `fresh` and `unread`, as of `Differences`, where a checkpoint has such."""
@@ -271,6 +311,7 @@ class Plan:
                 for item in self.packed.values()
             ],
             **({"islands": islands} if islands else {}),
+            **({"fitted": [one.to_json() for one in self.fitted]} if self.fitted else {}),
             **differences,
             **({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {}),
         }

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 from peftc import language as ast
@@ -20,13 +20,15 @@ from peftc.kernels.island import island_of
 from peftc.planning import errors as say
 from peftc.planning.checks import CHECKS, Draft, frozen_in_a_task, over_budget
 from peftc.planning.cost import Step
+from peftc.planning.fitting.fit import fitted
 from peftc.planning.packing import packed_weights
 from peftc.planning.plan import Binding, Plan, StatementCost
 from peftc.planning.recompute import recomputed
 from peftc.planning.select import Selection
 from peftc.planning.tasks.rows import by_row
-from peftc.protocol.method import Data, Method, Stage, kinds, methods
+from peftc.protocol.method import Data, Method, Stage, State, kinds, methods
 from peftc.protocol.operands import changes_a_weight
+from peftc.protocol.params import check_registered
 from peftc.protocol.site import Attention, Block, Experts, Projection, Sequence, Site, Sublayer
 from peftc.protocol.sites import Sites
 from peftc.roles.stacks import linked
@@ -40,6 +42,9 @@ def make_plan(captured: Captured, sites: Sites, intentions: Intentions) -> Plan:
     Raises:
         PeftcError: with all semantic errors at once.
     """
+    check_registered()
+    if intentions.fits:
+        return fitted(intentions, partial(make_plan, captured, sites))
     if intentions.rows:
         common = make_plan(captured, sites, replace(intentions, rows=()))
         return replace(
@@ -170,10 +175,11 @@ class _Drafting:
         refused = self._refused(application, fitting)
         if wrong or refused or not fitting:
             return []  # and it was said why
-        shared = method.shared(fitting)
-        home = self._free(f"{method.label}_{number}" if number else method.label) if shared else ""
+        shares = method.shares(fitting)
+        home = self._free(f"{method.label}_{number}" if number else method.label) if any(shares) else ""
         return [
-            Binding(number, method, site, self._path(method, site), application.span, home, shared) for site in fitting
+            Binding(number, method, site, self._path(method, site), application.span, names, own)
+            for site, names, own in zip(fitting, shared_names(home, shares), shares, strict=True)
         ]
 
     def _refused(self, application: Application, sites: list[Site]) -> bool:
@@ -248,6 +254,21 @@ class _Drafting:
             if isinstance(site, Projection) and site.is_part and (training.on or site.weight in trained):
                 self.problems.append(say.TrainsASlice(site=site.name, weight=site.weight, span=training.target.span))
                 return
+
+
+def shared_names(home: str, shares: list[dict[str, State]]) -> list[dict[str, str]]:
+    """The full names of what sites share, site by site; of a tensor that there is more than once, all are numbered."""
+    copies: dict[str, dict[int, int]] = defaultdict(dict)
+    for own in shares:
+        for name, spec in own.items():
+            copies[name].setdefault(id(spec), len(copies[name]))
+    return [
+        {
+            name: f"{home}.{name}" + (f"_{copies[name][id(spec)]}" if len(copies[name]) > 1 else "")
+            for name, spec in own.items()
+        }
+        for own in shares
+    ]
 
 
 def _obstacle(site: Site, method: Method) -> str | None:

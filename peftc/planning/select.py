@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import operator
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+from peftc.language import globs, words
 from peftc.language.matching import SECONDS, Clock, compiled
 from peftc.planning import errors as say
 from peftc.protocol.site import Parameters, Projection, Site
@@ -193,7 +195,9 @@ class Selection:
         has: tuple[str, ...] = ()
         absent: tuple[str, ...] = ()
         many = len(self.problems) >= MOST_NEAR
+        instead: tuple[str, ...] = ()
         if isinstance(selector, ast.Glob) and not many:
+            instead = tuple(self._instead(selector.pattern))
             near = difflib.get_close_matches(selector.pattern, names, n=3, cutoff=0.4)
         elif isinstance(selector, ast.Role) and not many:
             has = tuple(self.sites.roles())
@@ -201,7 +205,19 @@ class Selection:
             absent = tuple(
                 f"{item.name}: {item.reason}" for item in self.sites.absent if _is_about(item, selector.parts)
             )
-        return say.NoMatch(model=self.sites.model, near=tuple(near), has=has, absent=absent, span=selector.span)
+        return say.NoMatch(
+            model=self.sites.model, near=tuple(near), has=has, absent=absent, instead=instead, span=selector.span
+        )
+
+    def _instead(self, pattern: str) -> Iterator[str]:
+        """What says what a pattern seems to mean: a name matches as a whole here, and elsewhere by its end."""
+        ending = re.compile(globs.regex(f"**.{pattern}"))
+        if found := [site for site in self.sites if ending.fullmatch(site.name)]:
+            yield f'"**.{pattern}"'
+            roles = frozenset.intersection(*(site.roles for site in found)) - {"linear"}
+            yield from sorted(roles, key=lambda role: (role.count("."), role))[:1]
+        elif brought := words.meant(pattern) or words.SELECTORS.get(pattern.rpartition(".")[2]):
+            yield brought.here
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any
 
-from torch import Tensor
-
+from peftc.protocol import Tensor
 from peftc.protocol.method import PLAIN, Here, Method, Stage, State
 from peftc.protocol.site import Site
 from peftc.protocol.stages import OPERANDS, PROJECTIONS
@@ -67,6 +66,9 @@ class Combinator(Method):
 
     def shared(self, sites: Sequence[Any]) -> dict[str, State]:
         return {INNER + name: spec for name, spec in self.method.shared(sites).items()}
+
+    def shares(self, sites: Sequence[Any]) -> list[dict[str, State]]:
+        return [{INNER + name: spec for name, spec in own.items()} for own in self.method.shares(sites)]
 
     def initialise(self, site: Any, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
         own = {name.removeprefix(INNER): tensor for name, tensor in state.items() if name.startswith(INNER)}

@@ -13,13 +13,15 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from peftc.kernels.dequantize import NESTED_BLOCK, dequantize_4bit, dynamic_map, levels_of
+from peftc.protocol import F, Lazy, Tensor, torch
 from peftc.protocol.storage import Buffer, Storage
+
+if TYPE_CHECKING:
+    from peftc.kernels import dequantize
+else:
+    dequantize = Lazy("peftc.kernels.dequantize")
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Numbers that are rounded at a time, a multiple of every block: what that takes is no multiple of a large weight.
@@ -27,7 +29,7 @@ CHUNK = 1 << 18
 SMALLEST = 1e-38  # bitsandbytes divides by this where a block is all zeros
 CELLS = 1024
 FACTS = "quant_state.bitsandbytes__"  # and the storage's name
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = ("float32", "float16", "bfloat16")
 GRID = 65535  # steps of [-1, 1] that bitsandbytes rounds to before it looks up the nearest of 256 numbers
 
 
@@ -54,7 +56,7 @@ class FourBit(Storage):
             return packed | {"absmax": Buffer((blocks,), torch.float32)}
         return packed | {
             "absmax": Buffer((blocks,), torch.uint8),
-            "nested_absmax": Buffer((-(-blocks // NESTED_BLOCK),), torch.float32),
+            "nested_absmax": Buffer((-(-blocks // dequantize.NESTED_BLOCK),), torch.float32),
             "offset": Buffer((), torch.float32),
         }
 
@@ -68,7 +70,7 @@ class FourBit(Storage):
 
     def unpack(self, shape: tuple[int, ...], dtype: torch.dtype, **buffers: Tensor) -> Tensor:
         nested = buffers.get("nested_absmax"), buffers.get("offset")
-        dense: Tensor = dequantize_4bit(
+        dense: Tensor = dequantize.dequantize_4bit(
             buffers["packed"], buffers["absmax"], *nested, self.name, self.block, shape, dtype
         )
         return dense
@@ -82,14 +84,16 @@ class FourBit(Storage):
         device = buffers["packed"].device
         state = {
             "weight": buffers["packed"], "weight.absmax": buffers["absmax"],
-            "weight.quant_map": levels_of(self.name, device).clone(),
+            "weight.quant_map": dequantize.levels_of(self.name, device).clone(),
         }  # fmt: skip
         if self.double:
             state["weight.nested_absmax"] = buffers["nested_absmax"]
-            state["weight.nested_quant_map"] = dynamic_map(device).clone()
+            state["weight.nested_quant_map"] = dequantize.dynamic_map(device).clone()
             facts |= {
-                "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": buffers["offset"].item()
-            }  # fmt: skip
+                "nested_blocksize": dequantize.NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": buffers["offset"].item(),
+            }
         text = json.dumps(facts).encode()
         return state | {f"weight.{FACTS}{self.name}": torch.tensor(list(text), dtype=torch.uint8, device=device)}
 
@@ -104,7 +108,7 @@ class FourBit(Storage):
         facts = cls._facts_in(state)
         if facts is None:
             return None
-        dtype = DTYPES.get(facts["dtype"])
+        dtype = getattr(torch, facts["dtype"]) if facts["dtype"] in DTYPES else None
         if dtype is None:
             raise ValueError(f"a packed weight is said to be {facts['dtype']}")
         double = "weight.nested_absmax" in state
@@ -123,7 +127,10 @@ class FourBit(Storage):
         if facts is None or facts["blocksize"] != self.block or double != self.double:
             return None
         device = state["weight"].device
-        maps = {"weight.quant_map": levels_of(self.name, device), "weight.nested_quant_map": dynamic_map(device)}
+        maps = {
+            "weight.quant_map": dequantize.levels_of(self.name, device),
+            "weight.nested_quant_map": dequantize.dynamic_map(device),
+        }
         if any(name in state and not torch.equal(state[name], own) for name, own in maps.items()):
             return None
         buffers = {"packed": state["weight"].view(torch.uint8).reshape(-1, 1), "absmax": state["weight.absmax"]}
@@ -136,7 +143,7 @@ class FourBit(Storage):
 def rounded(weight: Tensor, levels: str, block: int = 64) -> Tensor:
     """`weight` as it comes back from four bits, in its own dtype: blocks in memory order, the last may be shorter."""
     packed, absmax = quantized(weight, levels, block)
-    dense: Tensor = dequantize_4bit(packed, absmax, None, None, levels, block, weight.shape, weight.dtype)
+    dense: Tensor = dequantize.dequantize_4bit(packed, absmax, None, None, levels, block, weight.shape, weight.dtype)
     return dense
 
 
@@ -163,7 +170,7 @@ def _codes(numbers: Tensor, levels: str, block: int) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax, last[None]])
         relative = torch.cat([relative, (numbers[whole:] / last).clamp_(-1, 1)])
     if len(relative) % 2:
-        relative = torch.nn.functional.pad(relative, (0, 1))
+        relative = F.pad(relative, (0, 1))
     return _nearest(relative, levels), absmax
 
 
@@ -185,8 +192,8 @@ def _cells(levels: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
     A border on a cell's own edge is that cell's, so it does not matter into which of both its neighbours are rounded.
     """
-    ascending = torch.argsort(levels_of(levels, device))
-    ordered = levels_of(levels, device)[ascending]
+    ascending = torch.argsort(dequantize.levels_of(levels, device))
+    ordered = dequantize.levels_of(levels, device)[ascending]
     borders = (ordered[:-1] + ordered[1:]) / 2
     cell = ((borders.double() + 1) * (CELLS / 2)).long()
     assert len(cell.unique()) == len(cell)
@@ -203,7 +210,7 @@ def quantized_to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
     As bitsandbytes does on the CPU, which rounds to a grid of 65536 numbers first.
     """
-    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    blocks = F.pad(numbers, (0, -len(numbers) % dequantize.NESTED_BLOCK)).view(-1, dequantize.NESTED_BLOCK)
     absmax = blocks.abs().amax(1)
     relative = (blocks / absmax[:, None]).nan_to_num_(-1.0).flatten()[: len(numbers)]  # 0/0 is the first number
     place = ((relative + 1) * 0.5 * GRID + 0.5).int()
@@ -213,7 +220,7 @@ def quantized_to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _nearest_on_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: which of `dynamic_map` is nearest to each of the grid's numbers."""
-    known = dynamic_map(device)
+    known = dequantize.dynamic_map(device)
     grid = torch.arange(GRID + 1, dtype=torch.float32, device=device) / GRID * 2 - 1
     return torch.bucketize(grid, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 

@@ -1,25 +1,19 @@
 """What a method is: one class that says what it learns, what it means and how it runs; and the registry of them.
 
-A method is written once, in one file under `passes/methods`. Its fields become the language's parameters, the
-command line's help and the README's table; its `state` becomes the counts of `peftc plan`; its `delta` becomes
-merging and the tests' oracle; its `rewrite` is traced and spliced into the graph. `peftc.protocol.stages` has a base
-class for each place in the model where a method can act; what all of them have in common is here, by what it is for.
+A method is written once, in one file under `passes/methods`. Its fields become the language's parameters, the command
+line's help and the README's table; `state` the counts of `peftc plan`; `delta` merging and the tests' oracle; `rewrite`
+is traced and spliced into the graph. `peftc.protocol.stages` has a base class for each place where a method can act.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, cast, get_args
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.optim import Optimizer
-
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.operands import check_operands, check_state, wanted
 from peftc.protocol.params import REQUIRED, Configured, Param, demand, param, register, registered
 from peftc.protocol.site import Linear, Site
@@ -27,10 +21,11 @@ from peftc.protocol.storage import Storage
 
 __all__ = [
     "PLAIN", "REQUIRED", "Data", "Here", "Init", "LowRank", "Method", "Param", "Place", "Stage", "State", "Step",
-    "divisors_near", "kinds", "method", "methods", "param",
+    "kinds", "method", "methods", "param",
 ]  # fmt: skip
 
 Init = Callable[[Tensor], Tensor]
+M = TypeVar("M", bound="type[Method]")
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 
 
@@ -42,6 +37,16 @@ class Stage(enum.IntEnum):
     MODULE = 3
     ATTENTION = 4
     SEQUENCE = 5
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    """The start of what changes nothing."""
+    return torch.nn.init.zeros_(tensor)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ."""
+    return F.linear(x, weight)
 
 
 class Data(enum.Enum):
@@ -61,7 +66,7 @@ class State:
     """
 
     shape: tuple[int, ...]
-    init: Init = torch.nn.init.zeros_
+    init: Init = zeros
     trainable: bool = True
     dtype: torch.dtype | None = None
     below: int | None = None
@@ -75,7 +80,7 @@ class Here:
     its own. `storage`: what the frozen weight is packed in once a method has taken its part out; None for a dense one.
     """
 
-    product: Multiply = F.linear
+    product: Multiply = linear
     storage: Storage | None = None
 
 
@@ -105,7 +110,7 @@ class Step:
     """One step of the optimiser that has just been made. `number` counts from 1 to `total`, where that is known."""
 
     number: int
-    optimizer: Optimizer
+    optimizer: torch.optim.Optimizer
     total: int | None = None
 
     def forget(self, tensor: Tensor) -> None:
@@ -172,21 +177,28 @@ class _Training:
 
 
 class _InHFPeft:
-    """How HF PEFT's folders hold the method, for those that it has."""
+    """How HF PEFT's folders hold the method, for those that it has: by names, where these say it all."""
 
     peft_type: ClassVar[str | None] = None
+    peft_tensors: ClassVar[Mapping[str, str]] = {}  # their names of a module's tensors -> those of our state
     peft_shared: ClassVar[Mapping[str, str]] = {}  # their names of what `shared` returns -> ours
-    peft_settings: ClassVar[tuple[str, ...]] = ()  # of theirs, those that `from_peft` obeys: what else a folder says
-    # and is not known to mean nothing is refused
+    peft_numbered: ClassVar[tuple[str, ...]] = ()  # those of a module's that lie together, by the module's number
+    peft_values: ClassVar[Mapping[str, str]] = {}  # their settings -> our parameters, with their defaults
+    peft_settings: ClassVar[tuple[str, ...]] = ()  # further ones that `from_peft` obeys; what else counts is refused
     peft_patterns: ClassVar[Mapping[str, str]] = {}  # such that may differ by module -> where theirs say that
+    peft_bias: ClassVar[str | None] = None  # their word for it that biases of the adapted modules learn, too
+    peft_apart: ClassVar[bool] = False  # whether modules that other entries of target_modules choose share nothing
+    peft_transposed: ClassVar[bool] = True  # whether theirs stands on a transposed weight, too
 
     def unexportable(self, site: Any) -> str | None:
         """Why HF PEFT has no such adapter at `site`, although `peft_type` says it has the method, or None."""
-        return None
+        odd = getattr(site, "transposed", False) and not self.peft_transposed
+        return f"it has {type(self).__name__} on no transposed weight" if odd else None
 
     def to_peft(self, site: Any, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's settings and tensors for one module; only where `peft_type` says it has the method."""
-        raise NotImplementedError
+        settings = {theirs: getattr(self, ours) for theirs, ours in self.peft_values.items()}
+        return {"peft_type": self.peft_type, **settings}, {t: state[ours] for t, ours in self.peft_tensors.items()}
 
     @classmethod
     def from_peft(
@@ -196,14 +208,19 @@ class _InHFPeft:
 
         What the settings say counts: where a tensor is not of the shape that follows, the folder is refused.
         """
-        return None
+        if set(tensors) != set(cls.peft_tensors):
+            return None
+        values = {ours: config[theirs] for theirs, ours in cls.peft_values.items() if theirs in config}
+        return values, {ours: tensors[theirs] for theirs, ours in cls.peft_tensors.items()}
+
+    @classmethod
+    def obeyed(cls) -> set[str]:
+        """All settings of theirs that count."""
+        return {*cls.peft_values, *cls.peft_settings, *cls.peft_patterns.values()}
 
 
 class _Acting:
-    """What the compiler asks of every method about its place; the base classes of the stages say what each is for.
-
-    A member that no stage of a method has keeps the answer that it has here.
-    """
+    """What the compiler asks of every method about its place; the base classes of the stages say what each is for."""
 
     identity: bool = True
     unmergeable: str | None = None
@@ -301,9 +318,9 @@ class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
 
     A subclass, under `@method`, gives `name`, `formula`, `paper`, a docstring, its parameters (`param`), and
 
-    state(site)   the tensors it keeps at a site: shapes and starts, no data
-    rewrite(…)    what it computes, in plain PyTorch, with the operands that the stage's base class lists
-    delta or fold what that is as a weight; or `unmergeable`, why no plain weight does the same
+    - `state(site)`: the tensors it keeps at a site, shapes and starts, no data
+    - `rewrite(…)`: what it computes, in plain PyTorch, with the operands that the stage's base class lists
+    - `delta` or `fold`: what that is as a weight; or `unmergeable`, why no plain weight does the same
 
     and, where it is so: `site` (the kinds of place it takes, other than its stage's), `refuses` (why it cannot attach),
     `shared` (tensors of all sites together), `identity = False` (it changes the model from the start), `indivisible`
@@ -336,6 +353,10 @@ class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
         """The tensors the method keeps once for all the sites of its statement, asked for by name like the others."""
         return {}
 
+    def shares(self, sites: Sequence[Any]) -> list[dict[str, State]]:
+        """`shared` site by site, where sites share in groups: what is one object is one tensor."""
+        return [self.shared(sites)] * len(sites)
+
     @classmethod
     def check(cls) -> None:
         """Raises TypeError where the class lacks what every method has, or a rewrite is not given what it takes."""
@@ -343,14 +364,11 @@ class Method(_Starting, _Training, _InHFPeft, _Acting, Configured):
         demand(cls, Method, state="it says which tensors the method keeps at a site")
         if wrong := [kind for kind in kinds(cls) if not (isinstance(kind, type) and issubclass(kind, Site))]:
             raise TypeError(f"{cls.__name__}.site is {wrong[0]!r}, and no kind of site")
-        first, *_ = cls.rewrites
         if all(getattr(cls, name) is getattr(Method, name) for name in cls.rewrites):
-            raise TypeError(f"{cls.__name__} has no {first}: it says what the method computes")
+            raise TypeError(f"{cls.__name__} has no {next(iter(cls.rewrites))}: it says what the method computes")
         if cls.unmergeable is None and cls.fold is Method.fold and cls.delta is Method.delta:
-            raise TypeError(
-                f"{cls.__name__} has neither delta nor fold, one of which merging needs: "
-                f"define one, or say in `unmergeable` why no plain weight does the same"
-            )
+            what = "define one, or say in `unmergeable` why no plain weight does the same"
+            raise TypeError(f"{cls.__name__} has neither delta nor fold, one of which merging needs: {what}")
         check_operands(cls, kinds(cls))
         check_state(cls, kinds(cls))
 
@@ -372,21 +390,11 @@ def kinds(method: Method | type[Method]) -> tuple[type[Site], ...]:
     return get_args(method.site) or (cast(type[Site], method.site),)
 
 
-M = TypeVar("M", bound=type[Method])
-
-
 def method(cls: M) -> M:
     """Registers a method under its `name` and turns its fields into parameters."""
     return register(cls)
 
 
-def methods() -> dict[str, type[Method]]:
-    """Every method by name: importing each file under `passes/methods` registers what it defines."""
-    return cast(dict[str, type[Method]], registered(Method))
-
-
-def divisors_near(size: int, wanted: int) -> str:
-    """Up to four divisors of `size`, those nearest to `wanted` by ratio, as words."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
-    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))
+def methods() -> Mapping[str, type[Method]]:
+    """Every method by name: each is in a file of that name under `passes/methods`."""
+    return cast(Mapping[str, type[Method]], registered(Method))

@@ -7,15 +7,21 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from peftc.graph.ir import trace
+from peftc.protocol import Lazy, Tensor, torch
 from peftc.protocol.params import Configured, Param, taken_in_modules
 from peftc.protocol.site import Site
+
+if TYPE_CHECKING:
+    from torch._subclasses import fake_tensor
+
+    from peftc.graph import ir
+else:
+    ir, fake_tensor = Lazy("peftc.graph.ir"), Lazy("torch._subclasses.fake_tensor")
+
+# What lies beside the state of a method: the rows of a slice that is no range, the ends of groups of tokens.
+ROWS, OFFSETS = "rows", "offsets"
 
 
 def wanted(function: Callable[..., Any], given: int, known: Iterable[str] = ()) -> tuple[str, ...]:
@@ -61,10 +67,10 @@ def check_state(cls: Any, kinds: Iterable[type[Site]]) -> None:
     Raises:
         TypeError: with the name, and what has it.
     """
-    given = {name for leading, operands in cls.rewrites.values() for name in (*leading, *operands)}
+    given = {name for leading, operands in cls.rewrites.values() for name in (*leading, *operands)} | {ROWS, OFFSETS}
     for made in islice(_instances(cls), 1):
         for site in (site for kind in kinds for site in kind.samples() if made.refuses(site) is None):
-            for name in (*made.state(site), *made.shared([site])):
+            for name in (*made.state(site), *made.shares([site])[0]):
                 reason = "a rewrite is given something else by that name" if name in given else None
                 reason = reason or next(filter(None, map(taken_in_modules, name.split("."))), None)
                 if reason:
@@ -79,12 +85,12 @@ def changes_a_weight(method: Any, site: Any) -> bool:
     if method.unmergeable is not None:
         return False
     entering = method.rewrites_input(site)
-    state = {**method.state(site), **method.shared([site])}
+    state = {**method.state(site), **method.shares([site])[0]}
     names = method.asks_input(state) if entering else method.asks(state)
     if "training" in names:
         return False
     dtypes = {name: one.dtype or torch.float32 for name, one in state.items()}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         known = {name: torch.empty(one.shape, dtype=dtypes[name]) for name, one in state.items()}
         known |= {"weight": torch.empty(site.n_out, site.n_in), "bias": torch.empty(site.n_out)}
         leading = [torch.empty(2, 3, site.n_in), *([] if entering else [torch.empty(2, 3, site.n_out)])]
@@ -97,7 +103,7 @@ def changes_a_weight(method: Any, site: Any) -> bool:
         found: Tensor = rewrite(site, *values[: len(leading)], **absent, **named)
         return found
 
-    nodes = trace(rewritten, *leading, *(known[name] for name in given)).nodes
+    nodes = ir.trace(rewritten, *leading, *(known[name] for name in given)).nodes
     return not any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes)
 
 
@@ -109,7 +115,7 @@ def _state_names(cls: Any, kinds: list[type[Site]], until: set[str]) -> set[str]
     for made in _instances(cls):
         for site in sites:
             if made.refuses(site) is None:
-                found |= {*made.state(site), *made.shared([site])}
+                found |= {*made.state(site), *made.shares([site])[0]}
                 asked = True
         if until <= found:
             break

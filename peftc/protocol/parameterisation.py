@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from torch import Tensor
-
+from peftc.protocol import Tensor
 from peftc.protocol.method import State
 from peftc.protocol.params import Configured, param, register
 

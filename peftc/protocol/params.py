@@ -10,15 +10,16 @@ import importlib
 import inspect
 import math
 import pkgutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
-import torch
+from peftc.protocol import torch
 
 REQUIRED: Any = object()
-FLOAT32 = torch.finfo(torch.float32)
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # that float32 holds, with all its digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Param:
             return f"must be {self.range}"
         if self.above is not None and isinstance(given, int | float) and not given > self.above:
             return f"must be {self.range}"
-        if isinstance(given, int | float) and given and not FLOAT32.smallest_normal <= abs(given) <= FLOAT32.max:
-            return f"must be a number that float32 holds, between {FLOAT32.smallest_normal:.1e} and {FLOAT32.max:.1e}"
+        if isinstance(given, int | float) and given and not SMALLEST <= abs(given) <= LARGEST:
+            return f"must be a number that float32 holds, between {SMALLEST:.1e} and {LARGEST:.1e}"
         return None
 
     @property
@@ -159,21 +160,28 @@ class Configured:
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.values.items())})"
 
+    def changed(self, name: str) -> bool:
+        """Whether a parameter is other than by default."""
+        return bool(getattr(self, name) != self.parameters[name].default)
+
     def conflict(self) -> str | None:
         """Why these parameters do not go together, or None."""
         return None
 
     @classmethod
     def check(cls) -> None:
-        """Called when the whole registry is there. Raises TypeError where the class is not what its base asks for."""
+        """Called before a model is planned. Raises TypeError where the class is not what its base asks for."""
 
 
 C = TypeVar("C", bound=type[Configured])
 _registries: dict[str, dict[str, type[Configured]]] = {}
+_sound: set[type[Configured]] = set()
 
 
 def register(cls: C) -> C:
     """Registers a class under its `name` and turns its fields into parameters, those of its bases included.
+
+    `check_registered` says what else is wrong with it.
 
     Raises:
         TypeError: where the class lacks what it is told by, or a parameter cannot be one.
@@ -184,9 +192,8 @@ def register(cls: C) -> C:
         raise TypeError(f"{cls.__name__} has no docstring: its words are what `peftc methods {cls.name}` prints")
     if not cls.name.isidentifier():
         raise ValueError(f"{cls.__name__} is called {cls.name!r}, which is no word that a spec can call")
-    beside = f"a layer has its {cls.name} there" if cls.name in ("weight", "bias") else None
-    if reason := beside or taken_in_modules(cls.name):
-        raise ValueError(f"{cls.__name__} is called {cls.name}: {reason}")
+    if cls.name in ("weight", "bias"):
+        raise ValueError(f"{cls.__name__} is called {cls.name}: a layer has its {cls.name} there")
     hints = get_type_hints(cls)
     fields: dict[str, Any] = {}
     for base in cls.__mro__:  # its own come first
@@ -196,10 +203,11 @@ def register(cls: C) -> C:
         for name, field in fields.items()
         if isinstance(field, _Field)
     }
-    registry = _registries.setdefault(cls.folder, {})
-    if cls.name in registry:
+    known = _registries.setdefault(cls.folder, {})
+    elsewhere = cls.name in files_in(cls.folder) and cls.__module__ != f"peftc.passes.{cls.folder}.{cls.name}"
+    if cls.name in known or elsewhere:
         raise ValueError(f"two {cls.folder} are called {cls.name}")
-    registry[cls.name] = cls
+    known[cls.name] = cls
     return cls
 
 
@@ -234,22 +242,84 @@ def _parameter(cls: type[Configured], name: str, hint: Any, field: _Field) -> Pa
     return made
 
 
-def registered(kind: type[Configured]) -> dict[str, type[Configured]]:
-    """Everything of one kind by name: importing each file of its folder registers what it defines."""
-    return _imported(kind.folder)
+class Registry(Mapping[str, type[Configured]]):
+    """What the files of one folder define, by name: a file is called as what it defines, and imported when that is
+    asked for. What has registered from elsewhere is among it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.known = _registries.setdefault(folder, {})
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, those that are not imported yet among them."""
+        return sorted({*files_in(self.folder), *self.known})
+
+    def __getitem__(self, name: str) -> type[Configured]:
+        if name not in self.known and name in files_in(self.folder):
+            importlib.import_module(f"peftc.passes.{self.folder}.{name}")
+            if name not in self.known:
+                file = f"passes/{self.folder}/{name}.py"
+                raise TypeError(f"{file} defines no {name}: a file is called as what it defines")
+        return self.known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.known or name in files_in(self.folder)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def registered(kind: type[Configured]) -> Mapping[str, type[Configured]]:
+    """Everything of one kind by name."""
+    return registry(kind.folder)
 
 
 @cache
-def _imported(folder: str) -> dict[str, type[Configured]]:
-    import_all(folder)
-    found = dict(sorted(_registries[folder].items()))
-    for cls in found.values():
-        cls.check()
-    return found
+def registry(folder: str) -> Registry:
+    """Everything that one folder's files define."""
+    return Registry(folder)
+
+
+def check_registered() -> None:
+    """Holds everything that is registered, each once, against what it is made for: reading a spec does without.
+
+    Raises:
+        TypeError: where a class is not what its base asks for.
+        ValueError: where a module has its name already.
+    """
+    for kind in Configured.__subclasses__():
+        for cls in registered(kind).values():
+            if cls not in _sound:
+                check(cls)
+                _sound.add(cls)
+
+
+def check(cls: type[Configured]) -> None:
+    """The same for one class."""
+    if reason := taken_in_modules(cls.name):
+        raise ValueError(f"{cls.__name__} is called {cls.name}: {reason}")
+    cls.check()
+
+
+@cache
+def files_in(folder: str) -> list[str]:
+    """The names of the files of a folder under `passes`."""
+    return [module.name for module in pkgutil.iter_modules(importlib.import_module(f"peftc.passes.{folder}").__path__)]
 
 
 def import_all(folder: str) -> None:
     """Imports each file of a folder under `passes`: what it defines registers itself."""
-    package = importlib.import_module(f"peftc.passes.{folder}")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    for name in files_in(folder):
+        importlib.import_module(f"peftc.passes.{folder}.{name}")
+
+
+def divisors_near(size: int, wanted: int, *, of: int = 1) -> str:
+    """Up to four divisors of `size`, multiples of `of` alone, those nearest to `wanted` by ratio, as words."""
+    divisors = [n for n in range(of, size + 1, of) if size % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[:4])
+    return " and ".join(filter(None, (", ".join(map(str, nearest[:-1])), str(nearest[-1]))))

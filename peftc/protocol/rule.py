@@ -40,6 +40,8 @@ class Fusion:
     name: ClassVar[str]
     rank: ClassVar[int] = 2
     pattern: ClassVar[Pattern]
+    # Words in the names of tensors and operations, of which a graph has one where it has what the rule is for.
+    sought: ClassVar[tuple[str, ...]] = ()
     in_training: ClassVar[bool] = False  # for the graph of a training step alone, see `peftc.optimise.loss_only`
 
     def check(self, match: Match, editor: Editor) -> Miss | None:

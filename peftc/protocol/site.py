@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, fx
-
-from peftc.graph.ir import is_tensor
+from peftc.protocol import Tensor, fx, torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +276,8 @@ class Block(Site):
         """What leaves the block; at the first of a chain what enters it; what an attention to another chain reads."""
         entering = [self.x] if self.before is None else []
         attention = self.reading.out.args if self.reading and self.memory else ()
-        operands = [node for node in attention if isinstance(node, fx.Node) and is_tensor(node)]
+        nodes = [node for node in attention if isinstance(node, fx.Node)]
+        operands = [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
         return tuple(node for node in (self.h, *entering, *operands) if node is not None)
 
     def changes(self) -> tuple[fx.Node, ...]:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
-from torch import fx
-
+from peftc.protocol import fx
 from peftc.protocol.params import demand, import_all
 from peftc.protocol.site import Sequence, Site
 

@@ -13,10 +13,14 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import ClassVar
 
+from peftc.protocol import F, Tensor, torch
 from peftc.protocol.method import Method, Stage
 from peftc.protocol.site import Attention, Block, Linear, Sequence, Site, Sublayer
 
-__all__ = ["AttentionMethod", "BlockMethod", "OutputMethod", "SequenceMethod", "SublayerMethod", "WeightMethod"]
+__all__ = [
+    "AttentionMethod", "BlockMethod", "EntriesMethod", "OutputMethod", "SequenceMethod", "SublayerMethod",
+    "TurningMethod", "WeightMethod",
+]  # fmt: skip
 
 Rewrites = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
@@ -47,6 +51,68 @@ class WeightMethod(Method):
         "rewrite": (("site", "x", "y"), OPERANDS),
         "rewrite_input": (("site", "x"), OPERANDS),
     }
+
+
+class TurningMethod(WeightMethod):
+    """Acts as a matrix that the whole weight is multiplied by, W R: OFT, HRA. It is done to x, which is smaller than W.
+
+    turn(site, x, **state) -> x Rᵀ     x [..., n_in], in the precision of the state; the definition, and all of it
+
+    Where other rows of the weight read x, too, the site's own part of the product is corrected.
+    """
+
+    def turn(self, site: Linear, x: Tensor, **state: Tensor) -> Tensor:
+        """x Rᵀ, linear in x."""
+        raise NotImplementedError
+
+    def claims_weight(self) -> str | None:
+        return "it multiplies all of the weight"
+
+    def rewrites_input(self, site: Linear) -> bool:
+        return not site.is_part
+
+    def rewrite_input(self, site: Linear, x: Tensor, **state: Tensor) -> Tensor:
+        return self.turn(site, x.to(_precision(state)), **state).to(x.dtype)
+
+    def rewrite(self, site: Linear, x: Tensor, y: Tensor, weight: Tensor, **state: Tensor) -> Tensor:
+        wide = x.to(_precision(state))
+        moved = (self.turn(site, wide, **state) - wide).to(x.dtype)
+        return y + F.linear(moved, weight.to(x.dtype)).to(y.dtype)
+
+    def fold(
+        self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = _precision(state)
+        turned = self.turn(site, torch.eye(site.n_in, dtype=dtype, device=weight.device), **state)
+        return (weight.to(dtype) @ turned.t()).to(weight.dtype), bias
+
+
+def _precision(state: Mapping[str, Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+
+
+class EntriesMethod(WeightMethod):
+    """Acts as `values` at a few entries of a matrix like the weight, numbered row by row: SHiRA, FourierFT.
+
+    change(entries) -> D    what the matrix [n_out, n_in] adds to the weight; itself, where nothing else is said
+    """
+
+    def numbers(self, site: Linear, state: dict[str, Tensor]) -> Tensor:
+        """Which entries these are, [many]."""
+        return state["indices"]
+
+    def change(self, entries: Tensor) -> Tensor:
+        """The change of the weight, out of a matrix that is zero elsewhere; linear in it."""
+        return entries
+
+    def rewrite(self, site: Linear, x: Tensor, y: Tensor, **state: Tensor) -> Tensor:
+        branch: Tensor = F.linear(x.to(state["values"].dtype), self.delta(site, **state))
+        return y + branch.to(y.dtype)
+
+    def delta(self, site: Linear, **state: Tensor) -> Tensor:
+        flat = state["values"].new_zeros(site.n_out * site.n_in)
+        flat = flat.index_copy(0, self.numbers(site, state), state["values"])
+        return self.change(flat.unflatten(0, (site.n_out, site.n_in)))
 
 
 class OutputMethod(WeightMethod):

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeVar, cast
 
-import torch
-from torch import Tensor
-
+from peftc.protocol import Tensor, torch
 from peftc.protocol.params import Configured, demand, param, register, registered
 
 __all__ = ["Buffer", "Storage", "param", "storage", "storages"]
@@ -121,6 +119,6 @@ def storage(cls: S) -> S:
     return register(cls)
 
 
-def storages() -> dict[str, type[Storage]]:
-    """Every storage by name: importing each file under `passes/storage` registers what it defines."""
-    return cast(dict[str, type[Storage]], registered(Storage))
+def storages() -> Mapping[str, type[Storage]]:
+    """Every storage by name: each is in a file of that name under `passes/storage`."""
+    return cast(Mapping[str, type[Storage]], registered(Storage))

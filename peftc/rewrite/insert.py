@@ -12,9 +12,10 @@ from peftc.graph.ir import Provenance, redirect, value
 from peftc.planning.plan import Binding
 from peftc.planning.tasks.by_row import WHICH
 from peftc.protocol.method import Here
+from peftc.protocol.operands import OFFSETS, ROWS
 from peftc.protocol.site import Block, Projection, Sublayer, Use
 from peftc.rewrite.blocks import onto_block
-from peftc.rewrite.splicer import HERE, OFFSETS, ROWS, TRAINING, Splicer, of_method
+from peftc.rewrite.splicer import HERE, TRAINING, Splicer, of_method
 from peftc.rewrite.weights import dense_weight, product_like, put, take, with_all_rows, within
 
 
@@ -58,8 +59,12 @@ def _onto(splicer: Splicer, binding: Binding, y: fx.Node, x: fx.Node, use: Use, 
 
 
 def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance) -> None:
-    """Replaces what the site reads, for the base operation and all that stands beside it."""
-    x = use.x
+    """Replaces what the site reads, for the base operation and all that stands beside it.
+
+    What has been done to the input before belongs to the weight by now, and reads the new one, too: so does `fold`.
+    """
+    first, place = splicer.entries.get(use.op, (use.op, -1))
+    x = use.x if place < 0 else first.all_input_nodes[place]
     names = binding.method.asks_input(binding.names)
     extra = _operands(splicer, binding, names, stamp)
     extra.pop(ROWS, None)
@@ -70,9 +75,12 @@ def _into_input(splicer: Splicer, binding: Binding, use: Use, stamp: Provenance)
     args = [x, *extra.values()]
     template = splicer.templates.get(function, _facts(binding, use.op, extra), [value(node) for node in args])
     computed = [node for node in args if node.op != "get_attr"]
-    result, _ = splicer.splice(template, args, max(computed), stamp, inside=use.op)
+    result, made = splicer.splice(template, args, max(computed), stamp, inside=use.op)
     for reader in (use.op, *splicer.readers[use.op]):
         reader.replace_input_with(x, result)
+    splicer.readers[use.op] += made
+    reader = next(node for node in made if x in node.all_input_nodes)
+    splicer.entries[use.op] = reader, reader.all_input_nodes.index(x)
 
 
 def _into_weight(splicer: Splicer, binding: Binding, site: Projection, stamp: Provenance) -> None:

@@ -17,10 +17,7 @@ from peftc.graph.normalise import training_tensor
 from peftc.protocol.method import Method
 from peftc.protocol.site import Projection, Site
 
-# Operands that are no state: the rows of a slice that is no range, the ends of groups, whether the model is training,
-# and what is known of the place.
-ROWS = "rows"
-OFFSETS = "offsets"
+# Operands that are no state: whether the model is training, and what is known of the place.
 TRAINING = "training"
 HERE = "here"
 TASK_ROWS = "task_rows"  # the number of the task of each row that a caller gave, -1 for none: a buffer
@@ -56,7 +53,8 @@ class Splicer:
     """Splices bindings into one graph, over all passes.
 
     Remembers what each original value has become (`current`), which inserted nodes read a site's input beside its own
-    (`readers`), and what a chain of blocks carries on (`carries`, by statement and block).
+    (`readers`), which of them reads what enters, and as which of its inputs (`entries`), and what a chain of blocks
+    carries on (`carries`, by statement and block).
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -65,6 +63,7 @@ class Splicer:
         self.templates = Templates()
         self.current: dict[fx.Node, fx.Node] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.entries: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.carries: dict[tuple[int, str], fx.Node] = {}
         self.dense: dict[str, fx.Node] = {}  # what unpacks each packed weight, by its name
 

@@ -25,9 +25,10 @@ from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.kernels.island import Island
 from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, further
+from peftc.roles.attention.heads import attention_facts
+from peftc.roles.attention.linear import FURTHER, linear_roles
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
-from peftc.roles.heads import attention_facts
 from peftc.roles.parameters import CONVOLUTIONS, existing_parameters, own_name
 from peftc.roles.products import Inside, Product, inside_islands, products
 from peftc.roles.residual import Crossing, block_sites
@@ -164,6 +165,9 @@ class _Finder:
             if len(made) == len(ends):
                 facts = attention_facts(self.module, found, made["k"], made["v"], list(parts.values()), self.known_rows)
                 self._attention_module(queries[::-1], [*keys[::-1], made["k"], made["v"]], made["o"], kind, facts)
+        search = Search(self.module, self.flow, self.by_node, self.search.blocks, FURTHER)
+        for letter, product, rows in linear_roles(self.module.graph, search, self._rows):
+            self.roles[product.weight, rows] |= {f"attn.{letter}", f"self.attn.{letter}"}
         return decoders
 
     def _other_streams(self, found: AttentionPattern) -> Iterator[tuple[str, Product, Rows]]:

@@ -147,7 +147,10 @@ def _limit(module: fx.GraphModule, node: fx.Node, tokens: Any) -> int | None:
         assert isinstance(table, fx.Node)
         assert isinstance(index, fx.Node)
         rows = int(value(table).shape[0])
-        looked_up = evaluated(module, index, tokens, rows + 1)
+        try:
+            looked_up = evaluated(module, index, tokens, rows + 1)
+        except RuntimeError:  # positions that are cut off a buffer, which has no more
+            looked_up = None
         if looked_up is None:
             return rows
         off = ((looked_up >= rows) | (looked_up < 0)).reshape(-1, looked_up.shape[-1]).any(0).nonzero()

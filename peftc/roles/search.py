@@ -7,7 +7,7 @@ at the residual stream, and at everything else: recurrences, convolutions, scans
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from peftc.graph.ir import block_of, call_of, is_tensor, module_path, value
+from peftc.graph.ir import block_of, call_of, expression, is_tensor, module_path, value
 from peftc.graph.printing import short_name
 from peftc.protocol.sites import Absence
 from peftc.roles.flow import ACTIVATIONS, SCORES, nearest
@@ -55,13 +55,18 @@ class Search:
     """Searches over one captured graph."""
 
     def __init__(
-        self, module: fx.GraphModule, flow: nx.DiGraph[fx.Node], products: dict[fx.Node, Product], blocks: list[str]
-    ) -> None:
-        """`flow` is the graph's values and their readers, `products` its linear layers by their nodes."""
+        self, module: fx.GraphModule, flow: nx.DiGraph[fx.Node], products: dict[fx.Node, Product],
+        blocks: Iterable[str], further: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """`flow` is the graph's values and their readers, `products` its linear layers by their nodes.
+
+        `further` are operations through which these searches go on, beside those through which all do.
+        """
         self.module = module
         self.flow = flow
         self.products = products
         self.blocks = frozenset(blocks)
+        self.further = further
         self.calls: dict[fx.Node, Call] = {}
         self.place = {node: index for index, node in enumerate(module.graph.nodes)}
 
@@ -129,7 +134,7 @@ class Search:
                 continue
             if node in self.products and (outside or not across):
                 continue
-            more = [other for other in self.flow.predecessors(node) if other not in seen and other.op != "get_attr"]
+            more = [other for other in self._made_of(node) if other not in seen and other.op != "get_attr"]
             seen.update(more)
             queue += more
 
@@ -152,6 +157,8 @@ class Search:
 
     def _is_known(self, node: fx.Node) -> bool:
         name = _base(node)
+        if name in self.further:
+            return True
         if name in CHOSEN:
             return not self._is_routed(node)
         if node.target in SCORES:  # with a constant, such as a rotation
@@ -171,6 +178,10 @@ class Search:
         embeddings, but not at parameters, chosen by a router or not.
         """
         return list(nearest(operand, self._before, lambda node: self._is_end(node) or self._is_input(node)))
+
+    def sources(self, operand: fx.Node) -> list[Product]:
+        """All linear layers to which ways back from a value lead, nearest first."""
+        return list(dict.fromkeys(self.products[node] for node in self.ends(operand) if node in self.products))
 
     def project(self, operand: fx.Node) -> Product | fx.Node:
         """The linear layer that an operand comes from, the nearest one, or the node that stopped the search for it.
@@ -255,7 +266,14 @@ class Search:
         return node in self.products or self.stops(node)
 
     def _before(self, node: fx.Node) -> Iterator[fx.Node]:
-        return (other for other in self.flow.predecessors(node) if other in self.features and other.op != "get_attr")
+        return (other for other in self._made_of(node) if other in self.features and other.op != "get_attr")
+
+    def _made_of(self, node: fx.Node) -> list[fx.Node]:
+        """What a value has its features of: not a number of each token's that they are multiplied with."""
+        found = list(self.flow.predecessors(node))
+        return (
+            [one for one in found if not any(_weighs(one, other) for other in found)] if _base(node) == "mul" else found
+        )
 
     def _after(self, node: fx.Node) -> Iterator[fx.Node]:
         return (other for other in self.flow.successors(node) if other in self.features)
@@ -273,6 +291,16 @@ class Search:
 def _ends_of(node: fx.Node) -> tuple[Any, ...]:
     """How many tokens and features a value has: one where it is the same for all of them."""
     return tuple(size for size in value(node).shape[-2:] if isinstance(size, int))
+
+
+def _weighs(one: fx.Node, other: fx.Node) -> bool:
+    """Whether a factor has one number where the other has all the features of a token."""
+    if one is other or not (is_tensor(one) and is_tensor(other)):
+        return False
+    (*rows, width), (*others, features) = (
+        [expression(size) for size in value(node).shape] or [0] for node in (one, other)
+    )
+    return width == 1 and isinstance(features, int) and features > 1 and rows == others
 
 
 def _asks_for_size(node: fx.Node) -> bool:

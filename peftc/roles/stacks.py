@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: the children of an outermost container that are all of one class; chains of them."""
+"""The repeated blocks of a model: the children of an outermost container that are all of one kind; chains of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftc.protocol.site import Block, Site
 
@@ -35,10 +36,23 @@ def find_blocks(model: nn.Module) -> list[BlockPath]:
             continue
         children = list(module.named_children())
         classes = {type(child) for _, child in children}
-        if len(classes) == 1 and all(any(True for _ in child.children()) for _, child in children):
+        alike = len(classes) == 1 or (
+            isinstance(module, nn.ModuleList)
+            and _of_one_kind(classes)
+            and all(any(isinstance(part, nn.Linear) for part in child.modules()) for child in module)
+        )
+        if alike and all(any(True for _ in child.children()) for _, child in children):
             prefix = f"{path}." if path else ""
             found += [BlockPath(prefix + name, path, index) for index, (name, _) in enumerate(children)]
     return found
+
+
+def _of_one_kind(classes: set[type[nn.Module]]) -> bool:
+    """Whether classes come of one that is a layer's, as those of hybrids do: attention in this one, a state in that."""
+    common = set.intersection(*(set(each.__mro__) for each in classes)) if classes else set()
+    return any(issubclass(one, nn.Module) and not issubclass(PreTrainedModel, one) for one in common) and not any(
+        issubclass(each, PreTrainedModel) for each in classes
+    )
 
 
 def _inside(path: str, blocks: list[BlockPath]) -> bool:

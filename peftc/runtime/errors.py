@@ -68,6 +68,14 @@ class OnTheBase(Diagnostic):
         return ("do it to the base model before the compile, or to what .merge() returns",)
 
 
+class NoNoise(Diagnostic):
+    """NEFTune's noise where positions are given, by which texts in a row are told apart: they are tried on tokens."""
+
+    code = "no-noise"
+    title = "no noise is added to the embeddings of texts whose positions are given"
+    notes = ("leave neftune_noise_alpha out, or pad the texts and leave the positions to the model",)
+
+
 class CannotRecompute(Diagnostic):
     code = "cannot-recompute"
     model: str

@@ -23,6 +23,7 @@ from peftc.planning.positions_left import room
 from peftc.rewrite.penalties import penalised
 from peftc.rewrite.splicer import TASK_ROWS
 from peftc.runtime.asked import LOCK
+from peftc.runtime.embeddings import Embeddings
 from peftc.runtime.entries import Code, Entries
 from peftc.runtime.errors import (
     NoPickle,
@@ -94,6 +95,7 @@ class Runtime(Switching):
             continues_by=None,
             logits_in_training=fired is None,
             recomputes_every=0,
+            embeddings=None,
         )
         keep_unread(root, self)
         self.settle()
@@ -137,6 +139,8 @@ class Runtime(Switching):
         self.__dict__["entries"] = Entries(self, own)
 
         def forward(self: Runtime, *args: Any, **kwargs: Any) -> Any:
+            if (embeddings := self.__dict__["embeddings"]) is not None and self.training:
+                args, kwargs = (), embeddings.look_up(self.convention.named(args, kwargs))
             tasks = kwargs.pop("tasks", None) if self.plan.tasks else None
             if (face := self.face(tasks)) is not self:
                 return face(*args, **kwargs)
@@ -258,7 +262,7 @@ class Runtime(Switching):
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared, other_graphs=[], faces={})
+        copied.__dict__.update(shared, other_graphs=[], faces={}, embeddings=None)
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
@@ -281,6 +285,17 @@ class Runtime(Switching):
     def config(self) -> Any:
         """The base model's configuration; None for a plain module."""
         return getattr(self.base, "config", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What stands for the module that looks tokens up, for NEFTune of a Trainer: it takes no other hook.
+
+        Raises:
+            PeftcError: `on-the-base` where the model has no such module, or the spec changes or trains it.
+        """
+        if self.__dict__["embeddings"] is None:
+            self.__dict__["embeddings"] = Embeddings(self)
+        module: nn.Module = self.__dict__["embeddings"].module
+        return module
 
     @property
     def loss_type(self) -> str | None:

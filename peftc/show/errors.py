@@ -33,3 +33,16 @@ class UnknownPass(Diagnostic):
     def notes(self) -> tuple[str, ...]:
         near = suggest(self.name, self.known)
         return (*((near,) if near else ()), f"the passes are: {', '.join(self.known)}")
+
+
+class NotAnImage(Diagnostic):
+    code = "not-an-image"
+    path: str
+
+    @property
+    def title(self) -> str:
+        return f"'{self.path}' is no name of an image that can be written"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("an image is an .svg file; rsvg-convert, Inkscape and every browser make others of it",)

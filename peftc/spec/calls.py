@@ -7,20 +7,28 @@ from typing import Any, TypeVar, cast
 from peftc import language as ast
 from peftc.diagnostics.diagnostic import Diagnostic, suggest
 from peftc.diagnostics.source import Span
+from peftc.language import words
 from peftc.protocol.method import Method
+from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Configured, Param, registered
+from peftc.protocol.storage import Storage
 from peftc.spec import errors as say
 
+AUTO = "auto"
+RANK = "r"
 K = TypeVar("K", bound=Configured)
+KINDS: tuple[type[Configured], ...] = (Method, Storage, Parameterisation)
 
 
 class Calls:
-    """Builds what calls describe; problems collect in `problems`."""
+    """Builds what calls describe; problems collect in `problems`. `later`: where some line gives each name."""
 
-    def __init__(self, problems: list[Diagnostic], lets: dict[str, ast.Let]) -> None:
+    def __init__(self, problems: list[Diagnostic], lets: dict[str, ast.Let], later: dict[str, Span]) -> None:
         self.problems = problems
         self.lets = lets
+        self.later = later
         self.broken: set[str] = set()  # names of methods already complained of
+        self.automatic: dict[Span, None] = {}  # ranks that `fit trainable` is to find
 
     def build(self, call: ast.Call, kind: type[K]) -> K | None:
         """What `call` describes, or None with the reasons noted."""
@@ -29,10 +37,11 @@ class Calls:
             return self._named(call, let, kind)
         if name not in registered(kind):
             known = (*registered(kind), *(self.lets if kind is Method else ()))
-            nouns = [other.noun for other in Configured.__subclasses__() if name in registered(other)]
+            nouns = [other.noun for other in KINDS if name in registered(other)]
             self.problems.append(
                 say.UnknownMethod(
-                    name=name, noun=kind.noun, known=known, is_a=nouns[0] if nouns else "", span=call.name.span
+                    name=name, noun=kind.noun, known=known, is_a=nouns[0] if nouns else "",
+                    later=self.later.get(name) if kind is Method else None, span=call.name.span,
                 )
             )  # fmt: skip
             return None
@@ -85,6 +94,10 @@ class Calls:
                 self.problems.append(say.GivenTwice(method=cls.name, name=name, first=spans[name], span=span))
                 continue
             spans[name] = span
+            if is_rank(cls, name) and argument.value == ast.Name(AUTO, span=span):
+                self.automatic[argument.value.span] = None
+                values[name] = parameters[name].default  # until one is found
+                continue
             values[name] = self._value(cls, parameters[name], argument.value)
         missing = [parameter for name, parameter in parameters.items() if parameter.required and name not in spans]
         self.problems += [
@@ -117,11 +130,18 @@ class Calls:
                 value = None
         problem = parameter.problem(value) if value is not None else f"expects {parameter.expects}"
         if problem:
-            hint = suggest(str(value), parameter.choices) if parameter.choices else None
+            brought = words.meant(parameter.name) if isinstance(given, ast.String) else None  # HF PEFT's bias="all"
+            other = brought.label if brought else None
+            hint = suggest(str(value), parameter.choices) if parameter.choices else other
             self.problems.append(
                 say.BadValue(method=cls.name, name=parameter.name, problem=problem, hint=hint, span=given.span)
             )
         return value
+
+
+def is_rank(cls: type[Configured], name: str) -> bool:
+    """Whether a parameter may be `auto`: a method's rank."""
+    return issubclass(cls, Method) and name == RANK
 
 
 def _unknown_parameter(cls: type[Configured], given: str, span: Span) -> Diagnostic:

@@ -4,28 +4,77 @@ from __future__ import annotations
 
 from peftc.diagnostics.diagnostic import Diagnostic, suggest
 from peftc.diagnostics.source import Label, Span
+from peftc.language import words
+
+
+def _why(word: str) -> tuple[str, ...]:
+    """What there is to know of a word that others use, as a note."""
+    brought = words.meant(word)
+    return (brought.why,) if brought and brought.why else ()
+
 
 # --- names and methods ------------------------------------------------------------------------------------------------
 
 
-class UnknownMethod(Diagnostic):
-    code = "unknown-method"
+class UnknownName(Diagnostic):
+    """A name that nothing has; `later` is where a line below gives it."""
+
     name: str
+    later: Span | None = None
+
+    @property
+    def title(self) -> str:
+        return self.absence + (" before this line" if self.later else "")
+
+    @property
+    def absence(self) -> str:
+        """The title of a name that no line gives."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        return "a name is defined above the lines that use it" if self.later else self.near
+
+    @property
+    def near(self) -> str:
+        """What may be meant by a name that no line gives."""
+        raise NotImplementedError
+
+    @property
+    def secondary(self) -> tuple[Label, ...]:
+        return (Label(self.later, "defined only here"),) if self.later else ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self.later else self.choice
+
+    @property
+    def choice(self) -> tuple[str, ...]:
+        """What there is instead."""
+        return ()
+
+
+class UnknownMethod(UnknownName):
+    code = "unknown-method"
     known: tuple[str, ...]
     noun: str = "method"
     is_a: str = ""
 
     @property
-    def title(self) -> str:
+    def absence(self) -> str:
         return f"there is no {self.noun} '{self.name}'"
 
     @property
-    def label(self) -> str:
-        return f"this is a {self.is_a}" if self.is_a else suggest(self.name, self.known) or ""
+    def near(self) -> str:
+        if self.is_a:
+            return f"this is a {self.is_a}"
+        brought = words.meant(self.name)
+        return brought.label if brought else suggest(self.name, self.known) or ""
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"{self.noun}s: {', '.join(self.known)}",)
+    def choice(self) -> tuple[str, ...]:
+        near = None if self.span else self.near  # which stands at the caret, where there is one
+        return (*_why(self.name), *([near] if near else []), f"{self.noun}s: {', '.join(self.known)}")
 
 
 class UnknownParameter(Diagnostic):
@@ -41,11 +90,15 @@ class UnknownParameter(Diagnostic):
 
     @property
     def label(self) -> str:
-        return suggest(self.name, self.names) or ""
+        if here := words.parameter(self.name, self.names):
+            return f"this is '{here}' here"
+        brought = words.meant(self.name)
+        return brought.label if brought else suggest(self.name, self.names) or ""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (f"{self.method} takes: {', '.join(self.takes)}" if self.takes else f"{self.method} takes none",)
+        takes = f"{self.method} takes: {', '.join(self.takes)}" if self.takes else f"{self.method} takes none"
+        return (*_why(self.name), takes)
 
 
 class PositionalArgument(Diagnostic):
@@ -151,38 +204,42 @@ class WrongKindOfName(Diagnostic):
         return (Label(self.defined, "defined here"),)
 
 
-class UnknownRole(Diagnostic):
+class UnknownRole(UnknownName):
     code = "unknown-role"
-    name: str
     known: tuple[str, ...]
 
     @property
-    def title(self) -> str:
+    def absence(self) -> str:
         return f"there is no role or name '{self.name}'"
 
     @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or ""
+    def near(self) -> str:
+        brought = words.meant(self.name)
+        return (
+            brought.label
+            if brought
+            else suggest(self.name, self.known) or f'for modules of this name: "**.{self.name}"'
+        )
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def choice(self) -> tuple[str, ...]:
         return (
+            *_why(self.name),
             f"roles: {', '.join(self.known)}",
-            'a module is named in quotation marks: "model.layers.*.mlp.down_proj"',
+            f'a module is named in quotation marks: "**.{self.name}", or whole: "model.layers.*.mlp.down_proj"',
         )
 
 
-class UnknownStack(Diagnostic):
+class UnknownStack(UnknownName):
     code = "unknown-stack"
-    name: str
     known: tuple[str, ...]
 
     @property
-    def title(self) -> str:
+    def absence(self) -> str:
         return f"a model has no part called '{self.name}'"
 
     @property
-    def label(self) -> str:
+    def near(self) -> str:
         return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
 
 
@@ -254,44 +311,6 @@ class NotANumber(Diagnostic):
     @property
     def title(self) -> str:
         return f"'{self.name}' is compared with a number"
-
-
-class UnknownQuantity(Diagnostic):
-    code = "unknown-quantity"
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        return f"'{self.name}' is nothing that can be required"
-
-    @property
-    def label(self) -> str:
-        return suggest(self.name, self.known) or f"one of {', '.join(self.known)}"
-
-
-class WrongUnit(Diagnostic):
-    code = "wrong-unit"
-    quantity: str
-    expects: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.quantity} is compared with {self.expects}"
-
-
-class EmptyBudget(Diagnostic):
-    code = "empty-budget"
-    quantity: str
-    bound: str
-
-    @property
-    def title(self) -> str:
-        return f"whatever the model, this says the same of {self.quantity}: {self.bound}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("give a limit that one model keeps and another does not, or leave the line out",)
 
 
 class EmptySlice(Diagnostic):

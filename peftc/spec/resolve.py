@@ -16,9 +16,11 @@ from peftc.protocol.method import Method, Stage, methods
 from peftc.protocol.sites import site_kinds
 from peftc.protocol.storage import Storage
 from peftc.spec import errors as say
+from peftc.spec.budget_errors import FitsTasks
+from peftc.spec.budgets import Budget, Fit, budget, fitting, misfits
 from peftc.spec.calls import Calls
 from peftc.spec.groups import GROUPINGS, Group, InGroup
-from peftc.spec.tasks import of_task, tasks_of, without_tasks
+from peftc.spec.tasks import fits_of, of_task, tasks_of, without_tasks
 
 ROLES = (
     "attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.*", "mlp", "mlp.up", "mlp.gate", "mlp.down", "mlp.*",
@@ -29,7 +31,6 @@ FIELDS = ("in_features", "out_features", "width", "experts")
 STACKS = ("encoder", "decoder")
 LAYERS = "layers"
 DEEPEST_NAME = 128  # what `let` names stand for, names within names: walks over it stay within Python's own stack
-QUANTITIES = {"trainable": (), "total": (), "memory": ("batch", "seq")}
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,13 @@ class Packing:
     span: Span
 
 
-@dataclass(frozen=True)
-class Budget:
-    """`require QUANTITY OP VALUE`; `arguments` are memory's batch and sequence."""
-
-    quantity: str
-    arguments: dict[str, int]
-    op: str
-    limit: ast.Number
-    span: Span
-
-
 @dataclass
 class Intentions:
     """What a spec wants, in file order, with every name looked up; `spec` is what it was read from.
 
     `tasks`: what each of its tasks wants, which is in no other list here, with what all of them have in common.
-    `rows`: the tasks that the rows of one batch are of, beside what they have in common.
+    `automatic`: where a rank is `auto`. `rows`: the tasks that the rows of one batch are of, beside what they have in
+    common.
     """
 
     spec: ast.Spec
@@ -97,13 +88,15 @@ class Intentions:
     packings: list[Packing] = field(default_factory=list)
     recomputings: list[Recomputing] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
+    fits: list[Fit] = field(default_factory=list)
+    automatic: tuple[Span, ...] = ()
     tasks: dict[str, Intentions] = field(default_factory=dict)
     rows: tuple[Intentions, ...] = ()
     may_be_empty: bool = False  # whether it may come to a model in which nothing learns
 
     def common(self) -> Intentions:
         """What all tasks have in common, without budgets: what a model computes that is planned already."""
-        return replace(self, tasks={}, budgets=[], may_be_empty=True)
+        return replace(self, tasks={}, budgets=[], fits=[], may_be_empty=True)
 
     def off(self) -> Intentions:
         """How weights are stored, and nothing else."""
@@ -131,6 +124,7 @@ def resolve(spec: ast.Spec) -> Intentions:
             name, what = task.name, "a task"
             problems.append(say.NameTaken(name=name.text, what=what, first=first.name.span, span=name.span))
         problems += (mistakes.NestedTask(outer=task.name.span, span=i.name.span) for i in tasks_of(task.body))
+    problems += (FitsTasks(span=statement.span) for statement in fits_of(spec.statements) if tasks)
     specs = {None: without_tasks(spec)} | {name: of_task(spec, task) for name, task in tasks.items()}
     found = {name: _resolved(one, problems) for name, one in specs.items()}
     if problems:
@@ -142,8 +136,20 @@ def _resolved(spec: ast.Spec, problems: list[Diagnostic]) -> Intentions:
     """What a spec without tasks wants; `problems` are added to."""
     resolver = _Resolver(spec)
     resolver.statements(spec.statements)
-    problems += resolver.problems
-    return resolver.found
+    problems += (*resolver.problems, *misfits(resolver.found.fits, resolver.calls.automatic))
+    return replace(resolver.found, automatic=tuple(resolver.calls.automatic))
+
+
+def _defined(statements: tuple[ast.Statement, ...]) -> Iterator[tuple[str, Span]]:
+    """Every name that a line gives, of these files or those that they use, and where."""
+    for statement in statements:
+        match statement:
+            case ast.Use(spec=ast.Spec(statements=included)):
+                yield from _defined(included)
+            case ast.Let(name):
+                yield name.text, name.span
+            case ast.Group(names):
+                yield from ((name.text, name.span) for name in names)
 
 
 class _Resolver:
@@ -153,7 +159,8 @@ class _Resolver:
         self.lets: dict[str, ast.Let] = {}
         self.depths: dict[int, int] = {}  # of the selectors that names stand for, by id; `lets` holds them
         self.groups: dict[str, Group] = {}
-        self.calls = Calls(self.problems, self.lets)
+        self.later = dict(_defined(spec.statements))
+        self.calls = Calls(self.problems, self.lets, self.later)
 
     def statements(self, statements: tuple[ast.Statement, ...]) -> None:
         for statement in statements:
@@ -171,7 +178,9 @@ class _Resolver:
                     on = isinstance(statement, ast.Train)
                     self.found.trainings.append(Training(target, on, statement.span))
                 case ast.Require():
-                    self._require(statement)
+                    self.found.budgets += budget(statement, self.problems)
+                case ast.Fit():
+                    self.found.fits += fitting(statement, self.calls)
                 case ast.Quantize():
                     target = self.selector(statement.target)
                     built = self.calls.build(statement.storage, Storage)
@@ -262,7 +271,8 @@ class _Resolver:
                     return InGroup(self.selector(base), self.groups[name.text], span=selector.span)
                 if name.text not in STACKS:
                     known = (*STACKS, *self.groups)
-                    self.problems.append(say.UnknownStack(name=name.text, known=known, span=name.span))
+                    later = self.later.get(name.text)
+                    self.problems.append(say.UnknownStack(name=name.text, known=known, later=later, span=name.span))
                 return ast.InStack(self.selector(base), name, span=selector.span)
             case ast.Where(base, name, op, value):
                 self._where(name, value)
@@ -283,7 +293,8 @@ class _Resolver:
                 *roles(),
                 *(name for name, let in self.lets.items() if isinstance(let.value, ast.Selector)),
             )
-            self.problems.append(say.UnknownRole(name=role.text, known=known, span=role.span))
+            later = self.later.get(role.text)
+            self.problems.append(say.UnknownRole(name=role.text, known=known, later=later, span=role.span))
         return role
 
     def _where(self, name: ast.Name, value: ast.Value) -> None:
@@ -293,60 +304,12 @@ class _Resolver:
         if not isinstance(value, ast.Number):
             self.problems.append(say.NotANumber(name=name.text, span=value.span))
 
-    # Budgets
-
-    def _require(self, statement: ast.Require) -> None:
-        quantity = statement.quantity.name.text
-        if quantity not in QUANTITIES:
-            known = tuple(QUANTITIES)
-            self.problems.append(say.UnknownQuantity(name=quantity, known=known, span=statement.quantity.name.span))
-            return
-        arguments = dict(self._quantity_arguments(statement.quantity))
-        unit = statement.value.unit
-        is_bytes = bool(unit and unit.upper().endswith("B") and unit != "B")
-        if (quantity == "memory") != is_bytes and not (unit is None and statement.value.value == 0):
-            expects = "an amount of memory, such as 24 GiB" if quantity == "memory" else "a count or a percentage"
-            self.problems.append(say.WrongUnit(quantity=quantity, expects=expects, span=statement.value.span))
-        elif bound := _always(statement.op, statement.value):
-            self.problems.append(say.EmptyBudget(quantity=quantity, bound=bound, span=statement.span))
-        self.found.budgets.append(Budget(quantity, arguments, statement.op, statement.value, statement.span))
-
-    def _quantity_arguments(self, call: ast.Call) -> Iterator[tuple[str, int]]:
-        takes = QUANTITIES[call.name.text]
-        for argument in call.args:
-            if argument.name is None or argument.name.text not in takes:
-                given = argument.name.text if argument.name else ""
-                span = argument.name.span if argument.name else argument.span
-                self.problems.append(
-                    say.UnknownParameter(method=call.name.text, name=given, takes=takes, names=takes, span=span)
-                )
-            elif not isinstance(argument.value, ast.Number) or not isinstance(argument.value.scaled, int) or (
-                argument.value.scaled < 1
-            ):  # fmt: skip
-                problem = "expects a whole number, at least 1"
-                self.problems.append(
-                    say.BadValue(
-                        method=call.name.text, name=argument.name.text, problem=problem, span=argument.value.span
-                    )
-                )  # fmt: skip
-            else:
-                yield argument.name.text, argument.value.scaled
-
 
 def _has_layers(start: int | None, stop: int | None, step: int | None) -> bool:
     """Whether some model has layers in a slice: where its bounds change places is near their sizes and their sum."""
     bounds = [abs(bound) for bound in (start, stop) if bound is not None]
     counts = {size + near for size in (0, *bounds, sum(bounds)) for near in (0, 1, 2)}
     return any(range(*slice(start, stop, step).indices(count)) for count in counts)
-
-
-def _always(op: str, limit: ast.Number) -> str | None:
-    """Why every model keeps such a limit, or none does."""
-    if limit.scaled < 0 or (limit.scaled == 0 and op in ("<", ">=")):
-        return "nothing is below 0"
-    if limit.unit == "%" and (limit.scaled > 1 or (limit.scaled == 1 and op in ("<=", ">"))):
-        return "nothing is above 100%"
-    return None
 
 
 def _is_of_layers(call: ast.Call) -> bool:

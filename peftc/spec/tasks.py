@@ -19,6 +19,16 @@ def tasks_of(statements: tuple[ast.Statement, ...]) -> Iterator[ast.Task]:
                 yield from tasks_of(included)
 
 
+def fits_of(statements: tuple[ast.Statement, ...]) -> Iterator[ast.Fit]:
+    """Every `fit` among statements, in tasks and in what they include."""
+    for statement in statements:
+        match statement:
+            case ast.Fit():
+                yield statement
+            case ast.Task(_, inside) | ast.Use(spec=ast.Spec(statements=inside)):
+                yield from fits_of(inside)
+
+
 def without_tasks(spec: ast.Spec) -> ast.Spec:
     """What all tasks of a spec have in common."""
     return ast.Spec(tuple(_shared(spec.statements)), spec.source, span=spec.span)

@@ -20,7 +20,7 @@ from peftc.bench.bench import Bench, Measured, bench
 from peftc.bench.table import bench_table
 from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, ONE_LIBRARY, PLAIN, Variant, floor, hf_peft, shared_copy
 from peftc.cli import main
-from peftc.show.tables import rendered
+from peftc.show.screen import rendered
 from zoo import ZOO
 
 LORA = "apply lora(r=4, alpha=8) to attn.*"

@@ -24,7 +24,7 @@ from peftc.bench.flops import count_flops
 from peftc.bench.variants import FLOOR, FUSED, HF_PEFT, Variant, floor
 from peftc.cli import main
 from peftc.diagnostics.diagnostic import PeftcError
-from peftc.show.tables import rendered
+from peftc.show.screen import rendered
 
 LORA = "apply lora(r=4, alpha=8) to attn.*, mlp.*"
 F32, HALF, FLAG, LONG = 4, 2, 1, 8  # bytes

@@ -10,6 +10,8 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -149,6 +151,16 @@ def test_patches_in_a_row_have_positions_of_rows_and_columns() -> None:
     kinds = (tokens == IMAGE).int()
     assert torch.equal(example.kwargs["position_ids"], model.model.get_rope_index(tokens, kinds, grid)[0])
     assert "mm_token_type_ids" not in example.kwargs
+
+
+def test_a_decoder_is_given_its_tokens_where_it_does_not_make_them_of_labels() -> None:
+    config = FSMTConfig(
+        d_model=16, src_vocab_size=40, tgt_vocab_size=40, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, langs=["en", "de"],
+    )  # fmt: skip
+    model = FSMTForConditionalGeneration(config)
+    given = example_inputs(model).kwargs
+    assert given["decoder_input_ids"].shape == given["labels"].shape != given["input_ids"].shape
 
 
 def test_what_was_tried_is_said() -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from peftc.capture.alike import groups_of
+from captures import described
+from peftc.capture.blocks.alike import groups_of
 from peftc.capture.capture import Captured, _captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.capture.islands import Islands
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import get_attribute, is_tensor, memories, tensors
+from peftc.graph.ir import tensors
 from peftc.graph.repeat import STANDS, repeated
 from zoo import ZOO
 
@@ -21,29 +22,6 @@ QUICK = ("llama", "falcon", "mixtral")
 
 def captured(model: nn.Module, example: Any = None, *, once: bool) -> Captured:
     return _captured(model, example_inputs(model, example), Timings(), Islands(model), once=once)
-
-
-def described(found: Captured, own: dict[str, Tensor]) -> list[Any]:
-    """All that each tensor of a graph is, and what it is made of; sizes as expressions, constants as numbers."""
-    places: dict[fx.Node, int] = {}
-    first: dict[Any, int] = {}
-
-    def operand(node: fx.Node) -> Any:
-        return places[node] if node in places else str(node.meta["val"])
-
-    lines: list[Any] = []
-    for node in found.module.graph.nodes:
-        value = node.meta.get("val")
-        args = fx.map_arg((node.args, node.kwargs), operand)
-        target: Any = node.target
-        if node.op == "get_attr" and target not in own and is_tensor(node):
-            target = get_attribute(found.module, target).tolist()
-        lies = [first.setdefault(one, len(first)) for one in memories(node)] if is_tensor(node) else []
-        if memories(node) or node.op == "output":
-            places[node] = len(places)
-            stack = [(str(path), cls) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
-            lines.append((node.op, str(target), str(args), str(getattr(value, "shape", "")), lies, stack))
-    return lines
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO])

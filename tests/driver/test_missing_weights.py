@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from marks import first_is_quick
+from peftc.capture.checkpoints.naming import parse_reference
 from peftc.cli import main
 from zoo import ENCODER, GROUPED
 
@@ -153,6 +155,33 @@ def test_a_new_head_that_stays_random_is_refused(spec: str, tmp_path: Path) -> N
     assert problem.code == "untrained-head"
     assert "score.weight" in problem.title
     assert problem.notes == ('let it learn: train "score"',)
+
+
+@pytest.mark.parametrize("spec", first_is_quick([HEAD, f"quantize linear except head with nf4\n{HEAD}"]))
+def test_a_head_of_another_number_of_labels_is_new_where_they_are_asked_for(spec: str, tmp_path: Path) -> None:
+    """As of a classifier of a thousand things that is to tell three of its own; else the checkpoint is of another."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"image_size": 16, "patch_size": 8, "num_labels": 7}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes))
+    model.save_pretrained(tmp_path / "model")
+    asked = replace(parse_reference(str(tmp_path / "model")), labels=3)
+    compiled = peftc.compile(asked, spec)
+    assert compiled.plan.captured.differences.fresh == ("classifier.bias", "classifier.weight")
+    compiled.save(tmp_path / "artifact")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(peftc.load(tmp_path / "artifact").eval()(images).logits, compiled.eval()(images).logits)
+    with pytest.raises(peftc.PeftcError, match="untrained-head"):
+        peftc.compile(asked, LORA)
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["id2label"] = {str(place): str(place) for place in range(3)}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    assert {one.code for one in refused(str(tmp_path / "model"), spec)} == {"other-shape"}
 
 
 @pytest.mark.slow

@@ -310,7 +310,7 @@ def test_hf_pefts_folder_is_the_old_or_the_new_whenever_its_save_is_killed(tmp_p
     (folder / "README.md").write_text("a model card")
     shutil.copytree(folder, tmp_path / "old")
     second.save_pretrained(tmp_path / "new")
-    whole = [{"README.md": b"a model card"} | found(tmp_path / name) for name in ("old", "new")]
+    whole = [found(tmp_path / name) | {"README.md": b"a model card"} for name in ("old", "new")]
 
     def prepare() -> None:
         shutil.rmtree(folder)

@@ -55,6 +55,8 @@ def test_hf_peft_reads_what_peftc_writes(name: str, spec: str, tmp_path: Path) -
     compiled.save_pretrained(tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
     theirs.eval()
+    for_task = peft.PeftModelForCausalLM if model.can_generate() else peft.PeftModelForSequenceClassification
+    assert type(theirs) is for_task
     torch.testing.assert_close(logits(theirs, batch), logits(compiled, batch), rtol=0, atol=NEAR)
 
 
@@ -95,7 +97,7 @@ def test_peftc_reads_what_hf_peft_writes(name: str, config: Any, tmp_path: Path)
         [
             ("llama", "apply adapter(size=4) to mlp", "it has no adapter"),
             ("llama", "apply lora(r=2) to attn.q\napply ia3 to attn.k", "one method"),
-            ("llama", "apply lora(r=2) to attn.q\ntrain norm", "no parameters of the base model"),
+            ("bert", 'apply lora(r=2) to attn.q\ntrain "**.dense.weight"', "it holds whole modules"),
             ("gpt2", "apply lora(r=2) to attn.q", "a part of one"),
             ("llama", "apply lora(r=2, dropout=0.1) to attn.q\napply lora(r=2) to attn.v", "lora_dropout"),
         ]
@@ -109,7 +111,7 @@ def test_what_does_not_fit_is_refused(name: str, spec: str, reason: str, tmp_pat
 
 
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
-    theirs: Any = peft.get_peft_model(ZOO["llama"](), peft.FourierFTConfig(n_frequency=4, target_modules=["q_proj"]))
+    theirs: Any = peft.get_peft_model(ZOO["llama"](), peft.PolyConfig(r=2, target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path)
     with pytest.raises(peftc.PeftcError, match="bad-artifact"):
         peftc.load_peft(ZOO["llama"](), tmp_path)
@@ -166,7 +168,34 @@ def test_training_norms_is_hf_pefts_layer_norm_tuning(name: str, norms: list[str
             torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=0, atol=NEAR)
 
 
-@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [3, 4]}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    first_is_quick(
+        [("llama", ["input_layernorm", "norm"]), ("bert", ["output.LayerNorm"]), ("gpt2", ["ln_1", "ln_f"])]
+    ),
+)
+@pytest.mark.filterwarnings("ignore")  # it warns of every layer that has no features in and out
+def test_layer_norm_tuning_both_ways(name: str, norms: list[str], tmp_path: Path) -> None:
+    model = ZOO[name]().eval()
+    batch = inputs(model)
+    theirs: Any = peft.get_peft_model(ZOO[name](), peft.LNTuningConfig(target_modules=norms)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peftc.load_peft(model, tmp_path / "theirs").eval()
+    torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=0, atol=NEAR)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(ZOO[name](), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(logits(again, batch), logits(theirs, batch), rtol=0, atol=NEAR)
+    first, second = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("theirs", "ours"))
+    before, after = safetensors.torch.load(first), safetensors.torch.load(second)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "corda"}, {"alora_invocation_tokens": [3, 4]}], ids=str)
 def test_folders_that_mean_another_model_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
     """HF PEFT takes a start out of the base's weights as it loads such a folder, or branches at some tokens only."""
     peftc.compile(ZOO["llama"](), "apply lora(r=2) to attn.q").save_pretrained(tmp_path)

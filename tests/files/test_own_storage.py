@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,12 @@ class Halves(Storage):
 
 
 @pytest.fixture(autouse=True)
-def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def halves() -> Iterator[None]:
     """The storage is registered for one test; by its name it is asked before nf4."""
-    storages()
-    registries = {folder: dict(registry) for folder, registry in params._registries.items()}
-    monkeypatch.setattr(params, "_registries", registries)
+    registry = params.registry("storage")
     params.register(Halves)
-    imported = params._imported
-    known = dict(sorted(registries["storage"].items()))
-    monkeypatch.setattr(params, "_imported", lambda folder: known if folder == "storage" else imported(folder))
+    yield
+    del registry.known["halves"]
 
 
 def nf4() -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftc
+from hfpeft import shaken
 from marks import first_is_quick
 from peftc.files.hf_peft.spec import IDLE, NAMING, of_kind
 from zoo import ZOO, inputs
@@ -48,15 +49,6 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         **{"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", **given}
     ),
 }  # fmt: skip
-
-
-def shaken(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def saved(folder: Path, method: str, model: str = "llama", **given: Any) -> Any:
@@ -106,7 +98,7 @@ def copied(folder: Path, to: Path) -> Path:
 def test_an_option_that_is_not_obeyed_is_refused(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Every field that HF PEFT's own config of the method has, and one that a later version might."""
     config = CONFIGS[method]()
-    known = {name for cls in of_kind(config.peft_type) for name in (*cls.peft_settings, *cls.peft_patterns.values())}
+    known = set().union(*(cls.obeyed() for cls in of_kind(config.peft_type)))
     fields = {field.name for field in dataclasses.fields(config)} | {"an_idea_of_later"}
     folder = copied(folders[method], tmp_path)
     whole = json.loads((folder / "adapter_config.json").read_text())
@@ -120,7 +112,8 @@ def test_an_option_that_is_not_obeyed_is_refused(method: str, folders: dict[str,
 @pytest.mark.parametrize(
     ("method", "option"),
     [
-        ("lora", {"init_lora_weights": "pissa"}),
+        ("lora", {"init_lora_weights": "corda"}),
+        ("lora", {"init_lora_weights": "loftq"}),
         ("dora", {"init_lora_weights": "olora"}),
         ("lora", {"init_lora_weights": "pissa_niter_4"}),
         ("lora", {"kasa_config": {}}),
@@ -133,7 +126,7 @@ def test_an_option_that_is_not_obeyed_is_refused(method: str, folders: dict[str,
         ("adalora", {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True, False]}}),
         ("ia3", {"modules_to_save": ["lm_head"]}),
         ("ia3", {"feedforward_modules": None}),
-        ("lora", {"peft_type": "OFT"}),
+        ("lora", {"peft_type": "POLY"}),
         ("lora", {"peft_type": None}),
         ("lora", {"use_dora": True}),
         ("lora", {"target_modules": None}),
@@ -222,7 +215,7 @@ def more(key: str, *shape: int) -> Callable[[Tensors], Tensors]:
         ("lora", more(FIRST.replace("q_proj", "k_proj") + ".lora_A.weight", 4, 32), "k_proj.lora_A.weight belongs"),
         ("lora", more(f"{FIRST}.ia3_l", 48, 1), "ia3_l"),
         ("lora", more("base_model.model.model.norm.weight", 32), "model.norm.weight is another than the base"),
-        ("lora", renamed(".weight", ".default.weight"), "lora_A.default.weight"),
+        ("lora", renamed(".weight", ".other.weight"), "lora_A.other.weight"),
         ("lora", renamed("base_model.model.", ""), "its model.layers.* belongs"),
         ("lora", renamed("base_model.model.", "", "layers.0.self_attn.q_proj"), "its model.layers.* belongs"),
         ("lora", renamed("base_model.model.", "base_model."), "its base_model.model.layers.* belongs"),

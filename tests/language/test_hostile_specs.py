@@ -48,6 +48,8 @@ def read_alone(node: Node) -> Node | None:
             return read(node.span.text).statements[0]
         case Selector():
             return selector(f"({node.span.text})")
+        case syntax.Call(name=syntax.Name("checkpoint")):
+            return node  # of a `fit`: a word of the language, which stands alone nowhere
         case syntax.Call() if "(" not in node.span.text:
             return read(f"apply {node.span.text}").statements[0].method  # type: ignore[attr-defined, no-any-return]
         case syntax.Name():

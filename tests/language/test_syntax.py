@@ -1,6 +1,7 @@
 """The language: what parses to what, what is refused with which words, and that nothing else ever happens."""
 
 import importlib.resources
+import json
 import logging
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import golden
 from drawn import NOWHERE, call, name, number, read, role, selector
-from paths import GOLDEN
+from paths import GOLDEN, ROOT
 from peftc import language as syntax
 from peftc.diagnostics.diagnostic import MOST_MISTAKES, PeftcError
 from peftc.language import (
@@ -17,6 +18,7 @@ from peftc.language import (
     Bool,
     Checkpoint,
     Except,
+    Fit,
     Freeze,
     Glob,
     Group,
@@ -36,6 +38,7 @@ from peftc.language import (
     Use,
     Where,
     parse_file,
+    tokens,
 )
 
 BAD = GOLDEN / "spec" / "syntax"
@@ -45,6 +48,20 @@ def codes(text: str) -> list[str]:
     with pytest.raises(PeftcError) as raised:
         read(text)
     return [diagnostic.code for diagnostic in raised.value.diagnostics]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.peft")), ids=lambda path: path.stem)
+def test_the_tables_beside_the_grammar_are_its_own(path: Path, pytestconfig: pytest.Config) -> None:
+    """Their text differs from one process to the next: what is compared is what they were made of, and what they do."""
+    file = ROOT / "grammar" / tokens.TABLES
+    if pytestconfig.getoption("update_golden"):
+        file.write_text(tokens.tables())
+        tokens.grammar.cache_clear()
+    if (found := json.loads(file.read_text())["of"])[0] != lark.__version__:
+        pytest.skip(f"made with lark {found[0]}; with {lark.__version__} the parser is built anew")
+    assert found == json.loads(tokens.tables())["of"], "pytest --update-golden writes grammar/tables.json anew"
+    assert tokens.grammar().source_path == "<deserialized>"
+    assert tokens.grammar().parse(path.read_text()) == tokens.built().parse(path.read_text())
 
 
 # ---- Bad specifications ------------------------------------------------------------------------------------
@@ -109,6 +126,20 @@ def test_empty(text: str) -> None:
         (
             "require memory(batch=4) < 24 GiB",
             Require(call("memory", batch=number(4)), "<", number(24, "GiB"), **NOWHERE),
+        ),
+        (
+            "fit memory(batch=4) <= 24 GiB",
+            Fit(call("memory", batch=number(4)), "<=", number(24, "GiB"), (), **NOWHERE),
+        ),
+        (
+            "fit memory < 1 GB using checkpoint, nf4(double=true)",
+            Fit(
+                call("memory"),
+                "<",
+                number(1, "GB"),
+                (call("checkpoint"), call("nf4", double=Bool(True, **NOWHERE))),
+                **NOWHERE,
+            ),
         ),
         ('use "a.peft"', Use(String("a.peft", **NOWHERE), **NOWHERE)),
         (

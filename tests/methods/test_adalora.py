@@ -134,6 +134,7 @@ def test_hf_peft_reads_what_is_left(tmp_path: Path) -> None:
     compiled.eval().save_pretrained(tmp_path)
     theirs: Any = peft.PeftModel.from_pretrained(ZOO["llama"](), str(tmp_path))
     theirs.eval()
+    batch.pop("labels")  # with these HF PEFT's asks for the adapter that trains, and of one that is read none does
     expected = compiled(**batch).logits
     torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-5, atol=1e-5)
     shapes = [p.shape[0] for name, p in theirs.named_parameters() if "lora_E" in name]

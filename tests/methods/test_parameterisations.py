@@ -330,7 +330,7 @@ def test_rules_are_shared_by_a_statement_and_counted_once() -> None:
         f"apply {COMPACTER} in layers[0]\napply lora(r=1) to linear\napply {COMPACTER} in layers[1]",
         example=example,
     )
-    homes = {binding.shared_path for binding in two.bindings if binding.shared_path}
+    homes = {full.rpartition(".")[0] for binding in two.bindings for full in binding.shared_names.values()}
     assert len(homes) == 2
     assert two.trainable == plan.trainable + 8 + sum(2 * (12 + 20) for _ in range(2))
 

@@ -164,3 +164,13 @@ def test_far_takes_the_rows_of_the_largest_gradients() -> None:
             score += torch.autograd.grad(loss, weight)[0].square().sum(1)
         largest = score.argsort()[-round(0.1 * len(score)) :]
         assert get_attribute(compiled, f"{binding.path}.index").tolist() == sorted(largest.tolist())
+
+
+def test_a_folded_bias_is_rounded_once() -> None:
+    """c is between two numbers of bfloat16, and so is 1 + c: just above the middle, where rounding c goes to it."""
+    site = Linear("layer", "layer", frozenset(), n_in=1, n_out=1, bias="layer.bias")
+    one = torch.ones(1, dtype=torch.bfloat16)
+    c = torch.tensor([[2**-8 + 2**-17]])
+    _, bias = methods()["beft"]().fold(site, one[None], one, {"c": c})
+    assert bias is not None
+    assert torch.equal(bias, torch.tensor([1 + 2**-7], dtype=torch.bfloat16))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import peftc
-from peftc.show import render_show
+from peftc.show.formats import render_show
 from tiny import Stack, example
 
 LORA = "apply lora(r=2) to linear\n"

@@ -14,7 +14,8 @@ from fusioncases import TOLERANCE, Case, lora, number, rewritten
 from golden import check
 from paths import GOLDEN
 from peftc.protocol.rule import fusions
-from peftc.show.tables import fusions_table, rendered
+from peftc.show.screen import rendered
+from peftc.show.tables import fusions_table
 from zoo import ZOO, inputs
 
 # ---- What is told ----------------------------------------------------------------------------------------------
@@ -36,7 +37,10 @@ def test_the_table_of_fusions(request: pytest.FixtureRequest) -> None:
     model = Case(function, n=(7,), w=(5, 7), a=(2, 7), b=(5, 2))
     names = ["rms_norm", "gated_activation", "lora_linear"]
     _, _, fired = rewritten(model, (number(2, 3, 7),), ("a", "b", "w"), names)
-    check(GOLDEN / "fusions" / "table.txt", rendered(fusions_table(fired)) + "\n", request.config)
+    table = fusions_table(fired)
+    assert table
+    check(GOLDEN / "fusions" / "table.txt", rendered(table) + "\n", request.config)
+    assert fusions_table([]) is None, "headings alone say nothing"
     assert [one.to_json()["fired"] for one in fired] == [1, 0, 0]
     told = fired[2].to_json()["nearest_miss"]
     assert told["reason"] == "w learns, too"

@@ -247,6 +247,39 @@ def test_a_block_may_return_a_turned_tensor() -> None:
         torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_result_that_nothing_learns_of_has_no_gradient() -> None:
+    """The first block's keys, which its own result reads, too; the next one's come of what learns."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+            keys = self.k(x).tanh()
+            return x + self.q(x) * keys.mean(1, keepdim=True), keys[:, 1:], 2
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = x.new_zeros(())
+            for layer in self.layers:
+                x, keys, times = layer(x)
+                total = total + times * keys.square().sum()
+            return x.square().sum() + total
+
+    base, x = Model(), torch.randn(3, 6, 5)
+    models = [peftc.compile(base, 'apply lora(r=2, init=gaussian) to "**.q"', example=x, fuse=f) for f in (True, False)]
+    models[0].load_state_dict(models[1].state_dict())
+    found = [torch.autograd.grad(m(x), [*m.trainable_parameters().values()]) for m in models]
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+    assert len(blocks(models[0])) == 3
+
+
 @pytest.mark.slow
 def test_threads_may_call_it_first_together() -> None:
     program.cache_clear()

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from peftc.graph.patterns import add, value
 from peftc.planning.packed_weight import PackedWeight
 from peftc.protocol.method import Method, State, method, methods, param
-from peftc.protocol.params import Configured, register
+from peftc.protocol.params import Configured, check, register
 from peftc.protocol.rule import Editor, Fusion, Match, fusion
 from peftc.protocol.site import Linear, Site
 from peftc.protocol.sites import site
@@ -40,7 +40,7 @@ class Moves(OutputMethod):
 def loaded(cls: type[Configured]) -> None:
     """What a registry does with a class that a file of its folder defines."""
     register(cls)
-    cls.check()
+    check(cls)
 
 
 def refused(cls: type[Configured], *words: str) -> None:

@@ -14,6 +14,7 @@ from transformers import JetMoeConfig, JetMoeForCausalLM
 import peftc
 from peftc.protocol.sites import Sites
 from peftc.show import tables
+from peftc.show.screen import rendered
 
 WIDTH = 32
 EXAMPLE = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -280,7 +281,7 @@ def test_every_linear_layer_of_a_block_has_a_role_or_a_reason() -> None:
     } | {"layers.1.parts.0.out"}
     (router,) = [item for item in found.absent if item.name == "layers.1.parts.1.router"]
     assert router.reason.startswith("its result goes to `argsort` of layers.1.parts.1 (test_absent_roles.py:")
-    once, each = (tables.rendered(tables.absences(found, every=every) or "", width=200) for every in (False, True))
+    once, each = (rendered(tables.absences(found, every=every) or "", width=200) for every in (False, True))
     assert "layers.0.parts.1.router  (one of 2)" in once
     assert "layers.1.parts.1.router" in each
     assert "layers.1" not in once
@@ -293,3 +294,22 @@ def test_queries_of_looped_experts_have_no_role() -> None:
     found = peftc.sites(JetMoeForCausalLM(config))
     assert {role for role in found.roles() if role.startswith(("attn.", "mlp."))} == {"attn.k", "attn.v"}
     assert {item.role for item in found.absent} == {"attn.q", "attn.o", ""}
+
+
+class Weighted(nn.Module):
+    """Two feed-forward layers, of which a router says how much each counts: of one in its middle, of one at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.first, self.second = linear(n_out=4), Mlp(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (part.logsumexp(-1, keepdim=True) for part in self.router(x).chunk(2, -1))
+        middle = nn.functional.gelu(self.first.up(x)) * one
+        return torch.as_tensor(self.first.down(middle) + self.second(x) * other)
+
+
+def test_a_weight_of_each_token_is_no_source_of_features() -> None:
+    assert roles(sites(Weighted)) == {
+        f"0.{path}.{name}": f"mlp.{name}" for path in ("first", "second") for name in ("up", "down")
+    }

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 import peftc
 from peftc.protocol import sites
-from peftc.protocol.method import Method, State
-from peftc.protocol.params import registered
+from peftc.protocol.method import State
+from peftc.protocol.params import registry
 from peftc.protocol.site import Site
 from peftc.protocol.stages import SublayerMethod
 from peftc.spec import resolve
@@ -85,7 +85,7 @@ def test_a_method_there_is_given_what_others_have_made_of_its_input(monkeypatch:
     """And the place needs no parameter of its own for the method's to learn beside."""
     monkeypatch.setattr(sites, "site_kinds", lambda: (Activation,))
     monkeypatch.setattr(resolve, "site_kinds", lambda: (Activation,))
-    monkeypatch.setitem(registered(Method), "around", Around)
+    monkeypatch.setitem(registry("methods").known, "around", Around)
     model, x = Twice().requires_grad_(False), torch.randn(2, 3)
     compiled = peftc.compile(model, "apply ia3 to head\napply around to activation", example=EXAMPLE)
     (scale,) = (tensor for name, tensor in compiled.trainable_parameters().items() if ".ia3." in name)

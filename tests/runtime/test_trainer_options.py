@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, LlamaForSequenceClassification, Trainer, set_seed
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    LlamaForSequenceClassification,
+    Trainer,
+    set_seed,
+)
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 import models
 import peftc
-from training import LORA, compiled, copy_state, randomise, rows, topic_blocks, trainer
-from zoo import ZOO, inputs
+from peftc.training.trainer import SavesAdapter, write_adapter
+from training import LORA, Recorder, compiled, copy_state, randomise, rows, topic_blocks, trainer
+from zoo import ENCODER, ZOO, inputs
 
 Pair = tuple[peftc.CompiledModule, nn.Module]
 
@@ -69,6 +81,7 @@ def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None =
         pytest.param(None, {"gradient_accumulation_steps": 4}, id="accumulation"),
         pytest.param(None, {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, id="smoothing"),
         pytest.param(token_loss, {"gradient_accumulation_steps": 4}, id="own-loss"),
+        pytest.param(None, {"neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}, id="neftune"),
         pytest.param(
             None, {"activation_checkpointing": True, "gradient_accumulation_steps": 2}, id="activation-checkpointing"
         ),
@@ -116,8 +129,107 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @pytest.mark.xdist_group("trainer options")
 def test_what_a_graph_cannot_do_is_refused(pair: Pair, tmp_path: Path) -> None:
+    """Embeddings that learn are the graph's own, and a hook that is not NEFTune's may act when nothing is learnt."""
+    trains = compiled("llama", f"{LORA}\ntrain embed")
     with pytest.raises(peftc.PeftcError, match=r"error\[on-the-base\]"):
-        curve(pair[0], tmp_path, neftune_noise_alpha=5.0)
+        curve(trains, tmp_path, neftune_noise_alpha=5.0)
+    with pytest.raises(peftc.PeftcError, match=r"error\[on-the-base\]"):
+        pair[0].get_input_embeddings().register_forward_hook(lambda *_: None)
+    with pytest.raises(peftc.PeftcError, match=r"error\[on-the-base\]"):
+        pair[0].resize_token_embeddings(120)
+
+
+def test_noise_is_added_in_training_alone() -> None:
+    ours = compiled("llama", LORA)
+    batch = inputs(ZOO["llama"]())
+    before = [ours.train()(**batch).loss.item(), ours.eval()(**batch).loss.item()]
+    hook = activate_neftune(ours, 5.0)
+    after = [ours.train()(**batch).loss.item(), ours.eval()(**batch).loss.item()]
+    with pytest.raises(peftc.PeftcError, match=r"error\[no-noise\]"):
+        ours.train()(**batch, position_ids=torch.arange(batch["input_ids"].shape[1])[None])
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    deactivate_neftune(ours, hook)
+    assert ours.train()(**batch).loss.item() == before[0]
+    assert not ZOO["llama"]().get_input_embeddings()._forward_hooks
+
+
+HEADS: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Any]]]] = {
+    "multi-label": ("bert", {"num_labels": 3}, lambda i: {"labels": [float(i % 2), float(i % 3 == 0), 1.0]}),
+    "regression": ("bert", {"num_labels": 1}, lambda i: {"labels": i / 3}),
+    "questions": ("bert-qa", {}, lambda i: {"start_positions": i % 5, "end_positions": 3 + i % 5}),
+    "resized": ("llama", {}, lambda i: {"labels": [3 + (i + place) % 100 for place in range(9)]}),
+}  # fmt: skip
+
+
+def headed(name: str, **settings: Any) -> Any:
+    """A tiny model without dropout, of which two models would draw differently."""
+    if name == "llama":
+        model = ZOO["llama"]()
+        model.resize_token_embeddings(120, mean_resizing=False)
+        return model
+    torch.manual_seed(0)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    made = BertForSequenceClassification if name == "bert" else BertForQuestionAnswering
+    return made(BertConfig(**{**ENCODER, **quiet, **settings}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_of_every_head_are_hf_pefts(head: str, tmp_path: Path) -> None:
+    name, settings, labels = HEADS[head]
+    base = headed(name, **settings)
+    ours = peftc.compile(base, "apply lora(r=4, alpha=8) to attn.*, mlp.*")
+    targets = [binding.site.name for binding in ours.plan.bindings]
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8))
+    randomise(theirs)
+    copy_state(theirs, ours)
+    data = [{**row, **labels(place)} for place, row in enumerate({"input_ids": r["input_ids"]} for r in rows(9, 24))]
+    stops = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    found = []
+    for model in (ours, theirs):
+        set_seed(0)
+        run = trainer(model, tmp_path, data, steps=9, lr=1e-2, **stops, load_best_model_at_end=True)
+        run.add_callback(EarlyStoppingCallback(2, 100.0))
+        run.train()
+        found.append([*run.losses, *(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)])
+        assert run.state.global_step == 3
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+class Saving(SavesAdapter, Recorder):
+    """As a user writes it."""
+
+
+@pytest.mark.slow
+def test_what_a_trainer_saves_is_read_by_itself(tmp_path: Path) -> None:
+    base = ZOO["llama"]()
+    ours = peftc.compile(base, "apply lora(r=4) to attn.*")
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(ours, tmp_path / "run", rows(9, 20), steps=2, lr=1e-2, kind=Saving, **settings)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    (tmp_path / "out" / "README.md").write_text("of somebody")
+    run.save_model(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == "of somebody"
+    batch = inputs(base)
+    expected = ours.eval()(**batch).logits
+    assert torch.equal(peftc.load(tmp_path / "out", base).eval()(**batch).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    peftc.load(tmp_path / "run" / "checkpoint-1", base)
+    assert not list(tmp_path.rglob(".adapter-*"))
+    twin = peftc.compile(base, "apply lora(r=4) to attn.*")
+    resumed = trainer(twin, tmp_path / "run", rows(9, 20), steps=2, lr=1e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in twin.state_dict().items())
+
+
+def test_an_adapter_of_no_method_of_hf_pefts_is_saved_all_the_same(tmp_path: Path) -> None:
+    ours = compiled("llama", "apply adapter(size=4) to mlp")
+    write_adapter(ours, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"peftc.json", "adapter.safetensors"}
+    peftc.load(tmp_path, ZOO["llama"]())
 
 
 @pytest.mark.xdist_group("trainer options")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from torch import nn
@@ -20,7 +21,7 @@ from peftc.driver.passes import PASSES, up_to
 from peftc.driver.pipeline import Graphs
 from peftc.graph.printing import as_text
 from peftc.optimise.fuse import fuse
-from peftc.show import Format, render_show
+from peftc.show.formats import Format, render_show
 from tiny import Stack, example
 
 SPEC = "apply lora(r=2) to mlp.*\n"
@@ -90,6 +91,24 @@ def test_what_is_captured_needs_no_pass(show: Show, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(passes, "materialise", None)
     status, out, _ = show("--after", "capture")
     assert (status, "lora" in out, "linear" in out) == (0, False, True)
+
+
+def test_an_image_is_of_the_first_block_that_the_spec_touches(show: Show, tmp_path: Path) -> None:
+    (tmp_path / "lora.peft").write_text("apply lora(r=2) to mlp.* in layers[1:]\n")
+    (tmp_path / "factory.py").write_text("from zoo import ZOO\n\n\ndef make():\n    return ZOO['llama']()\n")
+    status, out, _ = show("--image", str(tmp_path / "block.svg"), "--after", "weight methods")
+    assert (status, out) == (0, f"written to {tmp_path / 'block.svg'}\n")
+    title = ElementTree.parse(tmp_path / "block.svg").getroot()[0]
+    assert title.text == "LlamaForCausalLM model.layers.1 after weight methods"
+
+
+def test_another_kind_of_image_is_refused_before_the_model_is_read(
+    show: Show, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setattr(api, "load_and_plan", None)
+    status, out, err = show("--image", "block.png")
+    assert (status, out) == (1, "")
+    check(GOLDEN / "show" / "not-an-image.err", err, pytestconfig)
 
 
 @pytest.mark.parametrize("options", [[], ["--html", "-"], ["--dot", "-"]])

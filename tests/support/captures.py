@@ -6,13 +6,13 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from peftc.capture.capture import Captured, capture, over
 from peftc.capture.examples.asking import fake_mode_of
 from peftc.capture.inputs import Example
-from peftc.graph.ir import set_tensor, tensors
+from peftc.graph.ir import get_attribute, is_tensor, memories, set_tensor, tensors
 
 captures: dict[Hashable, Captured] = {}
 
@@ -69,3 +69,26 @@ def shapes(given: Any) -> Any:
     if isinstance(given, tuple | list):
         return [shapes(item) for item in given]
     return (given.shape, given.dtype, given.device) if hasattr(given, "dtype") else given
+
+
+def described(found: Captured, own: dict[str, Tensor]) -> list[Any]:
+    """All that each tensor of a graph is, and what it is made of; sizes as expressions, constants as numbers."""
+    places: dict[fx.Node, int] = {}
+    first: dict[Any, int] = {}
+
+    def operand(node: fx.Node) -> Any:
+        return places[node] if node in places else str(node.meta["val"])
+
+    lines: list[Any] = []
+    for node in found.module.graph.nodes:
+        value = node.meta.get("val")
+        args = fx.map_arg((node.args, node.kwargs), operand)
+        target: Any = node.target
+        if node.op == "get_attr" and target not in own and is_tensor(node):
+            target = get_attribute(found.module, target).tolist()
+        lies = [first.setdefault(one, len(first)) for one in memories(node)] if is_tensor(node) else []
+        if memories(node) or node.op == "output":
+            places[node] = len(places)
+            stack = [(str(path), cls) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
+            lines.append((node.op, str(target), str(args), str(getattr(value, "shape", "")), lies, stack))
+    return lines

@@ -14,6 +14,7 @@ from peftc.language import (
     Call,
     Checkpoint,
     Except,
+    Fit,
     Freeze,
     Glob,
     Group,
@@ -155,6 +156,7 @@ def larger(inner: st.SearchStrategy[Selector]) -> st.SearchStrategy[Selector]:
 selectors: st.SearchStrategy[Selector] = st.recursive(st.one_of(roles, globs, regexes), larger, max_leaves=8)
 SPAN = st.just(NOWHERE["span"])
 methods = calls(values)
+tools = st.lists(st.one_of(methods, st.just(Call(Name("checkpoint", **NOWHERE), **NOWHERE))), max_size=3).map(tuple)
 simple = st.one_of(
     st.builds(Apply, methods, st.one_of(st.none(), selectors), span=SPAN),
     st.builds(Quantize, selectors, methods, span=SPAN),
@@ -164,6 +166,7 @@ simple = st.one_of(
     st.builds(Let, names, st.one_of(selectors, methods), span=SPAN),
     st.builds(Group, st.lists(names, min_size=1, max_size=3).map(tuple), methods, span=SPAN),
     st.builds(Require, methods, st.sampled_from(syntax.BUDGET_OPERATORS), numbers, span=SPAN),
+    st.builds(Fit, methods, st.sampled_from(syntax.FIT_OPERATORS), numbers, tools, span=SPAN),
     st.builds(Use, strings, span=SPAN),
 )
 tasks = st.builds(Task, names, st.lists(simple, max_size=3).map(tuple), span=SPAN)

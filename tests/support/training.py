@@ -54,7 +54,16 @@ class Recorder(Trainer):
         return loss
 
 
-def trainer(model: nn.Module, folder: Path, data: Examples, *, steps: int, lr: float, **settings: Any) -> Recorder:
+def trainer(
+    model: nn.Module,
+    folder: Path,
+    data: Examples,
+    *,
+    steps: int,
+    lr: float,
+    kind: Any = Recorder,
+    **settings: Any,
+) -> Recorder:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -65,7 +74,8 @@ def trainer(model: nn.Module, folder: Path, data: Examples, *, steps: int, lr: f
         **{"save_strategy": "no", "logging_strategy": "no", **settings},
     )
     evaluated = data if "eval_strategy" in settings else None
-    return Recorder(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated)
+    made: Recorder = kind(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated)
+    return made
 
 
 def topic_blocks(length: int, count: int) -> Examples:

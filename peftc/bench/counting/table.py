@@ -9,11 +9,12 @@ from rich.text import Text
 from peftc.bench.counting.cards import LAUNCH, kinds
 from peftc.bench.counting.count import Counted, Counts
 from peftc.bench.variants import HF_PEFT
+from peftc.show.beside import Beside
 
 MOST = 10  # kinds of launch, in what is printed of them
 FOOTNOTE = (
-    "Counted, not measured: nothing ran on a GPU. A step is forward and backward in eager mode, without an optimiser;\n"
-    "× is over HF PEFT's. A launch is one operation of ATen or one Triton kernel; its bytes: each operand once;\n"
+    "Counted, not measured: nothing ran on a GPU. A step is forward and backward in eager mode, without an optimiser; "
+    "× is over HF PEFT's. A launch is one operation of ATen or one Triton kernel; its bytes: each operand once; "
     "FLOPs are of products only. Waits: how often the host waits for a value of the device."
 )
 
@@ -25,34 +26,28 @@ def count_table(counts: Counts, verbose: bool = False) -> Group:
     """
     size = f"batch {counts.batch} × {counts.seq}" if counts.seq else f"batch {counts.batch}"
     dtype = str(counts.dtype).removeprefix("torch.")
-    table = Table(title=f"{counts.model}, {dtype}, {size}, counted", title_justify="left")
-    table.add_column("step", overflow="fold")
-    for heading in ("launches", "×", "GB moved", "×", "TFLOP", "×", "waits"):
-        table.add_column(heading, justify="right")
-    if counts.card is not None:
-        table.add_column("estimate", justify="right")
-        table.add_column("×", justify="right")
+    estimate = () if counts.card is None else ("estimate",)
+    table = Beside(
+        f"{counts.model}, {dtype}, {size}, counted", "step", ("launches", "GB moved", "TFLOP", *estimate), ("waits",)
+    )
     for row in counts.rows:
-        table.add_row(*_cells(counts, row))
+        table.add(row.name, *_cells(counts, row))
     notes = [Text(f"{row.name}: {row.note}") for row in counts.rows if row.note]
     more = [_kinds(row, place) for row in counts.rows if row.launches for place in (1, 2)] if verbose else []
     return Group(table, *notes, *more, Text(FOOTNOTE), *_about_the_estimate(counts))
 
 
-def _cells(counts: Counts, row: Counted) -> list[str]:
+def _cells(counts: Counts, row: Counted) -> list[tuple[str, str]]:
     figures = {
         "total": row.total is not None and f"{row.total:,}",
         "bytes": row.bytes is not None and f"{row.bytes / 1e9:.2f}",
         "flops": row.flops is not None and f"{row.flops / 1e12:.2f}",
     }
-    cells = [row.name]
-    for name, figure in figures.items():
-        cells += [figure or "–", _ratio(counts, row, name)]
-    cells.append("–" if row.launches is None else str(row.waits))
+    cells = [(figure or "–", _ratio(counts, row, name)) for name, figure in figures.items()]
     if counts.card is not None:
         seconds = counts.seconds(row)
-        cells += ["–" if seconds is None else f"{seconds * 1e3:.1f} ms", _ratio(counts, row, "seconds")]
-    return cells
+        cells.append(("–" if seconds is None else f"{seconds * 1e3:.1f} ms", _ratio(counts, row, "seconds")))
+    return [*cells, ("–" if row.launches is None else str(row.waits), "")]
 
 
 def _ratio(counts: Counts, row: Counted, quantity: str) -> str:
@@ -78,6 +73,6 @@ def _about_the_estimate(counts: Counts) -> list[Text]:
     rate = card.rate(counts.dtype)
     text = (
         f"The estimate for {card.name}: each launch takes what its bytes need at {card.bandwidth / 1e12:g} TB/s or its "
-        f"products at\n{rate / 1e12:g} TFLOP/s, all in the model's precision, and {LAUNCH * 1e6:g} µs beside that."
+        f"products at {rate / 1e12:g} TFLOP/s, all in the model's precision, and {LAUNCH * 1e6:g} µs beside that."
     )
     return [Text(text)]

@@ -30,6 +30,7 @@ class Differences:
         missing: Iterable[str],
         unexpected: Iterable[str],
         mismatched: Iterable[tuple[str, Any, Any]],
+        labels: int | None = None,
     ) -> Differences:
         """Those that may be.
 
@@ -39,16 +40,23 @@ class Differences:
             missing: names of the model that it has no tensor for.
             unexpected: names of tensors that have no place in the model.
             mismatched: names, with the shape there and the shape in the model.
+            labels: how many the user asks for. A head of another number is drawn anew then.
 
         Raises:
             PeftcError: `missing-weights` where a tensor is missing that no such model is without; `other-shape`.
         """
         lacking = sorted(name for name in missing if _has_numbers(model, name))
         fresh = [name for name in lacking if _in_new_head(model, name)]
+        others = []
+        for name, found, expected in mismatched:
+            if labels is not None and _of_labels(found, expected, labels) and _in_new_head(model, name):
+                fresh.append(name)
+            else:
+                others.append((name, found, expected))
         unread = tuple(sorted(unexpected))
         problems: list[Diagnostic] = [
             OtherShape(reference=reference, weight=name, found=list(found), expected=list(expected))
-            for name, found, expected in sorted(mismatched)
+            for name, found, expected in sorted(others)
         ]
         if lost := tuple(name for name in lacking if name not in fresh):
             problems.append(
@@ -56,7 +64,7 @@ class Differences:
             )
         if problems:
             raise PeftcError(*problems)
-        return cls(tuple(fresh), unread)
+        return cls(tuple(sorted({*fresh})), unread)
 
 
 NO_DIFFERENCES = Differences()  # of what was read from no checkpoint, too
@@ -65,6 +73,12 @@ NO_DIFFERENCES = Differences()  # of what was read from no checkpoint, too
 def _has_numbers(model: PreTrainedModel, name: str) -> bool:
     """Whether it is learned: whole numbers are what the code computes, places and counts."""
     return bool(model.state_dict()[name].is_floating_point())
+
+
+def _of_labels(found: Any, expected: Any, labels: int) -> bool:
+    """Whether two shapes are those of one layer, for other numbers of labels."""
+    there, here = list(found), list(expected)
+    return len(there) == len(here) > 0 and here[0] == labels != there[0] and here[1:] == there[1:]
 
 
 def _in_new_head(model: PreTrainedModel, name: str) -> bool:

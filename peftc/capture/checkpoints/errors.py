@@ -123,3 +123,18 @@ class ChangedCheckpoint(Diagnostic):
             "the weights that a spec quantises are read one by one, some of them again when a method asks: leave the "
             "checkpoint's files alone meanwhile, or pass a model that is in memory",
         )
+
+
+class NoTokenizer(Diagnostic):
+    code = "no-tokenizer"
+    what: str
+    source: str
+    reason: str
+
+    @property
+    def title(self) -> str:
+        return f"no {self.what} is to be had from {self.source}: {self.reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("name a folder or hub id that has one by --tokenizer",)

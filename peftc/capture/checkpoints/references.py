@@ -1,7 +1,4 @@
-"""Model references: what the command line and an artifact name a model by, and how one is built from it.
-
-A Hugging Face folder or hub id, a `.gguf` file, a bare `config.json`, or `path/to/file.py:factory`.
-"""
+"""Models out of references: built on shapes alone, initialised, or read."""
 
 from __future__ import annotations
 
@@ -23,77 +20,23 @@ from transformers.utils.hub import cached_file
 from peftc.capture.checkpoints.bitsandbytes import by_bitsandbytes
 from peftc.capture.checkpoints.differences import NO_DIFFERENCES, Differences
 from peftc.capture.checkpoints.errors import PRECISIONS, BadReference, NoWeights, UnknownPrecision
+from peftc.capture.checkpoints.naming import TASKS, Reference, answering, parse_reference
 from peftc.capture.checkpoints.streaming import OpenCheckpoint, open_checkpoint, read_as_a_whole, streams
 from peftc.capture.checkpoints.untrusted import BY_YOUR_WORD, check_config, check_folder, few_modules
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.surroundings import physical_memory
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in PRECISIONS}
+__all__ = [
+    "DTYPES", "Loaded", "Reference", "load_model", "opened", "parse_reference", "read_model", "readable",
+]  # fmt: skip
+
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForImageClassification",
     "AutoModel",
 )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One parsed reference; `kind` is folder, gguf, config or factory.
-
-    `trusted`: Python code in the folder may run. By the user's own word alone, never by what a file says.
-    """
-
-    text: str
-    kind: str
-    path: Path | None = None
-    factory: str = ""
-    trusted: bool = False
-
-    @property
-    def runs_code(self) -> bool:
-        """Whether building the model executes a file that the reference names."""
-        return self.kind == "factory"
-
-
-def parse_reference(text: str, *, trust_remote_code: bool = False) -> Reference:
-    """Tells the kinds of reference apart by their spelling and by what is on disk.
-
-    Args:
-        text: the reference.
-        trust_remote_code: Python code in a Hugging Face folder may run.
-
-    Raises:
-        PeftcError: `bad-reference`.
-    """
-    try:
-        return _parsed(text, trust_remote_code)
-    except (OSError, ValueError) as error:  # no path that any system could have
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise PeftcError(BadReference(reference=text, reason=reason)) from None
-
-
-def _parsed(text: str, trusted: bool) -> Reference:
-    file, colon, factory = text.rpartition(":")
-    if colon and file.endswith(".py"):
-        if not Path(file).is_file():
-            raise PeftcError(BadReference(reference=text, reason=f"there is no file {file}"))
-        return Reference(text, "factory", Path(file), factory)
-    path = Path(text)
-    if text.endswith(".py"):
-        reason = "name a function in it"
-        raise PeftcError(BadReference(reference=text, reason=reason, hint=f"{text}:make_model"))
-    if path.suffix in (".gguf", ".json"):
-        if not path.is_file():
-            raise PeftcError(BadReference(reference=text, reason="there is no such file"))
-        return Reference(text, "gguf" if path.suffix == ".gguf" else "config", path, trusted=trusted)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise PeftcError(BadReference(reference=text, reason="the folder has no config.json"))
-        return Reference(text, "folder", path, trusted=trusted)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise PeftcError(BadReference(reference=text, reason="there is no such folder"))
-    return Reference(text, "folder", trusted=trusted)
 
 
 def load_model(
@@ -156,7 +99,10 @@ def opened(reference: Reference, *, dtype: str | None = None) -> OpenCheckpoint 
         cls = _class_for(config, reference, source)
         if not streams(cls, config):
             return None
-        return open_checkpoint(cls, source, config, dtype=_precision(dtype), trust_remote_code=reference.trusted)
+        return open_checkpoint(
+            cls, source, config,
+            labels=reference.labels, dtype=_precision(dtype), trust_remote_code=reference.trusted,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -191,7 +137,8 @@ def _told_of(reference: Reference) -> Iterator[None]:
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(reference.path)
         ]
         where = f" (line {lines[-1]})" if lines else ""
-        reason = f"{type(error).__name__}: {error}{where}"
+        said = str(error).partition("\n")[0]  # of a diagnostic, its title
+        reason = f"{type(error).__name__}: {said}{where}"
         raise PeftcError(BadReference(reference=reference.text, reason=reason)) from error
 
 
@@ -243,23 +190,36 @@ def _from_transformers(reference: Reference, meta: bool, random_weights: bool, d
     if reference.kind == "config":
         raise PeftcError(NoWeights(reference=reference.text))
     if by_bitsandbytes(config) and streams(cls, config):
-        checkpoint = open_checkpoint(cls, source, config, dtype=_precision(dtype), trust_remote_code=reference.trusted)
+        checkpoint = open_checkpoint(
+            cls, source, config,
+            labels=reference.labels, dtype=_precision(dtype), trust_remote_code=reference.trusted,
+        )  # fmt: skip
         assert checkpoint is not None  # or it was refused
         loaded, differences = checkpoint.load()
         return Loaded(loaded, None, differences)
     model, differences = read_as_a_whole(
-        cls, source, called=reference.text, dtype=_precision(dtype), trust_remote_code=reference.trusted, **extra
-    )
+        cls, source, called=reference.text, labels=reference.labels, dtype=_precision(dtype),
+        trust_remote_code=reference.trusted, **extra,
+    )  # fmt: skip
     return Loaded(model, None, differences)
 
 
 def _config(reference: Reference, source: str, **extra: str) -> Any:
-    """The config that a reference has, once its folder is known to be harmless."""
+    """The config that a reference has, once its folder is known to be harmless, with the labels that are asked for."""
+    config = _own_config(reference, source, **extra)
+    if reference.labels is not None and config.num_labels != reference.labels:
+        config.num_labels = reference.labels
+    return config
+
+
+def _own_config(reference: Reference, source: str, **extra: str) -> Any:
     if reference.kind == "config":
         check_config(Path(source), trusted=reference.trusted)
         if reference.trusted:
             return _config_with_code(Path(source))
     elif reference.kind == "folder":
+        if reference.path is None:
+            answering(reference)
         found = reference.path or Path(cached_file(source, "config.json") or "").parent
         check_folder(found, trusted=reference.trusted)
     return transformers.AutoConfig.from_pretrained(source, trust_remote_code=reference.trusted, **extra)
@@ -291,8 +251,16 @@ def _is_config_of(config: Any, cls: type[transformers.PreTrainedModel]) -> bool:
 def _class_for(config: Any, reference: Reference, source: str) -> Any:
     """The class the checkpoint was saved from, else the first that transformers has for such a config.
 
-    A class that comes with the folder is looked for only where its code may run.
+    A class that comes with the folder is taken only where its code may run. What the reference asks for goes first.
     """
+    if reference.task:
+        mapping = getattr(transformers, TASKS[reference.task])._model_mapping
+        if type(config) not in mapping:
+            raise ValueError(f"transformers has no {type(config).__name__.removesuffix('Config')} for {reference.task}")
+        return mapping[type(config)]
+    named = getattr(transformers, reference.model_class, None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) and _is_config_of(config, named):
+        return named
     own = getattr(config, "auto_map", None) or {}
     if reference.trusted and (name := next((own[name] for name in AUTO_CLASSES if name in own), None)):
         beside = source if reference.kind != "config" else str(Path(source).parent)

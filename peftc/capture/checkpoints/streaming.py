@@ -44,7 +44,8 @@ def _loader(cls: type[PreTrainedModel]) -> Any:
 class OpenCheckpoint:
     """A model on the meta device, and the checkpoint that it is about to be read from.
 
-    `source` is the folder or hub id, `files` its safetensors files, `settings` what transformers loads them by.
+    `source` is the folder or hub id, `files` its safetensors files, `settings` what transformers loads them by,
+    `labels` how many the user asks for.
     """
 
     model: PreTrainedModel
@@ -52,6 +53,7 @@ class OpenCheckpoint:
     source: str
     files: list[str]
     settings: Any
+    labels: int | None = None
 
     def skeleton(self) -> PreTrainedModel:
         """The model that this is about to become, with its ties, of parameters that have a device but no numbers."""
@@ -77,14 +79,16 @@ class OpenCheckpoint:
             info.missing_keys.discard(name)
         cls._finalize_model_loading(model, self.settings, info)
         odd = {*info.mismatched_keys, *checkpoint.misshapen(left)}
-        differences = Differences.between(model, self.source, info.missing_keys, info.unexpected_keys, odd)
+        differences = Differences.between(model, self.source, info.missing_keys, info.unexpected_keys, odd, self.labels)
         model.eval()
         if model.can_generate() and (adjust := getattr(model, "adjust_generation_fn", None)) is not None:
             adjust(None, None, None, self.source, **self.settings.download_kwargs, trust_remote_code=False)
         return model, differences
 
 
-def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **options: Any) -> OpenCheckpoint | None:
+def open_checkpoint(
+    cls: type[PreTrainedModel], source: str, config: Any, *, labels: int | None = None, **options: Any
+) -> OpenCheckpoint | None:
     """Does what `cls.from_pretrained(source, **options)` does before it reads a weight.
 
     What bitsandbytes packed is there as the weights that it stands for, for ordinary layers. None where the checkpoint
@@ -107,11 +111,11 @@ def open_checkpoint(cls: type[PreTrainedModel], source: str, config: Any, **opti
         return None
     tensors = gathered(on_disk(files)) if is_packed else on_disk(files)
     checkpoint = Checkpoint(model, tensors, settings.weight_mapping, settings.dtype_plan)
-    return OpenCheckpoint(model, checkpoint, source, files, settings)
+    return OpenCheckpoint(model, checkpoint, source, files, settings, labels)
 
 
 def read_as_a_whole(
-    cls: type[PreTrainedModel], source: str, *, called: str, **options: Any
+    cls: type[PreTrainedModel], source: str, *, called: str, labels: int | None = None, **options: Any
 ) -> tuple[PreTrainedModel, Differences]:
     """What `cls.from_pretrained(source, **options)` makes, if the checkpoint, `called` so by the user, is this model's.
 
@@ -120,10 +124,12 @@ def read_as_a_whole(
         PeftcError: where the checkpoint does not fit the model, as `Differences.between`.
     """
     standing = _Checking(cls) if _loader(cls) is _loader(PreTrainedModel) else cls
+    if labels is not None:
+        options["num_labels"] = labels
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that is wrong, and not the first alone
     model, info = _loader(cls)(standing, source, **told, **options)
-    keys = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
-    return model, Differences.between(model, called, *keys)
+    missing, unexpected, odd = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    return model, Differences.between(model, called, missing, unexpected, odd, labels)
 
 
 def _refuse_unmade(info: Any) -> None:

@@ -35,13 +35,16 @@ def made_for(model: PreTrainedModel, *, reads_alone: bool = False) -> Draft:
     failures: list[str] = []
     with untouched(model):
         for draft in [text(subject)] if reads_alone else _drafts(subject):
-            try:
-                for whole in with_labels(subject, draft):
+            wholes = with_labels(subject, draft)
+            while True:
+                try:  # a forward that does not take them raises anything
+                    if (whole := next(wholes, None)) is None:
+                        break
                     answer(model, whole.given, {**whole.fixed, **_uncached(subject)}, likely=whole.likely)
                     return traceable(whole)
-            except Exception as error:  # a forward that does not take them raises anything
-                failures.append(f"{draft}: {type(error).__name__}: {error}".splitlines()[0])
-                debug.tell(2, [f"{type(model).__name__} does not take {failures[-1]}"])
+                except Exception as error:
+                    failures.append(f"{draft}: {type(error).__name__}: {error}".splitlines()[0])
+                    debug.tell(2, [f"{type(model).__name__} does not take {failures[-1]}"])
     raise PeftcError(NeedsExample(model=type(model).__name__, tried=failures[0] if failures else ""))
 
 

@@ -18,7 +18,7 @@ from peftc.capture.examples.settled import MODALITIES, Settled
 from peftc.diagnostics import debug
 
 # What of a text belongs to an image, where a forward is told.
-KIND, PLACES = "token_type_ids", "image_embeds_position_mask"
+KIND, PLACES, SEES = "token_type_ids", "image_embeds_position_mask", "image_attention_mask"
 COUNTS = (
     "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens", "image_token_num",
     "num_query_tokens", "latent_query_num",
@@ -71,6 +71,8 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
     if token is None and count and PLACES in subject.accepts:
         places = [[1 <= place - len(begin) <= count for place in range(len(row))]] * BATCH
         given[PLACES] = torch.tensor(places)
+    if SEES in subject.accepts:  # every token each image
+        given[SEES] = subject.counts(*tokens.shape, next(iter(seen.given.values())).shape[1])
     kinds = torch.eq(tokens, token).long() if token is not None else torch.zeros_like(tokens)
     given |= {name: kinds.clone() for name in (KIND, MODALITIES) if name in subject.accepts}
     told = Settled.of(subject.model, seen.fixed).with_positions({**given, **seen.fixed})
@@ -81,7 +83,7 @@ def _around(subject: Subject, seen: Draft, token: int | None, count: int) -> Ite
 def _tokens(subject: Subject, kind: str) -> Iterator[int]:
     """What may be the token that stands for an image or a sound, as the configuration calls it."""
     exact = re.compile(rf"^{kind}_token_(id|index)$")
-    likely = re.compile(rf"({kind}|media|patch).*token|token.*{kind}")
+    likely = re.compile(rf"({kind}|media|patch).*token|token.*{kind}|^video_token_(id|index)$")  # clips are images, too
     for pattern in (exact, likely):
         for part in parts(subject.config):
             for name, value in vars(part).items():

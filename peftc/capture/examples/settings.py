@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 SPECIAL = re.compile(r"token_(id|index)$|_token$")
@@ -17,6 +18,13 @@ def parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     for part in waiting:
         yield part
         waiting += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
+
+
+def held_by(model: nn.Module) -> list[PretrainedConfig]:
+    """All of a model's configurations, also those that its modules alone have: T5's decoder goes by a copy."""
+    own = [getattr(module, "config", None) for module in model.modules()]
+    every = [part for config in own if isinstance(config, PretrainedConfig) for part in parts(config)]
+    return list({id(part): part for part in every}.values())
 
 
 def found(config: PretrainedConfig, *names: str) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from peftc.capture.examples.draft import BATCH, Draft, Subject
 from peftc.capture.examples.settings import numbers
 
@@ -19,19 +21,15 @@ MASKS = ("input_features_mask", "padding_mask", "feature_attention_mask", "atten
 def sounds(subject: Subject, name: str) -> Iterator[Draft]:
     """A sound for each row, as `name`, the likeliest shape first."""
     config = subject.config
-    bands = list(dict.fromkeys((*numbers(config, *BANDS), *USUAL_BANDS)))
+    first = [module.in_features for module in subject.model.modules() if isinstance(module, nn.Linear)][:1]
+    bands = list(dict.fromkeys((*numbers(config, *BANDS), *first, *USUAL_BANDS)))  # Granite stacks four frames in one
     halved = [2 * length for length in numbers(config, "max_source_positions")]  # two frames make a position
     frames = list(dict.fromkeys((*halved, *numbers(config, "max_length", "max_source_positions"), *USUAL_FRAMES)))
-    waves = [Draft({name: subject.numbers(BATCH, *shape)}) for length in WAVES for shape in ((length,), (1, length))]
-    tables = [
-        Draft({name: subject.numbers(BATCH, *shape)})
-        for count in bands
-        for length in frames
-        for shape in ((length, count), (count, length))
-    ]
+    waves = [(shape, length) for length in WAVES for shape in ((length,), (1, length))]
+    tables = [(shape, length) for count in bands for length in frames for shape in ((length, count), (count, length))]
     heard = MASKS if "input_ids" not in subject.accepts else MASKS[:-1]  # else that is the text's
     masks = [mask for mask in heard if mask in subject.accepts]
-    for draft in (*waves, *tables) if name == "input_values" else tables:
-        yield draft
+    for shape, length in (*waves, *tables) if name == "input_values" else tables:
+        yield (draft := Draft({name: subject.numbers(BATCH, *shape)}))
         for mask in masks:
-            yield draft.plus({mask: subject.counts(BATCH, max(draft.given[name].shape[1:]))})
+            yield draft.plus({mask: subject.counts(BATCH, length)})

@@ -1,28 +1,11 @@
-"""What a command is: its name, its arguments, what it does, and the stages that are imported when it does it."""
+"""What a command is: its name, its arguments, and what it does."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import Any
-
-
-class Lazy(ModuleType):
-    """A module that is imported when something of it is first asked for.
-
-    A usage message does not wait for torch. Type checkers, and whoever reads imports, see an ordinary import:
-
-        if TYPE_CHECKING:
-            from peftc.show import tables
-        else:
-            tables = Lazy("peftc.show.tables")
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self.__name__), name)
 
 
 class Argument:
@@ -40,6 +23,8 @@ class Command:
     name: str
     run: Callable[[Namespace], int | None]  # returns the exit status; None is 0
     arguments: tuple[Argument, ...]
+    parents: Callable[[], Sequence[ArgumentParser]] = tuple  # of further arguments, which take time to be told
+    epilog: str | None = None  # what `--help` ends with
 
     @property
     def help(self) -> str:

@@ -5,20 +5,6 @@ from __future__ import annotations
 from peftc.diagnostics.diagnostic import Diagnostic
 
 
-class NoTokenizer(Diagnostic):
-    code = "no-tokenizer"
-    source: str
-    reason: str
-
-    @property
-    def title(self) -> str:
-        return f"no tokenizer is to be had from {self.source}: {self.reason}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ("name a folder or hub id that has one by --tokenizer",)
-
-
 class NoChatTemplate(Diagnostic):
     code = "no-chat-template"
     source: str

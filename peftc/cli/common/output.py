@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.cli.common.command import Lazy
+from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
+from peftc.diagnostics.lazy import Lazy
 from peftc.diagnostics.render import render
 from peftc.diagnostics.timings import Timings
 
 if TYPE_CHECKING:
-    from rich import console, status
+    from rich import status
+    from transformers.utils import logging as transformers_logging
+
+    from peftc.show import screen
 else:
-    console = Lazy("rich.console")
+    screen = Lazy("peftc.show.screen")
     status = Lazy("rich.status")
+    transformers_logging = Lazy("transformers.utils.logging")
+
+NOISY = ("bitsandbytes", "huggingface_hub", "httpx", "kernels", "torch")  # loggers of what several commands run
 
 
 def complain(error: PeftcError, *, as_json: bool) -> None:
@@ -37,27 +44,24 @@ def complain(error: PeftcError, *, as_json: bool) -> None:
 @contextmanager
 def progress(given: Namespace) -> Iterator[Timings]:
     """Timings whose stages show as they run: a spinner on a terminal, nothing elsewhere."""
-    screen = console.Console(stderr=True)
-    if not screen.is_terminal or given.json:
+    console = screen.screen(stderr=True)
+    if not console.is_terminal or given.json:
         yield Timings()
         return
-    with status.Status("starting", console=screen) as spinner:
+    with status.Status("starting", console=console) as spinner:
         yield Timings(progress=lambda stage: spinner.update(f"{stage} …"))
+
+
+def quieten() -> None:
+    """The progress bar of weights being read shows only where somebody watches it, and notices only where all do."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if not debug.level():
+        transformers_logging.set_verbosity_error()
+        for library in NOISY:
+            logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def print_json(data: Any) -> None:
     """`data`, for `--json`."""
     print(json.dumps(data, indent=2))
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,10 +21,23 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.folder import current, steadily, write_folder
+from peftc.files.hf_peft.card import CARD, card, is_ours
 from peftc.files.hf_peft.modules import ModulesReader, modules_folder, unfit
-from peftc.files.hf_peft.prefix import KIND, has_prefix, prefix_folder, read_prefix
-from peftc.files.hf_peft.prompt import PROMPTS, has_prompt, prompt_folder, read_prompt
+from peftc.files.hf_peft.norms import NORMS, has_norms, norms_folder, read_norms
+from peftc.files.hf_peft.saved import (
+    SAVED,
+    TYING,
+    Saved,
+    entries_of,
+    read_saved,
+    saved_modules,
+    without_adapter_name,
+)  # fmt: skip
+from peftc.files.hf_peft.sequences.prefix import KIND, KINDS, has_prefix, prefix_folder, read_prefix
+from peftc.files.hf_peft.sequences.prompt import PROMPTS, has_prompt, prompt_folder, read_prompt
 from peftc.files.hf_peft.spec import NAMING, of_kind, spec_of, unknown
+from peftc.files.hf_peft.tokens import KIND as TOKENS
+from peftc.files.hf_peft.tokens import has_tokens, read_tokens, tokens_folder
 from peftc.language import Spec
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.site import Projection
@@ -32,11 +45,13 @@ from peftc.runtime.module import Runtime
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+REWRITE = "peft.PeftModel.from_pretrained(model, folder).save_pretrained(folder) writes safetensors in its place"
 LARGEST_CONFIG = 4 << 20  # bytes
 
 
 def save_pretrained(compiled: Runtime, folder: Path) -> None:
-    """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads.
+    """Writes what `peft.PeftModel.from_pretrained(base, folder)` reads, and a model card where there is none of others.
 
     Raises:
         PeftcError: `cannot-export`, once a statement, where HF PEFT has no such adapter; `not-in-spec`, `bad-artifact`
@@ -45,6 +60,8 @@ def save_pretrained(compiled: Runtime, folder: Path) -> None:
     config, tensors = exported(compiled)
     blob = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     files = {TENSORS: blob, CONFIG: json.dumps(config, indent=2).encode()}
+    if is_ours(folder):
+        files[CARD] = card(compiled, config).encode()
     write_folder(folder, files)
 
 
@@ -55,14 +72,18 @@ def exported(compiled: Runtime) -> tuple[dict[str, Any], dict[str, Tensor]]:
         PeftcError: `cannot-export` and `not-in-spec` as for `save_pretrained`.
     """
     compiled.watch.refuse_unplanned(compiled)
-    problems = _problems(compiled)
-    if problems:
+    if has_norms(compiled):
+        return norms_folder(compiled)
+    if problems := _problems(compiled):
         raise PeftcError(*problems)
+    if has_tokens(compiled):
+        return tokens_folder(compiled)
     if has_prompt(compiled):
         return prompt_folder(compiled)
     if has_prefix(compiled):
         return prefix_folder(compiled)
-    return modules_folder(compiled)
+    settings, tensors = saved_modules(compiled)
+    return modules_folder(compiled, settings, tensors)
 
 
 @dataclass(frozen=True)
@@ -76,33 +97,69 @@ class Adapter:
     state: Callable[[Plan], dict[str, Tensor]]
 
 
-def read(model: nn.Module, folder: Path) -> Adapter:
-    """The adapter that HF PEFT saved at `folder`, for a base model.
+@dataclass(frozen=True)
+class Files:
+    """What the two files of a folder hold, as it is there."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(model: nn.Module, folder: Path, files: Files | None = None) -> Adapter:
+    """The adapter that HF PEFT saved at `folder`, for a base model; `files` where they have been read.
 
     Raises:
         PeftcError: `bad-artifact` if the folder is incomplete, or holds a method or an option peftc does not have.
     """
-    config, tensors = steadily(folder, (CONFIG, TENSORS), lambda: _read(folder))
+    files = read_files(folder) if files is None else files
+    config, tensors = {**files.config}, files.tensors
     bad = partial(BadArtifact, folder=str(folder))
     kind = config.get("peft_type")
-    read = [{*cls.peft_settings, *cls.peft_patterns.values()} for cls in of_kind(kind)]
-    if not read:
+    read = [cls.obeyed() for cls in of_kind(KIND if kind in KINDS else kind)]
+    if not read and kind != NORMS:
         raise PeftcError(bad(reason=f"its peft_type={kind} is none that peftc has"))
-    if option := unknown(config, set.union(*read)):
+    by_modules = kind not in (*PROMPTS, KIND)
+    if by_modules:
+        try:
+            config |= {SAVED: entries_of(config)}
+        except ValueError as error:
+            raise PeftcError(bad(reason=f"its {error} is none that peftc has")) from None
+    saving = {SAVED, TYING} if config.get(SAVED) and by_modules else set[str]()
+    if option := unknown(config, saving.union(*read)):
         raise PeftcError(bad(reason=f"its {option} is none that peftc has"))
-    with _obeyed(bad, config):
+    saved = Saved()
+    with obeyed(bad, config):
+        tensors = without_adapter_name(model, tensors)
+        if by_modules:
+            saved = read_saved(model, bad, config, tensors)
+            tensors = saved.rest
         if kind in PROMPTS:
             statements, state = read_prompt(model, folder, config, tensors)
-        elif kind == KIND:
+        elif kind == NORMS:
+            statements, state = read_norms(model, bad, config, tensors)
+        elif kind == TOKENS:
+            statements, state = read_tokens(model, bad, config, tensors)
+        elif kind in KINDS:
             statements, state = read_prefix(folder, config, tensors)
         else:
-            statements, state = ModulesReader(model, bad, config).read(tensors)
-        spec = spec_of(f"{folder.name}/{CONFIG}", statements)
-    return Adapter(spec, _obeyed(bad, config)(state))
+            statements, state = ModulesReader(model, bad, config, saved.learned.keys()).read(tensors)
+        spec = spec_of(f"{folder.name}/{CONFIG}", [*statements, *saved.statements])
+    return Adapter(
+        spec, obeyed(bad, config)(lambda plan: {**(saved.state(plan) if saved.learned else {}), **state(plan)})
+    )
+
+
+def read_files(folder: Path) -> Files:
+    """The settings and tensors of a folder of HF PEFT, as they are there.
+
+    Raises:
+        PeftcError: `bad-artifact` if one of the files is missing or damaged.
+    """
+    return steadily(folder, (CONFIG, TENSORS), lambda: _read(folder))
 
 
 @contextmanager
-def _obeyed(bad: Callable[..., BadArtifact], config: dict[str, Any]) -> Iterator[None]:
+def obeyed(bad: Callable[..., BadArtifact], config: dict[str, Any]) -> Iterator[None]:
     """What obeying settings may raise, as a PeftcError `bad-artifact`: an odd value ends in any of Python's errors."""
     try:
         yield
@@ -121,8 +178,10 @@ def _problems(compiled: Runtime) -> list[CannotExport]:
     for binding in compiled.plan.bindings:
         if (reason := _reason(compiled.base, binding, type(first))) and binding.statement not in found:
             found[binding.statement] = CannotExport(reason=reason, span=binding.span)
-    for span in compiled.plan.trained.values():
-        found.setdefault(span, CannotExport(reason="it holds no parameters of the base model", span=span))
+    if has_prefix(compiled):
+        for span in compiled.plan.trained.values():
+            reason = "beside a prefix it holds no parameters of the base model"
+            found.setdefault(span, CannotExport(reason=reason, span=span))
     return list(found.values())
 
 
@@ -139,12 +198,14 @@ def _reason(base: nn.Module, binding: Binding, first: type[Any]) -> str | None:
     return unfit(base, site) if isinstance(site, Projection) else None
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> Files:
     try:
         config = json.loads(read_file(current(folder, CONFIG), LARGEST_CONFIG))
+        if not current(folder, TENSORS).exists() and (folder / PICKLED).exists():
+            raise ValueError(f"it has {PICKLED}, a pickle, which peftc does not read: {REWRITE}")
         tensors = read_tensors(current(folder, TENSORS))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no settings")
-        return config, tensors
+        return Files(config, tensors)
     except (OSError, ValueError, RecursionError) as error:
         raise PeftcError(BadArtifact(folder=str(folder), reason=f"{type(error).__name__}: {error}")) from None

@@ -6,7 +6,9 @@ and a pattern's key one for the end of it, unless it starts with `^`.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -34,12 +36,13 @@ class Names:
         self._patterns: dict[str, regex.Pattern[str]] = {}
 
     def modules(self) -> set[str]:
-        """The modules that `target_modules` chooses, less those that other settings leave out."""
+        """The modules that `target_modules` chooses, less those that other settings leave out or save whole."""
         targets, names = self._config.get("target_modules"), [name for name, _ in self._model.named_modules() if name]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             targets = self._all_linear()
         chosen, left_out = _chosen_by(targets), _chosen_by(self._config.get("exclude_modules"))
-        return {name for name in names if self._chooses(chosen, name) and not self._fits(left_out, name)}
+        found = {name for name in names if self._chooses(chosen, name) and not self._fits(left_out, name)}
+        return {name for name in found if not self._is_saved(name)}
 
     def parameters(self) -> list[str]:
         """The parameters that `target_parameters` chooses, in the model's order."""
@@ -66,6 +69,13 @@ class Names:
         if pattern not in self._patterns:
             self._patterns[pattern] = self._clock.compiled(pattern)
         return self._patterns[pattern]
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether `name` is one of `modules_to_save`, or lies in a module by one of these names: patterns here."""
+        saved = self._config.get("modules_to_save") or ()
+        return any(
+            self._clock.timed(self._compiled(rf"(^|.*\.){module}($|\..*)").match, name) is not None for module in saved
+        )
 
     def _chooses(self, targets: str | Set[str], name: str) -> bool:
         if isinstance(targets, str) or name in targets:
@@ -110,15 +120,55 @@ def _chosen_by(targets: Any) -> str | Set[str]:
 
 
 def saying(model: nn.Module, modules: Iterable[str], *, by_letters: bool = False) -> str | list[str]:
-    """What chooses just these modules: their names, or a pattern, where the names are the ends of others', too.
+    """What chooses just these modules: the shortest ends of their names that no others have, or an anchored pattern.
 
     `by_letters`: as IA3's `feedforward_modules` are matched, which end a name anywhere.
     """
-    ends = {*modules}
-    wanted = sorted(ends)
+    wanted = {*modules}
     names = [name for name, _ in model.named_modules()]
-    chosen = {name for name in names if (name.endswith(tuple(wanted)) if by_letters else ends_with(name, ends))}
-    return wanted if chosen == ends else "|".join(map(re.escape, wanted))
+    for length in itertools.count(1):
+        ends = {".".join(name.split(".")[-length:]) for name in wanted}
+        chosen = {name for name in names if (name.endswith(tuple(ends)) if by_letters else ends_with(name, ends))}
+        numbered = any(part.isdigit() for end in ends for part in end.split("."))
+        if chosen == wanted and not numbered:
+            return sorted(ends)
+        if ends == wanted or numbered:
+            return pattern_of(wanted)
+    raise AssertionError
+
+
+def grouped(names: Iterable[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Names as few products: what stands before a first number, the numbers, and what stands behind each of them.
+
+    A name without a number is by itself, with neither.
+    """
+    numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in names:
+        parts = name.split(".")
+        place = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+        if place is None:
+            numbers[name, ""] = []
+        else:
+            numbers[".".join(parts[:place]), ".".join(parts[place + 1 :])].append(parts[place])
+    behind: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for (before, after), found in numbers.items():
+        behind[before, tuple(sorted(set(found), key=int))].append(after)
+    return [(before, [*found], sorted(afters)) for (before, found), afters in behind.items()]
+
+
+def pattern_of(names: Iterable[str]) -> str:
+    """A pattern that means these names and no other."""
+    found = []
+    for before, numbers, afters in grouped(sorted(names)):
+        parts = [*filter(None, [re.escape(before)]), *filter(None, map(_one_of, (numbers, afters)))]
+        found.append(r"\.".join(parts))
+    return f"^{found[0]}$" if len(found) == 1 else f"^(?:{'|'.join(found)})$"
+
+
+def _one_of(choices: list[str]) -> str:
+    """A pattern for one of some texts; none where there is none, or only an empty one."""
+    spelt = [re.escape(choice) for choice in choices]
+    return spelt[0] if len(spelt) == 1 else f"({'|'.join(spelt)})" if spelt else ""
 
 
 def key_for(module: str) -> str:

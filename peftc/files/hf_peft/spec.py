@@ -18,15 +18,18 @@ NOWHERE = Span(Source("", ""), 0, 0)
 IDLE = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config", "task_type",
-    "corda_config", "eva_config", "init_ia3_weights", "init_weights", "lora_ga_config", "loftq_config",
+    "corda_config", "eva_config", "init_ia3_weights", "init_logits_std", "init_vector_bank_bound", "init_weights",
+    "lora_ga_config", "loftq_config",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "use_effective_conv2d",
 })  # fmt: skip
 # Which modules are meant: `hf_peft/names.py` reads these.
 NAMING = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"})
-# Of others, what is as good as nothing. These starts of LoRA leave the base model's weights alone.
+# Starts of LoRA by which the frozen weight is what they have left of it: HF PEFT works that out as it loads a folder.
+OF_THE_WEIGHT = ("pissa", "olora")
+# Of others, what is as good as nothing. The other starts of LoRA that are here leave the base model's weights alone.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", *OF_THE_WEIGHT),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "modules_to_save": ([],),
@@ -61,7 +64,9 @@ def spec_of(name: str, statements: Iterable[ast.Statement]) -> ast.Spec:
     return read
 
 
-def applied(method: str, settings: Mapping[str, Any], modules: Iterable[str] = (), role: str = "") -> ast.Apply:
+def applied(
+    method: str, settings: Mapping[str, Any], modules: Iterable[str | ast.Selector] = (), role: str = ""
+) -> ast.Apply:
     """`apply METHOD(…) to "module", …`, or to a role, or to the whole input; settings of None are left out."""
     args = tuple(
         ast.Arg(ast.Name(name, span=NOWHERE), _value(name, given), span=NOWHERE)
@@ -69,7 +74,7 @@ def applied(method: str, settings: Mapping[str, Any], modules: Iterable[str] = (
         if given is not None
     )
     call = ast.Call(ast.Name(method, span=NOWHERE), args, span=NOWHERE)
-    named = [_named(module) for module in modules]
+    named = [_named(module) if isinstance(module, str) else module for module in modules]
     target = _together(named) if named else ast.Role(tuple(role.split(".")), span=NOWHERE) if role else None
     return ast.Apply(call, target, span=NOWHERE)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,13 @@ def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
 
     # Several random states: where one closes every ReLU of an adapter one unit wide, another opens it.
     reached: set[str] = set()
-    for seed in range(2, 12):
-        case.randomise(seed)
-        case.subject.loss(module).backward()
-        reached |= {key for key, tensor in everything.items() if tensor.grad is not None and tensor.grad.any()}
-        if reached >= declared:
-            break
+    with biases_of_numbers(case):
+        for seed in range(2, 12):
+            case.randomise(seed)
+            case.subject.loss(module).backward()
+            reached |= {key for key, tensor in everything.items() if tensor.grad is not None and tensor.grad.any()}
+            if reached >= declared:
+                break
     assert reached == declared
     case.reset()
 
@@ -47,6 +50,21 @@ def learns_what_it_declares_and_nothing_else(case: Compiled) -> None:
     assert changed
     assert changed <= declared
     assert case.subject.is_untouched()
+
+
+@contextmanager
+def biases_of_numbers(case: Compiled) -> Iterator[None]:
+    """Biases that are zeros are none for a while: what multiplies them would have no gradient."""
+    names = {binding.site.bias for binding in case.module.plan.bindings if isinstance(binding.site, Projection)}
+    own = (bias for name, bias in case.module.named_parameters() if name in names)
+    zeros = [bias for bias in own if not bias.requires_grad and not bias.any()]
+    try:
+        for bias in zeros:
+            bias.copy_(torch.linspace(-0.1, 0.1, len(bias)))
+        yield
+    finally:
+        for bias in zeros:
+            bias.zero_()
 
 
 def lowers_the_loss(case: Compiled, rate: float, steps: int, loss: Tensor) -> bool:

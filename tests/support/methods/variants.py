@@ -41,6 +41,8 @@ LIKELY = (
 EXPERTS = Experts("experts", "", frozenset({"expert"}), n_out=48, n_in=32, experts=4)
 # How a call is spelt small where its default is too large for models this small.
 SMALL = {"phm": "(n=2)"}
+# What a method is told of these models' inputs.
+TOLD = {"tokens": 'ids="14, 31"'}
 
 
 def other_values(parameter: Param) -> list[Any]:
@@ -73,7 +75,7 @@ def variants(cls: type[Method]) -> Iterator[str]:
     Numbers that only say how much are left to the test on any shape.
     """
     required = [parameter for parameter in cls.parameters.values() if parameter.required]
-    starts = [f"{p.name}={value}" for p in required for value in other_values(p)] or [""]
+    starts = [f"{p.name}={value}" for p in required for value in other_values(p)] or [TOLD.get(cls.name, "")]
     starts = [start for start in starts if fitting(cls.name, start)]
     for start in starts:
         yield str(fitting(cls.name, start))
@@ -159,7 +161,8 @@ NEEDS_LOSS = {Data.WEIGHT_GRADIENTS, Data.STATE_GRADIENTS}
 
 def home(variant: str) -> str:
     """The smallest model that the variant can be tried on."""
-    return "llama" if built(variant).data in NEEDS_LOSS else "plain"
+    elsewhere = kinds(built(variant))[0] not in PLACES  # of a kind of its own, which a plain module may lack
+    return "llama" if built(variant).data in NEEDS_LOSS or elsewhere else "plain"
 
 
 VARIANTS = [variant for cls in methods().values() for variant in variants(cls) if place(variant)]

@@ -1,0 +1,36 @@
+"""What the defaults of a type lack or contradict, so that transformers makes no model of them, or no small one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _letters(number: int) -> str:
+    return "".join(chr(ord("A") + int(digit)) for digit in str(number))
+
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 100} | {f"IMGIMG{_letters(n)}Z": 101 + n for n in range(32)}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "emu3": {"vocabulary_map": {"<image>": 100} | {f"<|visual token {n:06d}|>": 101 + n for n in range(32)}},
+    "instructblipvideo": {"video_token_index": 140},
+    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 32}},  # what its neck makes
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 150, "audio_start_token_id": 151},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 150, "audio_start_token_id": 151},
+    "step3p7": {"text_config": {"sliding_window": 4}},
+    "udop": {"decoder_start_token_id": 0},
+    "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 0},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},  # a part that has none, and None
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # None
+    "textnet": {"stem_out_channels": 16},  # what the first stage of 16 takes
+    "hgnet_v2": {  # each stage takes what the one before it makes
+        "stem_channels": [3, 16, 16],
+        "stage_in_channels": [16, 32, 64, 128],
+        "stage_mid_channels": [8, 16, 16, 32],
+        "stage_out_channels": [32, 64, 128, 256],
+        "hidden_sizes": [32, 64, 128, 256],
+    },
+}

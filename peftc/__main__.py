@@ -1,0 +1,7 @@
+"""`python -m peftc`: the `peftc` command where no script is installed."""
+
+import sys
+
+from peftc.cli import main
+
+sys.exit(main())

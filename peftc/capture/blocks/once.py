@@ -1,0 +1,167 @@
+"""Equal blocks are traced once: for the others, a model calls an operation that stands for them.
+
+The whole of the model runs while it is captured, but for the insides of blocks that are equal to one that ran, called
+with equal arguments: tensors of the same sizes, in symbols, and other things that are the same. In the graph there is
+for each of these one node, with the block's tensors for its operands, and around the one that ran there are two marks.
+`repeat` writes what is between the marks in the place of each such node.
+
+Nothing is guessed: every block's own code is run before (`alike.deeds`), without being traced, and has to do the same.
+`NotAlikeError` says that a block changes more than what it returns; then the model is captured without this.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from transformers.exporters.utils import patch_attributes
+
+from peftc.capture.blocks.alike import Deeds, deeds, groups_of, own_tensors, sizes_of
+from peftc.capture.untouched import watched
+from peftc.graph.repeat import BEGIN, END, STANDS, NotAlikeError
+
+NONE = object()
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The arguments of a call, or what it returned: tensors, each once, and how they stand among other things."""
+
+    tensors: list[Tensor]
+    places: tuple[int | None, ...]
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, things: Any, known: Sequence[Tensor] = ()) -> _Given | None:
+        """None where there is something among them that may be anything. Those of `known` come first."""
+        leaves, spec = pytree.tree_flatten(things)
+        tensors = list(known)
+        places: list[int | None] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                at = next((at for at, tensor in enumerate(tensors) if tensor is leaf), len(tensors))
+                tensors[at:] = tensors[at:] or [leaf]
+                places.append(at)
+            elif type(leaf) in PLAIN:
+                places.append(None)
+            else:
+                return None
+        others = tuple(NONE if place is not None else leaf for leaf, place in zip(leaves, places, strict=True))
+        return cls(tensors, tuple(places), others, spec)
+
+    def looks(self) -> Any:
+        """What is equal of equal calls; None where the tensors are not like those of any other."""
+        if not all(_is_usual(tensor) for tensor in self.tensors):
+            return None
+        memories = [tensor.untyped_storage()._cdata for tensor in self.tensors]
+        return (
+            str(self.spec), self.places, tuple((type(leaf), leaf) for leaf in self.leaves),
+            tuple(memories.index(one) for one in memories), tuple(map(sizes_of, self.tensors)),
+        )  # fmt: skip
+
+    def is_same(self, other: _Given | None) -> bool:
+        """Whether it is what it was: a block may have put something else into a list that it was given."""
+        if other is None or (other.places, other.leaves, other.spec) != (self.places, self.leaves, self.spec):
+            return False
+        return all(one is now for one, now in zip(self.tensors, other.tensors, strict=True))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Any:
+        """The same things with others for the tensors."""
+        pairs = zip(self.leaves, self.places, strict=True)
+        return pytree.tree_unflatten([leaf if at is None else tensors[at] for leaf, at in pairs], self.spec)
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Whether all that a trace can know of it are its sizes."""
+    fake = isinstance(tensor, FakeTensor | nn.Parameter)
+    return fake and tensor.layout is torch.strided and getattr(tensor, "constant", None) is None
+
+
+@dataclass
+class _Once:
+    """A capture in which equal blocks are traced once. `_ran`: of equal calls, each kind of block that was traced."""
+
+    _ran: dict[Any, list[tuple[int, Deeds, _Given]]] = field(default_factory=lambda: defaultdict(list))
+    _called: set[str] = field(default_factory=set)
+    _kinds: Iterator[int] = field(default_factory=count)
+
+    def instead_of(self, group: int, path: str, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = _Given.of((args, kwargs))
+            again = path in self._called
+            self._called.add(path)
+            if given is None or again or given.looks() is None:
+                return own(*args, **kwargs)
+            done = self._done(block, own, given)
+            if done is None:
+                return own(*args, **kwargs)
+            for kind, known, result in self._ran[self._key(group, given)]:
+                if known.lines == done.lines:
+                    like = result.tensors[len(given.tensors) :]
+                    return result.with_tensors([*given.tensors, *STANDS(kind, path, given.tensors, like)])
+            kind = next(self._kinds)
+            BEGIN(kind, path, given.tensors)
+            found = own(*args, **kwargs)
+            returned = _Given.of(found, given.tensors)
+            END(kind, [] if returned is None else returned.tensors[len(given.tensors) :])
+            if returned is not None and given.is_same(_Given.of((args, kwargs))) and _is_new(returned, given):
+                # What it asked may have made two sizes one: the next block is given them so.
+                self._ran[self._key(group, given)].append((kind, done, returned))
+            return found
+
+        return forward
+
+    def _done(self, block: nn.Module, own: Callable[..., Any], given: _Given) -> Deeds | None:
+        """What the block does; None where that cannot be told, or what it is given is what it has or finds elsewhere.
+
+        Raises:
+            NotAlikeError: where it leaves something behind beside what it returns.
+        """
+        changed = watched((block, own))
+
+        def call(tensors: Sequence[Tensor]) -> Any:
+            args, kwargs = given.with_tensors(tensors)
+            return own(*args, **kwargs)
+
+        done = deeds(block, given.tensors, call)
+        if changed():
+            raise NotAlikeError(f"{type(block).__name__} leaves something behind")
+        if done is None:
+            return None
+        theirs = {id(tensor) for module in block.modules() for tensor in own_tensors(module).values()} | {*done.others}
+        return None if any(id(tensor) in theirs for tensor in given.tensors) else done
+
+    @staticmethod
+    def _key(group: int, given: _Given) -> Any:
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        return group, given.looks(), torch.is_grad_enabled(), autocast
+
+
+@contextmanager
+def tracing_once(model: nn.Module) -> Iterator[None]:
+    """While it is open, of equal blocks of `model` that are called with equal arguments one is traced."""
+    once, patches = _Once(), []
+    for group, path in ((group, path) for group, paths in enumerate(groups_of(model)) for path in paths):
+        block = model.get_submodule(path)
+        instead = once.instead_of(group, path, block, block.forward)
+        patches.append((block, "forward", lambda _own, instead=instead: instead))
+    with patch_attributes(patches):
+        yield
+
+
+def _is_new(returned: _Given, given: _Given) -> bool:
+    """Whether each tensor that a block made is one of sizes, in memory of its own."""
+    made = returned.tensors[len(given.tensors) :]
+    memories = [tensor.untyped_storage()._cdata for tensor in made]
+    taken = {tensor.untyped_storage()._cdata for tensor in given.tensors}
+    return all(map(_is_usual, made)) and len({*memories}) == len(memories) and taken.isdisjoint(memories)

@@ -1,7 +1,0 @@
-"""`python -m peftc.cli`: the `peftc` command where no script is installed."""
-
-import sys
-
-from peftc.cli import main
-
-sys.exit(main())

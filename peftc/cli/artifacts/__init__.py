@@ -1,0 +1,1 @@
+"""What is done with an artifact: folded in, exported, asked for text."""

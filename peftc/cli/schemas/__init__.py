@@ -1,0 +1,1 @@
+"""What a program can rely on of what commands print with `--json`."""

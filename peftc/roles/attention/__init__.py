@@ -1,0 +1,1 @@
+"""What an attention is, of the kinds that there are."""
