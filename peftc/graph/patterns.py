@@ -107,6 +107,11 @@ class Pattern:
         """The operations, or the names of some, that its result can be of; None where it can be of any."""
         return None
 
+    @cached_property
+    def needed(self) -> frozenset[frozenset[Any]]:
+        """Of each of these, one operation at least is in every graph that has the pattern."""
+        return frozenset()
+
     def may_begin(self, node: fx.Node) -> bool:
         """Whether it is worth trying at `node`."""
         return self.roots is None or node.target in self.roots or (self._by_name and str(node.target) in self.roots)
@@ -154,6 +159,10 @@ class _Several(Pattern):
     def size(self) -> int:
         return sum(map(_size, self.members))
 
+    @cached_property
+    def needed(self) -> frozenset[frozenset[Any]]:
+        return _needed(self.members)
+
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, list | tuple) or len(found) != len(self.members):
             return state.fail(found, lambda: f"{found} is no list of {len(self.members)}")
@@ -188,6 +197,10 @@ class _Op(Pattern):
     @cached_property
     def roots(self) -> frozenset[Any] | None:
         return frozenset(self.targets)
+
+    @cached_property
+    def needed(self) -> frozenset[frozenset[Any]]:
+        return _needed((*self.arguments, *self.keywords.values())) | {frozenset(self.targets)}
 
     def fits(self, found: object, state: _State) -> bool:
         if not isinstance(found, fx.Node) or not (found.target in self.targets or str(found.target) in self.targets):
@@ -255,6 +268,10 @@ class _Either(Pattern):
         known = [choice.roots for choice in self.choices]
         return None if None in known else frozenset().union(*(roots for roots in known if roots is not None))
 
+    @cached_property
+    def needed(self) -> frozenset[frozenset[Any]]:
+        return frozenset.intersection(*(choice.needed for choice in self.choices))
+
     def fits(self, found: object, state: _State) -> bool:
         before = state.nearest
         if not any(state.attempt(choice, found) for choice in self.choices):
@@ -277,6 +294,10 @@ class _Cast(Pattern):
     @cached_property
     def roots(self) -> frozenset[Any] | None:
         return None if self.pattern.roots is None else self.pattern.roots | CASTS
+
+    @cached_property
+    def needed(self) -> frozenset[frozenset[Any]]:
+        return self.pattern.needed
 
     def fits(self, found: object, state: _State) -> bool:
         if isinstance(found, fx.Node) and found.target in CASTS and state.attempt(_Through(self), found):
@@ -354,6 +375,10 @@ def read_elsewhere(match: Match, free: Iterable[fx.Node] = ()) -> Miss | None:
         if others and node.target not in CASTS and node not in free:
             return Miss(match.root, f"{node.name} is read by {others[0].name}, too", (node, *others))
     return None
+
+
+def _needed(arguments: Iterable[Any]) -> frozenset[frozenset[Any]]:
+    return frozenset().union(*(argument.needed for argument in arguments if isinstance(argument, Pattern)))
 
 
 def _size(argument: Any) -> int:

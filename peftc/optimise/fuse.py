@@ -72,6 +72,9 @@ def fuse(
 
 def _apply(rule: Fusion, editor: Editor) -> Fired:
     """One rule: first every match, from the end of the graph so that the largest one wins, then the rewriting."""
+    sought = _has(editor.graph, rule.sought)
+    if not (sought or _may_be(rule, editor.graph)):
+        return Fired(rule.name, 0, 0, None)
     groups: dict[Hashable, list[Match]] = defaultdict(list)
     misses: list[Miss] = []
     for found in _found(rule, editor):
@@ -90,7 +93,13 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
     if groups or not misses:
         return Fired(rule.name, len(groups), sum(map(len, groups.values())), None)
     best = max(misses, key=lambda miss: (miss.refused, miss.depth))
-    return Fired(rule.name, 0, 0, _in_words(best), telling=best.refused or _has(editor.graph, rule.sought))
+    return Fired(rule.name, 0, 0, _in_words(best), telling=best.refused or sought)
+
+
+def _may_be(rule: Fusion, graph: fx.Graph) -> bool:
+    """Whether the graph has an operation for each place of the rule's pattern."""
+    operations = {name for node in graph.nodes for name in (node.target, str(node.target))}
+    return all(not operations.isdisjoint(needed) for needed in rule.pattern.needed)
 
 
 def _has(graph: fx.Graph, words: Sequence[str]) -> bool:
