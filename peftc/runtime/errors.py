@@ -313,3 +313,10 @@ class TextsMix(Diagnostic):
             "give it a row for each text, padded, with an attention_mask",
             "with an attention_mask, position_ids are positions alone and tell no texts apart",
         )
+
+
+class OtherProcess(Diagnostic):
+    """The one process that writes for all of them could not."""
+
+    code = "other-process"
+    title = "another process, which writes for this one, could not: it says why"

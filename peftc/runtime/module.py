@@ -40,6 +40,7 @@ from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_ca
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.tensors.unfrozen import Watch
+from peftc.runtime.tensors.whole import Split
 from peftc.runtime.texts import by_row, keeps_apart
 from peftc.runtime.token_mean import NAME
 
@@ -62,6 +63,7 @@ class Runtime(Switching):
     tensors_in_common: frozenset[str]
     keeps_texts_apart: bool  # whether it was seen to
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
+    split: Split | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -96,6 +98,7 @@ class Runtime(Switching):
             logits_in_training=fired is None,
             recomputes_every=0,
             embeddings=None,
+            split=None,
         )
         keep_unread(root, self)
         self.settle()
