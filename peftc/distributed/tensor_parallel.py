@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from peftc.runtime.tensors.whole import one_writes
 
 COLUMNS = frozenset({"attn.q", "attn.k", "attn.v", "mlp.up", "mlp.gate"})  # of outputs each process has some
 ROWS = frozenset({"attn.o", "mlp.down"})  # of inputs
+T = TypeVar("T")
 
 
 @ordinary_tensors()
@@ -59,7 +60,7 @@ def tensor_parallel(compiled: CompiledModule, mesh: DeviceMesh | None = None) ->
         mesh = init_device_mesh(compiled.device.type, (dist.get_world_size(),))
     refuse(compiled.plan)
     cuts = _cuts(compiled.plan, mesh.size())
-    _agree(mesh, lambda: _refuse_methods(compiled.plan, cuts))
+    _refuse_trained(compiled.plan, cuts)
     base = _smaller(compiled, cuts, mesh)
     plan = _agree(mesh, lambda: _planned(base, compiled, mesh))
     split = Divided(compiled, mesh, _dimensions(compiled.plan, plan))
@@ -68,7 +69,7 @@ def tensor_parallel(compiled: CompiledModule, mesh: DeviceMesh | None = None) ->
     made.__dict__["split"] = split
     _agree(mesh, lambda: _check_packed(compiled, made, cuts, mesh))
     for binding in made.plan.bindings:
-        if {*binding.site.parameters} & cuts.keys():
+        if isinstance(binding.site, Projection) and binding.site.weight in cuts:
             for full in binding.names.values():
                 parameter = get_attribute(made, full)
                 if parameter.requires_grad and split.dimensions[full] is None:
@@ -149,24 +150,13 @@ def _projections(plan: Plan) -> list[Projection]:
     return [site for site in plan.sites if isinstance(site, Projection)]
 
 
-def _refuse_methods(plan: Plan, cuts: Mapping[str, int]) -> None:
-    """Raises PeftcError `not-on-parts` for what cannot be right in parts, or not what one process makes of it."""
-    problems: dict[int, Diagnostic] = {}
-    for binding in plan.bindings:
-        if not {*binding.site.parameters} & cuts.keys():
-            continue
-        if getattr(binding.method, "dropout", 0):
-            reason = "each process would drop other features than one that has all of them"
-            hint = "leave its dropout out"
-            problem = NotOnParts(what=binding.method.name, reason=reason, hint=hint, span=binding.span)
-            problems.setdefault(binding.statement, problem)
+def _refuse_trained(plan: Plan, cuts: Mapping[str, int]) -> None:
+    """Raises PeftcError `not-on-parts` for what learns between the projections, and is no part itself."""
     within = tuple(f"{weight.rpartition('.')[0].rpartition('.')[0]}." for weight in cuts)
-    for name, span in plan.trained.items():
-        if name not in cuts and name.startswith(within):
-            reason = "each process sees some of the features that it learns from"
-            problems.setdefault(-len(problems) - 1, NotOnParts(what=name, reason=reason, span=span))
-    if problems:
-        raise PeftcError(*problems.values())
+    reason = "each process sees some of the features that it learns from"
+    names = [name for name in plan.trained if name not in cuts and name.startswith(within)]
+    if names:
+        raise PeftcError(*(NotOnParts(what=name, reason=reason, span=plan.trained[name]) for name in names))
 
 
 def _smaller(compiled: CompiledModule, cuts: Mapping[str, int], mesh: DeviceMesh) -> nn.Module:
@@ -224,7 +214,9 @@ def _planned(base: nn.Module, compiled: CompiledModule, mesh: DeviceMesh) -> Pla
     except PeftcError as error:
         reason = f"{reason} ({error.diagnostics[0].title})"
         raise PeftcError(NotOnParts(what=whole.sites.model, reason=reason)) from error
-    if [b.path for b in plan.bindings] != [b.path for b in whole.bindings] or plan.trained.keys() != whole.trained.keys():
+    if [b.path for b in plan.bindings] != [
+        b.path for b in whole.bindings
+    ] or plan.trained.keys() != whole.trained.keys():
         raise PeftcError(NotOnParts(what=whole.sites.model, reason="its parts have other sites than the whole"))
     return plan
 
@@ -264,7 +256,7 @@ def _summing(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
     return total
 
 
-def _agree[T](mesh: DeviceMesh, work: Callable[[], T]) -> T:
+def _agree(mesh: DeviceMesh, work: Callable[[], T]) -> T:
     """What `work` returns, where it does so on all processes; no one goes on where another was refused.
 
     Raises:

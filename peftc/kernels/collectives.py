@@ -15,8 +15,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from peftc.kernels.common.operation import first_derivative, operation
 
+# Element by element, as those see it who look for the projections around them.
+POINTWISE = (torch.Tag.pointwise,)
 
-@operation("shared", device_types=["cpu", "cuda"])
+
+@operation("shared", device_types=["cpu", "cuda"], tags=POINTWISE)
 def shared(x: Tensor, group: str) -> Tensor:
     """x, the same on all processes of `group`; its gradient is the sum of theirs."""
     return x.clone()
@@ -27,7 +30,7 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@operation("summed", device_types=["cpu", "cuda"])
+@operation("summed", device_types=["cpu", "cuda"], tags=POINTWISE)
 def summed(x: Tensor, group: str) -> Tensor:
     """The sum of the x of all processes of `group`; the gradient of each is that of the sum."""
     total = x.clone(memory_format=torch.contiguous_format)

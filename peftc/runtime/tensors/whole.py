@@ -82,8 +82,8 @@ def one_writes(mesh: DeviceMesh) -> Iterator[bool]:
 
 
 def gathered(self) -> AbstractContextManager[tuple[Any, bool]]:
-        """The model whole, on all processes, and whether this one is to write it."""
-        raise NotImplementedError
+    """The model whole, on all processes, and whether this one is to write it."""
+    raise NotImplementedError
 
 
 def is_sharded(module: nn.Module) -> bool:
