@@ -1,7 +1,7 @@
 """Tensor parallelism by roles: each process has some heads of each attention, and some features of each MLP.
 
-The rows of q, k, v, up and gate are divided, and the columns of o and down, with what a method has beside them. The base
-model is made smaller so, with what the processes send one another in it, and compiled by the same spec: every pass,
+The rows of q, k, v, up and gate are divided, and the columns of o and down, with what a method has beside them. So the
+base model is made smaller, with what the processes send one another in it, and compiled by the same spec: every pass,
 storage and fused operation works on it as on any other. That it computes what the whole one does, and has its
 gradients, is then tried on the example, with random numbers for all that learns; nothing that differs is let through.
 """
@@ -97,8 +97,9 @@ class Divided:
         return DTensor.from_local(tensor.detach(), self.mesh, [placement], run_check=False)
 
     @contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[tuple[Runtime, bool]]:
+    def gathered(self, model: Any) -> Iterator[tuple[Runtime, bool]]:
         """The model that this one was made of, with what was learnt here."""
+        model.watch.refuse_unplanned(model)
         with torch.no_grad():
             for name in self.dimensions:
                 part = self.part(name, get_attribute(model, name))
@@ -154,13 +155,14 @@ def _refuse_trained(plan: Plan, cuts: Mapping[str, int]) -> None:
     """Raises PeftcError `not-on-parts` for what learns between the projections, and is no part itself."""
     within = tuple(f"{weight.rpartition('.')[0].rpartition('.')[0]}." for weight in cuts)
     reason = "each process sees some of the features that it learns from"
-    names = [name for name in plan.trained if name not in cuts and name.startswith(within)]
+    parts = {*cuts, *(s.bias for s in _projections(plan) if s.weight in cuts and s.roles & COLUMNS)}
+    names = [name for name in plan.trained if name not in parts and name.startswith(within)]
     if names:
         raise PeftcError(*(NotOnParts(what=name, reason=reason, span=plan.trained[name]) for name in names))
 
 
 def _smaller(compiled: CompiledModule, cuts: Mapping[str, int], mesh: DeviceMesh) -> nn.Module:
-    """The base model with this process's parts of its weights, and what the processes send one another; others share."""
+    """The base model with this process's parts of its weights, and what the processes send one another."""
     base, plan = compiled.base, compiled.plan
     linears = {site.weight: site for site in _projections(plan)}
     memo: dict[int, Any] = {}

@@ -18,7 +18,7 @@ from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
 from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
-from peftc.runtime.tensors.whole import whole
+from peftc.runtime.tensors.whole import needs_whole, whole
 from peftc.show.notebook import Report, image_html, report_html
 from peftc.show.tables import report
 
@@ -122,6 +122,7 @@ class CompiledModule(Runtime):
                 it is; `cannot-merge`; `no-tokenizer`; `unknown-task`; `unknown-export`; `bad-output` if something is at
                 `path`; `cannot-write`.
         """
+        needs_whole(self, "an export")
         place = Path(path)
         if merged:
             face = self.face(None if task is None else [task])
@@ -177,6 +178,7 @@ class CompiledModule(Runtime):
         With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
         loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
         """
+        needs_whole(self, "a merge")
         face = self.face()  # what is in use is what is merged
         if not requantize:
             return merge(face)

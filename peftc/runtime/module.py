@@ -40,7 +40,7 @@ from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_ca
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.tensors.unfrozen import Watch
-from peftc.runtime.tensors.whole import Split
+from peftc.runtime.tensors.whole import Split, needs_whole
 from peftc.runtime.texts import by_row, keeps_apart
 from peftc.runtime.token_mean import NAME
 
@@ -252,7 +252,12 @@ class Runtime(Switching):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
+        """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared.
+
+        Raises:
+            PeftcError: `in-parts` of a model of which each process has a part.
+        """
+        needs_whole(self, "a copy")
         shared = {
             name: self.__dict__[name]
             for name in (

@@ -1,11 +1,13 @@
-"""Two gloo processes with parts of a model learn what one process does, save what it saves, and go on as another number.
+"""Two gloo processes with parts of a model learn and save what one process does, and either goes on with the other's.
 
 A process is a fork of this one: what was compiled here is there, whole. The numbers differ by the order of sums alone.
 """
 
+import copy
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,11 @@ def train(
     return torch.stack(losses)
 
 
-def on_two(folder: Path, work: Callable[[int], None]) -> None:
-    """Runs `work` in two processes of one group, which end with an error of theirs if there is one."""
+def on_two(folder: Path, work: Callable[[int, Callable[[], None]], None]) -> None:
+    """Runs `work` in two processes, which are one group from the call of what they are given; their errors are told.
+
+    Before a fork nothing may have been differentiated.
+    """
     children = []
     for rank in range(2):
         if child := os.fork():
@@ -72,9 +77,8 @@ def on_two(folder: Path, work: Callable[[int], None]) -> None:
         failed = 1
         try:
             torch.set_num_threads(1)
-            dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-            work(rank)
-            dist.destroy_process_group()
+            method = f"file://{folder}/rendezvous"
+            work(rank, partial(dist.init_process_group, "gloo", init_method=method, rank=rank, world_size=2))
             failed = 0
         except BaseException:
             traceback.print_exc()
@@ -104,35 +108,38 @@ def check(folder: Path, spec: str, split: Split, rows: Callable[[int], slice]) -
                 one.get_parameter(name).copy_(tensor)
         return one
 
-    optimizer = optimiser(one)
-    losses = train(one, optimizer, BEFORE)
-    save_progress(one, optimizer, folder / "one", step=BEFORE)
-    later = train(one, optimizer, AFTER)
-    one.save(folder / "end of one")
-
     def mean(found: Tensor) -> Tensor:
         dist.all_reduce(found)
         return found / 2
 
-    def work(rank: int) -> None:
-        parts = split(again())
-        optimizer = optimiser(parts)
+    def work(rank: int, join: Callable[[], None]) -> None:
+        optimizer = optimiser(one)
+        losses = train(one, optimizer, BEFORE)
+        save_progress(one, optimizer, folder / f"one {rank}", step=BEFORE)
+        later = train(one, optimizer, AFTER)
+        one.save(folder / f"end of one {rank}")
+        join()
+        parts = split(copy.deepcopy(again()))
         own = rows(rank)
+        optimizer = optimiser(parts)
         torch.testing.assert_close(mean(train(parts, optimizer, BEFORE, own)), losses, rtol=0, atol=TOLERANCE)
         save_progress(parts, optimizer, folder / "two", step=BEFORE)
         torch.testing.assert_close(mean(train(parts, optimizer, AFTER, own)), later, rtol=0, atol=TOLERANCE)
         parts.save(folder / "end of two")
-        assert load_progress(parts, optimizer, folder / "one") == {"step": BEFORE}
+        assert load_progress(parts, optimizer, folder / "one 0") == {"step": BEFORE}
         torch.testing.assert_close(mean(train(parts, optimizer, AFTER, own)), later, rtol=0, atol=TOLERANCE)
         if any(isinstance(parameter, DTensor) for parameter in parts.parameters()):
             held = sum(p.to_local().nbytes for p in parts.parameters() if isinstance(p, DTensor))
-            memory = by_rank(parts.plan, 2, 2, 12, "adamw", shard=True).each[rank]
-            assert memory.weights == held
+            assert by_rank(parts.plan, 2, 2, 12, "adamw", shard=True).each[rank].weights == held
+        with pytest.raises(peftc.PeftcError, match="in-parts"):
+            parts.merge()
+        dist.destroy_process_group()
+        fresh = optimiser(one)
+        assert load_progress(one, fresh, folder / "two") == {"step": BEFORE}
+        torch.testing.assert_close(train(one, fresh, AFTER), later, rtol=0, atol=TOLERANCE)
 
     on_two(folder, work)
-    same(folder / "end of one", folder / "end of two")
-    assert load_progress(one, optimizer, folder / "two") == {"step": BEFORE}
-    torch.testing.assert_close(train(one, optimizer, AFTER), later, rtol=0, atol=TOLERANCE)
+    same(folder / "end of one 0", folder / "end of two")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.graph.ir import get_attribute
-from peftc.runtime.errors import OtherProcess
+from peftc.runtime.errors import InParts, OtherProcess
 
 
 class Split(Protocol):
@@ -25,14 +25,21 @@ class Split(Protocol):
         """A tensor of the shape that the parameter `name` has here, as the part of the whole that it is."""
         raise NotImplementedError
 
-    def gathered(self, model: nn.Module) -> AbstractContextManager[tuple[Any, bool]]:
+    def gathered(self, model: Any) -> AbstractContextManager[tuple[Any, bool]]:
         """The model whole, on all processes, and whether this one is to write it."""
         raise NotImplementedError
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether some tensor is here in part."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+def is_in_parts(module: nn.Module) -> bool:
+    """Whether other processes have what is not here."""
+    divided = getattr(module, "split", None) is not None
+    return divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def needs_whole(module: nn.Module, what: str) -> None:
+    """Raises PeftcError `in-parts` where other processes have parts of the model."""
+    if is_in_parts(module):
+        raise PeftcError(InParts(what=what))
 
 
 @contextmanager
@@ -77,52 +84,6 @@ def one_writes(mesh: DeviceMesh) -> Iterator[bool]:
         mine = bool(failed)
         for dimension in range(mesh.ndim):
             dist.all_reduce(failed, group=mesh.get_group(dimension))
-    if failed and not mine:
-        raise PeftcError(OtherProcess())
-
-
-def gathered(self) -> AbstractContextManager[tuple[Any, bool]]:
-    """The model whole, on all processes, and whether this one is to write it."""
-    raise NotImplementedError
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether some tensor is here in part."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-@contextmanager
-def whole(module: nn.Module, names: Iterable[str]) -> Iterator[bool]:
-    """Puts whole tensors in the place of those that are here in part, and says whether this process is to write.
-
-    All processes that have a part come here: they send one another theirs, one tensor after the other, and leave
-    together. Of a model that is whole everywhere each process writes that wants to, and waits for nobody.
-
-    Raises:
-        PeftcError: `other-process` where the one that writes could not.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):  # the outermost is left whole by a forward pass
-            part.reshard()
-    parts = {name: tensor for name in names if isinstance(tensor := get_attribute(module, name), DTensor)}
-    if not parts:
-        yield True
-        return
-    first = next(iter(parts.values()))
-    ranks = first.device_mesh.mesh.flatten().tolist()
-    writes = dist.get_rank() == min(ranks)
-    for name, tensor in parts.items():
-        _put(module, name, gathered(tensor))
-    failed = torch.ones((), device=first.to_local().device)
-    try:
-        yield writes
-        failed.zero_()
-    finally:
-        for name, tensor in parts.items():
-            _put(module, name, tensor)
-        mine = bool(failed)
-        for dimension in range(first.device_mesh.ndim):
-            dist.all_reduce(failed, group=first.device_mesh.get_group(dimension))
     if failed and not mine:
         raise PeftcError(OtherProcess())
 
