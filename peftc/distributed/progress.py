@@ -90,9 +90,8 @@ def load_progress(compiled: CompiledModule, optimizer: Optimizer, folder: str | 
     reader = HuggingFaceStorageReader(str(place))
     _check_whole(reader, told, bad)
     groups, state = _asked(compiled, optimizer, told, bad)
-    wanted = {f"model.{name}": p.detach() for name, p in compiled.trainable_parameters().items()}
-    wanted |= {f"optimizer.{name}.{key}": value for (name, key), value in state.items()}
-    parts = {full: _part(compiled, full.split(".", 1)[1], tensor) for full, tensor in wanted.items()}
+    parts = {f"model.{name}": _part(compiled, name, p.detach()) for name, p in compiled.trainable_parameters().items()}
+    parts |= {f"optimizer.{name}.{key}": _part(compiled, name, value) for (name, key), value in state.items()}
     if odd := sorted(parts.keys() ^ told["tensors"].keys()):
         raise bad(f"{odd[0]} is in one of the two alone")
     for full, tensor in parts.items():

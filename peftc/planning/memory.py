@@ -66,9 +66,7 @@ def sized(size: Any, known: Mapping[Any, int]) -> int:
     return size if isinstance(size, int) else int(size.node.expr.subs(known))
 
 
-def step_memory(
-    weights: int, learning: Iterable[tuple[int, int]], activations: int, optimizer: str
-) -> Memory:
+def step_memory(weights: int, learning: Iterable[tuple[int, int]], activations: int, optimizer: str) -> Memory:
     """Bytes of one training step.
 
     Args:
