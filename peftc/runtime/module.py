@@ -270,7 +270,7 @@ class Runtime(Switching):
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared, other_graphs=[], faces={}, embeddings=None)
+        copied.__dict__.update(shared, other_graphs=[], faces={}, embeddings=None, split=None)
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__
