@@ -10,6 +10,8 @@ if not (Path(__file__).parent / "passes").exists():  # run from a checkout, not 
 if TYPE_CHECKING:
     from peftc.api import compile, plan, sites
     from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
+    from peftc.distributed.fsdp import shard
+    from peftc.distributed.tensor_parallel import tensor_parallel
     from peftc.driver.combining import combine
     from peftc.driver.compiled import CompiledModule
     from peftc.driver.loading import load, load_peft
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "combine", "compile", "load", "load_peft",
-    "plan", "sites",
+    "plan", "shard", "sites", "tensor_parallel",
 ]  # fmt: skip
 
 _HOME = {
@@ -33,7 +35,9 @@ _HOME = {
     "load": "driver.loading",
     "load_peft": "driver.loading",
     "plan": "api",
+    "shard": "distributed.fsdp",
     "sites": "api",
+    "tensor_parallel": "distributed.tensor_parallel",
 }
 
 

@@ -15,7 +15,7 @@ from paths import ROOT
 
 LAYERS = [
     "diagnostics", "kernels", "language", "graph", "protocol", "spec", "capture", "roles", "planning", "rewrite",
-    "optimise", "runtime", "files", "show", "driver", "api", "training", "bench", "cli", "__main__",
+    "optimise", "runtime", "files", "show", "driver", "distributed", "api", "training", "bench", "cli", "__main__",
 ]  # fmt: skip
 # What a file under passes/ may know.
 PASSES = {"protocol", "graph", "kernels"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -16,6 +18,7 @@ from peftc.files.hf_peft.folder import save_pretrained
 from peftc.files.merge import merge
 from peftc.files.repack import Rounding, repack
 from peftc.runtime.module import Runtime
+from peftc.runtime.tensors.whole import needs_whole, whole
 from peftc.show.notebook import Report, image_html, report_html
 from peftc.show.tables import report
 
@@ -54,20 +57,39 @@ class CompiledModule(Runtime):
     def save(self, folder: str | Path, *, task: str | None = None) -> None:
         """Writes spec, tensors and a reference to the base model; `peftc.load` reads it back.
 
-        With `task` only that one, by itself, with what all tasks have in common.
+        With `task` only that one, by itself, with what all tasks have in common. Of a model of which each process has
+        a part all of them call it, and one writes.
         """
-        save(self if task is None else self.face([task]), Path(folder))
+        with self.gathered() as (model, writes):
+            if writes:
+                save(model if task is None else model.face([task]), Path(folder))
 
     def save_pretrained(self, folder: str | Path, *, task: str | None = None) -> None:
         """Writes the folder that HF PEFT reads: one method that it has, on whole modules, prompts or prefixes.
 
-        Of several tasks each has a folder of its own inside, called as the task; or there is only that of `task`.
+        Of several tasks each has a folder of its own inside, called as the task; or there is only that of `task`. Of a
+        model of which each process has a part all of them call it, and one writes.
         """
         if task is not None or not self.tasks:
-            save_pretrained(self if task is None else self.face([task]), Path(folder))
+            with self.gathered() as (model, writes):
+                if writes:
+                    save_pretrained(model if task is None else model.face([task]), Path(folder))
             return
         for each in self.tasks:
             save_pretrained(self.face([each]), Path(folder) / each)
+
+    @contextmanager
+    def gathered(self) -> Iterator[tuple[Runtime, bool]]:
+        """The model with what was added to it whole, and whether this process is to write it.
+
+        All processes that have parts come here. Only the base model stays in parts.
+        """
+        if self.split is not None:
+            with self.split.gathered(self) as found:
+                yield found
+            return
+        with whole(self, self.plan.added) as writes:
+            yield self, writes
 
     def export(
         self,
@@ -100,6 +122,7 @@ class CompiledModule(Runtime):
                 it is; `cannot-merge`; `no-tokenizer`; `unknown-task`; `unknown-export`; `bad-output` if something is at
                 `path`; `cannot-write`.
         """
+        needs_whole(self, "an export")
         place = Path(path)
         if merged:
             face = self.face(None if task is None else [task])
@@ -155,6 +178,7 @@ class CompiledModule(Runtime):
         With `requantize` each weight that is packed here is rounded to its storage's numbers again, and what that
         loses comes back beside the model, by the weight's name. Else it stays in the precision of the base.
         """
+        needs_whole(self, "a merge")
         face = self.face()  # what is in use is what is merged
         if not requantize:
             return merge(face)

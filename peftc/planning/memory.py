@@ -66,14 +66,11 @@ def sized(size: Any, known: Mapping[Any, int]) -> int:
     return size if isinstance(size, int) else int(size.node.expr.subs(known))
 
 
-def step_memory(
-    frozen: int, added: int, learning: Iterable[tuple[int, int]], activations: int, optimizer: str
-) -> Memory:
+def step_memory(weights: int, learning: Iterable[tuple[int, int]], activations: int, optimizer: str) -> Memory:
     """Bytes of one training step.
 
     Args:
-        frozen: bytes of the base model's weights as they lie, the trained ones among them.
-        added: bytes of all tensors that methods keep.
+        weights: bytes of the base model's weights as they lie, and of all tensors that methods keep.
         learning: count and bytes an element of each tensor that learns.
         activations: bytes that autograd keeps for the backward pass.
         optimizer: a key of `STATE_BYTES`; its state is in the parameters' own precision.
@@ -85,7 +82,7 @@ def step_memory(
         raise ValueError(f"no optimizer {optimizer!r}; there are {', '.join(STATE_BYTES)}")
     learns = list(learning)
     return Memory(
-        weights=frozen + added,
+        weights=weights,
         gradients=sum(count * size for count, size in learns),
         optimizer=sum(count * STATE_BYTES[optimizer](size) for count, size in learns),
         activations=activations,

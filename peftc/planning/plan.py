@@ -5,7 +5,7 @@ A plan knows everything about the compiled model but its numbers. The planner ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -71,6 +71,22 @@ def of_task(task: str, name: str) -> str:
 def extension(bindings: Iterable[Binding]) -> int:
     """The positions that all prompts together add to the input."""
     return sum(b.method.lengthens(b.site) for b in bindings if isinstance(b.site, Sequence))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor of the compiled model: `size` bytes an element. `is_buffer`: where models lie in parts it is whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    learns: bool = False
+    is_buffer: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return prod(self.shape) * self.size
 
 
 @dataclass(frozen=True)
@@ -251,27 +267,30 @@ class Plan:
             each = [task.memory(batch, seq, optimizer) for task in self.tasks.values()]
             most = max(each, key=attrgetter("total"))
             return replace(most, weights=common + sum(one.weights - common for one in each))
-        module = self.captured.module
-        sizes = {name: item.dtype.itemsize for name, item in self.packed.items()}
-        dense = (name for name in self.sites.parameters if name not in sizes)
-        sizes |= {name: get_attribute(module, name).element_size() for name in dense}
-        frozen = sum(count * sizes[name] for name, count in self.sites.parameters.items() if name not in self.packed)
-        beside = {name: _beside(binding.site, sizes) for binding in self.bindings for name in binding.tensors}
-        added = [
-            (prod(state.shape), state.dtype.itemsize if state.dtype else max(beside[name], 4), state.trainable)
-            for name, state in self.tensors.items()
-        ]
+        held = list(self.held())
         known = self.sizes(batch, seq)
         return step_memory(
-            frozen + sum(item.bytes for item in self.packed.values()),
-            sum(count * size for count, size, _ in added),
-            [
-                *((count, size) for count, size, trains in added if trains),
-                *((self.sites.parameters[name], sizes[name]) for name in self.trained),
-            ],
+            sum(tensor.bytes for tensor in held),
+            [(prod(tensor.shape), tensor.size) for tensor in held if tensor.learns],
             sum(kept.bytes(known) for kept in self.kept) * (2 if self.consistency else 1),
             optimizer,
         )
+
+    def held(self) -> Iterator[Held]:
+        """Every tensor of the compiled model, but for what graphs take for constant."""
+        module = self.captured.module
+        sizes = {name: item.dtype.itemsize for name, item in self.packed.items()}
+        for name in self.sites.parameters:
+            if (item := self.packed.get(name)) is not None:
+                yield from (Held(full, b.shape, b.dtype.itemsize) for full, b in item.buffers.items())
+                continue
+            own = get_attribute(module, name)
+            sizes[name] = own.element_size()
+            yield Held(name, tuple(own.shape), own.element_size(), learns=name in self.trained)
+        beside = {name: _beside(binding.site, sizes) for binding in self.bindings for name in binding.tensors}
+        for name, state in self.tensors.items():
+            size = state.dtype.itemsize if state.dtype else max(beside[name], 4)
+            yield Held(name, tuple(state.shape), size, learns=state.trainable, is_buffer=not state.trainable)
 
     def sizes(self, batch: int, seq: int) -> dict[Any, int]:
         """The symbols of the inputs' dimensions: the first is the batch, the second counts tokens, prompts included."""

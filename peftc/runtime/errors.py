@@ -313,3 +313,25 @@ class TextsMix(Diagnostic):
             "give it a row for each text, padded, with an attention_mask",
             "with an attention_mask, position_ids are positions alone and tell no texts apart",
         )
+
+
+class OtherProcess(Diagnostic):
+    """The one process that writes for all of them could not."""
+
+    code = "other-process"
+    title = "another process, which writes for this one, could not: it says why"
+
+
+class InParts(Diagnostic):
+    """What is not done with a model of which each process has a part."""
+
+    code = "in-parts"
+    what: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.what} needs the whole model, and each process has a part of this one"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("model.save(folder), on all processes, writes it whole; peftc.load(folder) reads it on one",)

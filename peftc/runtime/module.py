@@ -40,6 +40,7 @@ from peftc.runtime.tensors.devices import keep_packed, move_constants, refuse_ca
 from peftc.runtime.tensors.shelves import arrange
 from peftc.runtime.tensors.statedict import ignore_frozen, keep_added, part_from_base, prepare_again
 from peftc.runtime.tensors.unfrozen import Watch
+from peftc.runtime.tensors.whole import Split, needs_whole
 from peftc.runtime.texts import by_row, keeps_apart
 from peftc.runtime.token_mean import NAME
 
@@ -62,6 +63,7 @@ class Runtime(Switching):
     tensors_in_common: frozenset[str]
     keeps_texts_apart: bool  # whether it was seen to
     capture_again: Callable[[Runtime, dict[str, Any]], Runtime | None] | None
+    split: Split | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, plan: Plan, history: Stages, fired: tuple[Fired, ...] | None = None
@@ -96,6 +98,7 @@ class Runtime(Switching):
             logits_in_training=fired is None,
             recomputes_every=0,
             embeddings=None,
+            split=None,
         )
         keep_unread(root, self)
         self.settle()
@@ -249,7 +252,12 @@ class Runtime(Switching):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared."""
+        """A copy with parameters of its own; plan, history and base model, which nothing changes, are shared.
+
+        Raises:
+            PeftcError: `in-parts` of a model of which each process has a part.
+        """
+        needs_whole(self, "a copy")
         shared = {
             name: self.__dict__[name]
             for name in (
@@ -262,7 +270,7 @@ class Runtime(Switching):
         memo |= {id(self.other_graphs): [], id(self.faces): {}}
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Runtime)
-        copied.__dict__.update(shared, other_graphs=[], faces={}, embeddings=None)
+        copied.__dict__.update(shared, other_graphs=[], faces={}, embeddings=None, split=None)
         for path, module in self.named_modules():
             if isinstance(module, fx.GraphModule):  # by this name Trainer knows a causal language model
                 type(copied.get_submodule(path)).__name__ = type(module).__name__

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "include_num_input_tokens_seen": "non_padding",
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # all that learns is in the graph
 }
 # What this command does not do, and why.
 REFUSED = {

@@ -106,8 +106,15 @@ class Memory(TypedDict):
     activations: int
 
 
+class Rank(Memory):
+    """On one process; `gathered` is whole there for a time."""
+
+    gathered: int
+
+
 class Planned(Plan):
     memory: Memory
+    ranks: NotRequired[list[Rank]]
     seconds: dict[str, float]
 
 

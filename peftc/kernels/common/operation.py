@@ -21,14 +21,16 @@ _CUDA: dict[str, Callable[..., Any]] = {}
 _AUTOCAST = torch.library.Library("peftc", "IMPL")
 
 
-def operation(name: str, device_types: str | Sequence[str] = "cpu") -> Callable[[Callable[..., object]], CustomOpDef]:
+def operation(
+    name: str, device_types: str | Sequence[str] = "cpu", tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable[..., object]], CustomOpDef]:
     """`torch.ops.peftc.<name>`: a functional operation, whose schema is read off the annotations."""
 
     def register(function: Callable[..., object]) -> CustomOpDef:
         _CPU[f"peftc::{name}"] = function
         if "cuda" in device_types:
             _CUDA[f"peftc::{name}"] = function
-        made = custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types)
+        made = custom_op(f"peftc::{name}", function, mutates_args=(), device_types=device_types, tags=tags)
         if name.endswith("_backward"):
             made.register_autograd(_refuse, setup_context=_refuse)  # the context is set up where a graph is asked for
         return made

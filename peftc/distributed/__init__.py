@@ -1,0 +1,1 @@
+"""Compiled models on several processes, and their trainings saved."""

@@ -1,0 +1,94 @@
+"""FSDP2: each process has a part of every tensor, and a block is whole only where and while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
+
+from peftc.diagnostics.diagnostic import PeftcError
+from peftc.distributed.errors import NotOnParts
+from peftc.driver.compiled import CompiledModule
+from peftc.graph.ir import get_attribute, tensors
+from peftc.planning.plan import Plan
+from peftc.protocol.site import Projection
+
+
+def shard(
+    compiled: CompiledModule,
+    mesh: DeviceMesh | None = None,
+    *,
+    reshard_after_forward: bool | int | None = None,
+    offload_policy: OffloadPolicy | None = None,
+) -> CompiledModule:
+    """Gives each process of a mesh its part of a compiled model, in place: `fully_shard` by block, then the whole.
+
+    Packed weights are in parts as any others. A block whose tensors something outside of it reads (a projection that
+    all blocks share) is whole as long as the model's outermost part is. Losses, and what is saved, stay as they were.
+
+    Args:
+        compiled: the model, as whole on each process, where an optimiser does not have its parameters yet.
+        mesh: the processes; all of them by default.
+        reshard_after_forward: as of `fully_shard`, for the blocks.
+        offload_policy: as of `fully_shard`.
+
+    Raises:
+        PeftcError: `not-on-parts` where a method changes whole tensors between steps, or the spec has tasks.
+    """
+    refuse(compiled.plan)
+    for item in compiled.plan.packed.values():
+        for full in item.buffers:
+            _as_parameter(compiled, full)
+    given: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+    if offload_policy is not None:
+        given["offload_policy"] = offload_policy
+    for path in blocks_alone(compiled):
+        fully_shard(compiled.get_submodule(path), reshard_after_forward=reshard_after_forward, **given)
+    fully_shard(compiled, **given)
+    return compiled
+
+
+def refuse(plan: Plan) -> None:
+    """Raises PeftcError `not-on-parts` with all of a plan that reads or writes whole tensors beside the graph."""
+    problems = []
+    if plan.tasks:
+        hint = "compile the spec of one task"
+        problems.append(NotOnParts(what="a spec of several tasks", reason="a graph is for one of them", hint=hint))
+    for number in dict.fromkeys(binding.statement for binding in plan.bindings):
+        members = [binding for binding in plan.bindings if binding.statement == number]
+        first, reason = members[0], None
+        if any(binding.method.scheduled for binding in members):
+            reason = "its schedule changes whole tensors after a step"
+        elif any(isinstance(b.site, Projection) and b.method.prepares for b in members):
+            reason = "it takes its start out of a frozen weight, which has to be whole where that is loaded again"
+        if reason is not None:
+            problems.append(NotOnParts(what=first.method.name, reason=reason, span=first.span))
+    if problems:
+        raise PeftcError(*problems)
+
+
+def blocks_alone(compiled: CompiledModule) -> list[str]:
+    """The blocks that run as modules and whose tensors nothing else reads, the inner ones first."""
+    found = []
+    every = tensors(compiled)
+    for path in compiled.plan.sites.blocks:
+        if not isinstance(compiled.get_submodule(path), fx.GraphModule):
+            continue
+        prefix = f"{path}."
+        own = {id(tensor) for name, tensor in every.items() if name.startswith(prefix)}
+        others = {id(tensor) for name, tensor in every.items() if not name.startswith(prefix)}
+        read = (str(node.target) for node in compiled.graph.find_nodes(op="get_attr"))
+        others |= {id(get_attribute(compiled, name)) for name in read if name.startswith(prefix)}
+        if not own & others:
+            found.append(path)
+    return sorted(found, key=lambda path: -path.count("."))
+
+
+def _as_parameter(module: nn.Module, full: str) -> None:
+    """What `fully_shard` divides is parameters; a buffer would be whole on each process."""
+    owner, _, leaf = full.rpartition(".")
+    held = module.get_submodule(owner)
+    if (buffer := held._buffers.pop(leaf, None)) is not None:
+        held.register_parameter(leaf, nn.Parameter(buffer, requires_grad=False))

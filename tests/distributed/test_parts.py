@@ -1,0 +1,158 @@
+"""Two gloo processes with parts of a model learn and save what one process does, and either goes on with the other's.
+
+A process is a fork of this one: what was compiled here is there, whole. The numbers differ by the order of sums alone.
+"""
+
+import copy
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftc
+from peftc.distributed.progress import load_progress, save_progress
+from peftc.distributed.ranks import by_rank
+
+TOLERANCE = 1e-5
+BEFORE, AFTER = 3, 2  # steps, and those after going on
+PACKED = "quantize linear except head with nf4\n"
+LORA = "apply lora(r=4) to attn.*, mlp.*\n"
+
+
+def model() -> LlamaForCausalLM:
+    """Parts of its weights are whole blocks of 64 numbers, so that they can be packed apart."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32,
+            )
+        )  # fmt: skip
+
+
+def compiled(spec: str) -> peftc.CompiledModule:
+    torch.manual_seed(1)
+    return peftc.compile(model(), spec)
+
+
+def optimiser(compiled: peftc.CompiledModule) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(compiled.trainable_parameters().values(), lr=1e-2)
+
+
+def train(
+    compiled: peftc.CompiledModule, optimizer: torch.optim.Optimizer, steps: int, rows: slice = slice(None)
+) -> Tensor:
+    """The losses of some steps on some rows of the same four."""
+    tokens = torch.randint(0, 97, (4, 12), generator=torch.Generator().manual_seed(2))[rows]
+    losses = []
+    for _ in range(steps):
+        loss = compiled(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return torch.stack(losses)
+
+
+def on_two(folder: Path, work: Callable[[int, Callable[[], None]], None]) -> None:
+    """Runs `work` in two processes, which are one group from the call of what they are given; their errors are told.
+
+    Before a fork nothing may have been differentiated.
+    """
+    children = []
+    for rank in range(2):
+        if child := os.fork():
+            children.append(child)
+            continue
+        failed = 1
+        try:
+            torch.set_num_threads(1)
+            method = f"file://{folder}/rendezvous"
+            work(rank, partial(dist.init_process_group, "gloo", init_method=method, rank=rank, world_size=2))
+            failed = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(failed)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def same(one: Path, other: Path) -> None:
+    """Two saved adapters have the same tensors."""
+    first, second = (load_file(folder / "adapter.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=TOLERANCE)
+
+
+Split = Callable[[peftc.CompiledModule], peftc.CompiledModule]
+
+
+def check(folder: Path, spec: str, split: Split, rows: Callable[[int], slice]) -> None:
+    """Trains, saves in the middle and at the end, on one process and on two; each goes on with what the other saved."""
+    one = compiled(spec)
+    start = {name: tensor.detach().clone() for name, tensor in one.trainable_parameters().items()}
+
+    def again() -> peftc.CompiledModule:
+        with torch.no_grad():
+            for name, tensor in start.items():
+                one.get_parameter(name).copy_(tensor)
+        return one
+
+    def mean(found: Tensor) -> Tensor:
+        dist.all_reduce(found)
+        return found / 2
+
+    def work(rank: int, join: Callable[[], None]) -> None:
+        optimizer = optimiser(one)
+        losses = train(one, optimizer, BEFORE)
+        save_progress(one, optimizer, folder / f"one {rank}", step=BEFORE)
+        later = train(one, optimizer, AFTER)
+        one.save(folder / f"end of one {rank}")
+        join()
+        parts = split(copy.deepcopy(again()))
+        own = rows(rank)
+        optimizer = optimiser(parts)
+        torch.testing.assert_close(mean(train(parts, optimizer, BEFORE, own)), losses, rtol=0, atol=TOLERANCE)
+        save_progress(parts, optimizer, folder / "two", step=BEFORE)
+        torch.testing.assert_close(mean(train(parts, optimizer, AFTER, own)), later, rtol=0, atol=TOLERANCE)
+        parts.save(folder / "end of two")
+        assert load_progress(parts, optimizer, folder / "one 0") == {"step": BEFORE}
+        torch.testing.assert_close(mean(train(parts, optimizer, AFTER, own)), later, rtol=0, atol=TOLERANCE)
+        if any(isinstance(parameter, DTensor) for parameter in parts.parameters()):
+            held = sum(p.to_local().nbytes for p in parts.parameters() if isinstance(p, DTensor))
+            assert by_rank(parts.plan, 2, 2, 12, "adamw", shard=True).each[rank].weights == held
+        with pytest.raises(peftc.PeftcError, match="in-parts"):
+            parts.merge()
+        dist.destroy_process_group()
+        fresh = optimiser(one)
+        assert load_progress(one, fresh, folder / "two") == {"step": BEFORE}
+        torch.testing.assert_close(train(one, fresh, AFTER), later, rtol=0, atol=TOLERANCE)
+
+    on_two(folder, work)
+    same(folder / "end of one 0", folder / "end of two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [f"{PACKED}{LORA}", f"{LORA}train norm"], ids=["nf4", "dense"])
+def test_fsdp2_learns_what_one_process_does(tmp_path: Path, spec: str) -> None:
+    """Each of half the rows."""
+    check(tmp_path, spec, peftc.shard, lambda rank: slice(2 * rank, 2 * rank + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec", [f"{PACKED}{LORA}", f"{LORA}apply adapter(size=4) to mlp\ntrain norm"], ids=["nf4", "dense"]
+)
+def test_tensor_parallel_learns_what_one_process_does(tmp_path: Path, spec: str) -> None:
+    """Both of all rows."""
+    check(tmp_path, spec, peftc.tensor_parallel, lambda rank: slice(None))
