@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, dataclass_transform
 
-from peftc.diagnostics.render import render
+from peftc.diagnostics.render import render, render_all
 from peftc.diagnostics.source import Label, Span
 
 
@@ -94,7 +94,7 @@ class PeftcError(Exception):
         self.diagnostics = diagnostics
 
     def __str__(self) -> str:
-        return "\n\n".join(map(render, self.diagnostics))
+        return render_all(self.diagnostics)
 
 
 def in_file_order(problems: Iterable[Diagnostic]) -> list[Diagnostic]:

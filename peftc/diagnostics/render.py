@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ _WIDEST_LINE = 140  # longer lines are cut around the caret
 
 
 _KEPT_BEFORE_CARET = 50
+
+
+_NARROWEST = 24  # columns of a text that is wrapped
 
 
 class Renderable(Protocol):
@@ -35,29 +39,60 @@ class Renderable(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
 
-def render(diagnostic: Renderable, colour: bool = False) -> str:
-    """The diagnostic as text, with no newline at its end; `colour` adds ANSI escapes.
+def render(diagnostic: Renderable, colour: bool = False, *, columns: int | None = None) -> str:
+    """The diagnostic as text, with no newline at its end; `colour` adds ANSI escapes, `columns` is a terminal's width.
 
     The main span is underlined with `^`, secondary labels with `-`. Control and formatting characters of the
     source are replaced by visible ones: a specification can neither move the cursor of a terminal nor reorder
     what it shows.
     """
-    paint = _Paint(colour)
+    return _rendered(diagnostic, _Paint(colour), columns, diagnostic.notes)
+
+
+def render_all(diagnostics: Iterable[Renderable], colour: bool = False, *, columns: int | None = None) -> str:
+    """One below the other; a note that stood below one of them is not said again."""
+    told: set[str] = set()
+    parts = []
+    for diagnostic in diagnostics:
+        parts.append(_rendered(diagnostic, _Paint(colour), columns, [n for n in diagnostic.notes if n not in told]))
+        told.update(diagnostic.notes)
+    return "\n\n".join(parts)
+
+
+def _rendered(diagnostic: Renderable, paint: _Paint, columns: int | None, notes: Iterable[str]) -> str:
     marks = [_Mark(Label(diagnostic.span, diagnostic.label), "^")] if diagnostic.span else []
     marks += [_Mark(label, "-") for label in diagnostic.secondary]
     gutter = len(str(max((mark.label.span.end_line for mark in marks), default=1)))
-    lines = [f"{paint.error(f'error[{diagnostic.code}]')}: {paint.strong(visible(diagnostic.title))}"]
+    head = f"error[{diagnostic.code}]: "
+    first, *more = _wrapped(diagnostic.title, columns, 2, begins=len(head))
+    lines = [f"{paint.error(head[:-2])}: {paint.strong(first)}", *(f"  {paint.strong(line)}" for line in more)]
     arrow = "-->"
     for source in dict.fromkeys(mark.label.span.source for mark in marks):
         here = [mark for mark in marks if mark.label.span.source == source]
         lines.append(f"{' ' * gutter}{paint.frame(arrow)} {visible(str(here[0].label.span))}")
-        lines += _excerpt(source, here, gutter, paint)
+        lines += _excerpt(source, here, gutter, paint, columns)
         arrow = ":::"
-    for note in diagnostic.notes:
-        first, *more = note.splitlines() or [""]
-        lines.append(f"{' ' * gutter} {paint.frame('=')} {visible(first)}")
-        lines += [f"{' ' * gutter}   {visible(line)}" for line in more]
+    for note in notes:
+        inner = [part for line in note.splitlines() or [""] for part in _wrapped(line, columns, gutter + 3)]
+        lines.append(f"{' ' * gutter} {paint.frame('=')} {inner[0]}")
+        lines += [f"{' ' * gutter}   {line}" for line in inner[1:]]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, columns: int | None, indent: int, *, begins: int | None = None) -> list[str]:
+    """The visible text in lines that end between words, where it is longer than the terminal is wide.
+
+    Each is to stand `indent` columns from the left, the first at `begins` if that is another place.
+    """
+    text = visible(text)
+    if columns is None:
+        return [text]
+    taken = (indent if begins is None else begins) - indent
+    lines = textwrap.wrap(
+        text, max(columns - indent, _NARROWEST), initial_indent=" " * taken,
+        subsequent_indent=" " * (len(text) - len(text.lstrip())), break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return [lines[0][taken:], *lines[1:]] if lines else [""]
 
 
 @dataclass(frozen=True)
@@ -112,7 +147,7 @@ class _Stroke:
     text: str
 
 
-def _excerpt(source: Source, marks: Iterable[_Mark], gutter: int, paint: _Paint) -> Iterator[str]:
+def _excerpt(source: Source, marks: Iterable[_Mark], gutter: int, paint: _Paint, columns: int | None) -> Iterator[str]:
     """The marked lines of one source, each followed by its underlines, `...` where lines are left out."""
     strokes = sorted((stroke for mark in marks for stroke in mark.strokes()), key=lambda stroke: stroke.line)
     shown = list(dict.fromkeys(stroke.line for stroke in strokes))
@@ -120,13 +155,27 @@ def _excerpt(source: Source, marks: Iterable[_Mark], gutter: int, paint: _Paint)
         if number > before + 1:
             yield paint.frame("...")
         below = [stroke for stroke in strokes if stroke.line == number]
-        line = _Line.of(source.line(number), around=below[0].start)
+        line = _Line.of(source.line(number), around=below[0].start, room=_room(columns, gutter))
         yield f"{paint.frame(f'{number:>{gutter}} |')} {line.shown}".rstrip()
         for stroke in below:
             left, right = line.column(stroke.start), line.column(stroke.end)
-            underline = paint.mark(stroke.sign, stroke.sign * max(right - left, 1))
-            text = paint.mark(stroke.sign, visible(stroke.text))
-            yield f"{' ' * gutter} {paint.frame('|')} {' ' * left}{underline} {text}".rstrip()
+            underline = f"{' ' * left}{paint.mark(stroke.sign, stroke.sign * max(right - left, 1))}"
+            margin = f"{' ' * gutter} {paint.frame('|')} "
+            start = max(right, left + 1) + 1
+            if columns is not None and start + min(len(stroke.text), _NARROWEST) > columns - gutter - 3:
+                yield margin + underline  # the words stand below: beside it is no room
+                start = max(0, min(left, columns - gutter - 3 - len(stroke.text)))
+                words = _wrapped(stroke.text, columns, gutter + 3 + start)
+            else:
+                first, *words = _wrapped(stroke.text, columns, gutter + 3 + start)
+                yield f"{margin}{underline} {paint.mark(stroke.sign, first)}".rstrip()
+            for line_of_words in filter(None, words):
+                yield f"{margin}{' ' * start}{paint.mark(stroke.sign, line_of_words)}"
+
+
+def _room(columns: int | None, gutter: int) -> int:
+    """Columns for a source line, with an ellipsis at either end."""
+    return _WIDEST_LINE if columns is None else min(_WIDEST_LINE, max(columns - gutter - 5, _NARROWEST))
 
 
 @dataclass(frozen=True)
@@ -138,11 +187,11 @@ class _Line:
     columns: tuple[int, ...]  # of the characters from `first` on, and of the end
 
     @classmethod
-    def of(cls, text: str, around: int) -> _Line:
+    def of(cls, text: str, around: int, room: int = _WIDEST_LINE) -> _Line:
         first, last = 0, len(text)
-        if last > _WIDEST_LINE:
-            first = max(0, min(around - _KEPT_BEFORE_CARET, last - _WIDEST_LINE))
-            last = min(last, first + _WIDEST_LINE)
+        if last > room:
+            first = max(0, min(around - room * _KEPT_BEFORE_CARET // _WIDEST_LINE, last - room))
+            last = min(last, first + room)
         shown = "…" if first else ""
         width = len(shown)
         columns = []

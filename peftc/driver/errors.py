@@ -92,6 +92,7 @@ class NothingToExplain(Diagnostic):
     asked: str
     has: str
     place: str | None = None  # that is called as the line that was asked for
+    near: str | None = None
 
     @property
     def title(self) -> str:
@@ -100,4 +101,4 @@ class NothingToExplain(Diagnostic):
     @property
     def notes(self) -> tuple[str, ...]:
         named = f"there is a place called {self.place}: ask for it with --place" if self.place else None
-        return (*([named] if named else []), "`peftc sites MODEL --all` lists the places of a model by name")
+        return (*filter(None, (named, self.near)), "`peftc sites MODEL --all` lists the places of a model by name")

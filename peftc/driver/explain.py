@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftc import language as ast
-from peftc.diagnostics.diagnostic import PeftcError, listed
+from peftc.diagnostics.diagnostic import PeftcError, listed, suggest
 from peftc.diagnostics.source import Span
 from peftc.driver.errors import NothingToExplain
 from peftc.planning.plan import Fitted
@@ -104,7 +104,10 @@ class Explainer:
         """The places of that name, or whose names end with it."""
         found = self._named(asked)
         if not found:
-            raise PeftcError(NothingToExplain(asked=f"'{asked}'", has="no place of that name"))
+            segments = asked.count(".") + 1  # as many of each name's as were asked for
+            ends = (".".join(site.name.split(".")[-segments:]) for site in self.sites)
+            near = suggest(asked, dict.fromkeys(ends))
+            raise PeftcError(NothingToExplain(asked=f"'{asked}'", has="no place of that name", near=near))
         return [self._place(site) for site in found]
 
     def _named(self, asked: str) -> list[Site]:

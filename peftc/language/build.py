@@ -88,11 +88,11 @@ class Builder:
                 return Checkpoint(self.selector(parts[0]), span=span)
             case "let":
                 is_call = parts[1].data == "call"
-                return Let(self.name(parts[0]), (self.call if is_call else self.selector)(parts[1]), span=span)
+                return Let(self._given(parts[0]), (self.call if is_call else self.selector)(parts[1]), span=span)
             case "task":
                 return self._task(tree, span)
             case "group":
-                return Group(tuple(map(self.name, parts[:-1])), self.call(parts[-1]), span=span)
+                return Group(tuple(map(self._given, parts[:-1])), self.call(parts[-1]), span=span)
             case "require":
                 operator = self._operator(parts[1], BUDGET_OPERATORS)
                 return Require(self.call(parts[0]), operator, self.number(parts[2]), span=span)
@@ -116,7 +116,7 @@ class Builder:
         if self.tasks:
             self.problems.append(mistakes.NestedTask(outer=self.tasks[-1], span=self._span(name)))
         self.tasks.append(self._span(name))
-        task = Task(self.name(name), tuple(self.statement(part) for part in body if part), span=span)
+        task = Task(self._given(name), tuple(self.statement(part) for part in body if part), span=span)
         self.tasks.pop()
         return task
 
@@ -166,7 +166,7 @@ class Builder:
             return self._regex(str(token)[1:-1], span)
         parts = tuple(token.split("."))
         words = parts[:-1] if parts[-1] == "*" and len(parts) > 1 else parts
-        if not all(word.isascii() and word.isidentifier() for word in words):
+        if token.type == "DOTTED" and not all(word.isascii() and word.isidentifier() for word in words):
             self.problems.append(spelling.BadRole(text=str(token), span=span))
         return Role(parts, span=span)
 
@@ -247,7 +247,7 @@ class Builder:
     def value(self, tree: Tree[Token]) -> Value:
         match tree.data:
             case "name":
-                return self.name(tree)
+                return self._given(tree)
             case "number":
                 return self.number(tree)
             case "string":
@@ -261,6 +261,13 @@ class Builder:
 
     def name(self, tree: Tree[Token]) -> Name:
         return Name(str(tree.children[0]), span=self._span(tree))
+
+    def _given(self, tree: Tree[Token]) -> Name:
+        """A name that nobody looks up: those of others that have a hyphen (`reader._joined`) are none."""
+        name = self.name(tree)
+        if "-" in name.text:
+            self.problems.append(spelling.BadCharacter(character="-", span=name.span))
+        return name
 
     def string(self, tree: Tree[Token]) -> String:
         return String(self._unescaped(_parts(tree)[0])[0], span=self._span(tree))

@@ -19,7 +19,8 @@ from peftc.diagnostics.source import Source, Span
 from peftc.language.tokens import BUDGET_OPERATORS, CLOSING, FILTER_OPERATORS, FIT_OPERATORS, NEWLINE, VERBS, WORDS
 from peftc.language.tree import UNITS
 
-_SELECTOR = {"NAME", "DOTTED", "STRING", "REGEX", "LPAR"}
+_PLACE = {"DOTTED", "STRING", "REGEX"}
+_SELECTOR = {"NAME", "LPAR", *_PLACE}
 _VALUE = {"NAME", "NUMBER", "STRING", "TRUE", "FALSE", "LSQB"}
 _KINDS = {
     "NAME": "a name",
@@ -89,9 +90,6 @@ class Situation:
         return unknown_operator(self.token, operators, self.span)
 
     def _mistake(self) -> Diagnostic | None:
-        if self.token == "-" and self.taken and (brought := words.meant(f"{self.before}-{self.next}")):
-            span = tokens.span(self.source, self.before).to(tokens.span(self.source, self.next))
-            return spelling.BadCharacter(character="-", hint=brought.label, span=span)
         return _lexical_mistake(self.token, self.span)
 
     def _statement(self) -> Diagnostic | None:
@@ -102,7 +100,8 @@ class Situation:
         if self.fresh:
             verbs = tuple(map(str.lower, VERBS))
             brought = words.meant(self.token)
-            hint = brought.label if brought else suggest(self.token, verbs)
+            method = "write 'apply' before a method" if self.next.type in ("LPAR", "TO") else None
+            hint = brought.label if brought else suggest(self.token, verbs) or method
             return mistakes.UnknownStatement(found=self.found, hint=hint, verbs=verbs, span=self.span)
         if self.token.type in VERBS and NEWLINE in self.accepts:
             return mistakes.SeveralStatements(verb=str(self.token), span=self.span)
@@ -143,6 +142,8 @@ class Situation:
         if self.before.type == "_EQUAL":
             return mistakes.Unexpected(expected=("a selector", "a method"), found=self.found, span=self.span)
         hint = f'for module names write "{self.token}"' if self.token.type == "NUMBER" else None
+        if brought := words.meant(self.token):
+            hint = brought.label
         after = _described(self.before)
         return mistakes.MissingSelector(after=after, found=self.found, hint=hint, span=self.span)
 
@@ -154,7 +155,9 @@ class Situation:
         if self.accepts == {"NAME"}:
             if self.before.type in ("APPLY", "WITH"):
                 wanted = "a method" if self.before.type == "APPLY" else "a storage format"
-                return mistakes.Unexpected(expected=(wanted,), found=self.found, span=self.span)
+                brought = words.meant(self.token)
+                hint = brought.label if brought else None
+                return mistakes.Unexpected(expected=(wanted,), found=self.found, hint=hint, span=self.span)
             if self.token.type in WORDS:
                 return mistakes.ReservedName(word=str(self.token), span=self.span)
         if self.token.type not in _SELECTOR or self._hint():
@@ -169,6 +172,10 @@ class Situation:
                 return "write parameters in brackets"
             if "COMMA" in self.accepts and self.open:
                 return "write ',' between parameters"
+        if self.token.type in _PLACE and {"EXCEPT", "COMMA"} <= self.accepts:
+            return "write ',' between selectors"
+        if self.token.type == "LSQB" and "IN" in self.accepts:
+            return "a slice is one of layers: in layers[a:b]"
         words = (word.lower() for word in WORDS if word in self.accepts)
         return _OTHER_LANGUAGES.get(self.token) or suggest(self.token, words)
 

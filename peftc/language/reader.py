@@ -8,6 +8,7 @@ from lark import Token, Tree, UnexpectedToken
 
 import peftc.language.errors as mistakes
 import peftc.language.tokens as tokens
+import peftc.language.words as words
 from peftc.diagnostics.diagnostic import MOST_MISTAKES, Diagnostic
 from peftc.diagnostics.source import Source
 from peftc.language.explain import Situation, unclosed
@@ -30,7 +31,7 @@ class Reader:
         """`most`: how many tokens there may be; of a text with more, none is read."""
         self.source = source
         self.problems: list[Diagnostic] = []
-        self.tokens = tokens.tokens(source, most)
+        self.tokens = _joined(tokens.tokens(source, most))
         self.count = len(self.tokens) - 2
         if self.count > most:
             limit = mistakes.TooManyWords(limit=MOST_WORDS, span=tokens.span(source, self.tokens[most]))
@@ -182,3 +183,26 @@ class Reader:
                 brackets = brackets + 1 if bracket in CLOSING else max(brackets - 1, 0)
             index += 1
         return index
+
+
+def _joined(found: list[Token]) -> list[Token]:
+    """Words that people bring with a hyphen, `all-linear`, as one name each; no name that a spec gives has one.
+
+    So the rest of the statement is read, and what the word is here is told by who finds that nothing is called so.
+    """
+    joined: list[Token] = []
+    for token in found:
+        joined.append(token)
+        if len(joined) < 3 or not all(map(_is_word, (joined[-3], token))) or joined[-2] != "-":
+            continue
+        first, hyphen = joined[-3:-1]
+        if first.end_pos == hyphen.start_pos and hyphen.end_pos == token.start_pos:
+            whole = Token.new_borrow_pos("NAME", f"{first}-{token}", first)
+            whole.end_line, whole.end_column, whole.end_pos = token.end_line, token.end_column, token.end_pos
+            if words.meant(whole):
+                joined[-3:] = [whole]
+    return joined
+
+
+def _is_word(token: Token) -> bool:
+    return token.type == "NAME" or token.type in tokens.WORDS

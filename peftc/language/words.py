@@ -87,6 +87,8 @@ METHODS = {
     "load_in_4bit": Word("quantize linear except head with nf4(double=true)"),
     "load_in_8bit": Word("quantize linear except head with int8"),
     "bnb_4bit": Word("quantize linear except head with nf4(double=true)"),
+    "4bit": Word("quantize linear except head with nf4(double=true)"),
+    "8bit": Word("quantize linear except head with int8"),
     "bitfit": Word("train bias"),
     "pissa": Word("lora(init=pissa)"),
     "olora": Word("lora(init=olora)"),

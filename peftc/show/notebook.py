@@ -43,7 +43,9 @@ def report_html(plan: Plan, fired: Iterable[Fired], notes: Iterable[str]) -> str
     """The plan's table, that of the fusions that fired or may interest, and the notes."""
     told = [one for one in fired if one.count or one.telling]
     rows = [[one.rule, f"{one.count:,}", f"{one.places:,}", "" if one.count else one.missed] for one in told]
-    fusions = html_table("fusions", ("rule", "fired", "places", "nearest miss"), rows, (0, 3)) if rows else ""
+    shown = slice(4 if any(missed for *_, missed in rows) else 3)  # no column without a word in it
+    headings = ("rule", "fired", "places", "nearest miss")[shown]
+    fusions = html_table("fusions", headings, [row[shown] for row in rows], (0, 3)) if rows else ""
     return plan._repr_html_() + fusions + "".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
@@ -55,7 +57,7 @@ def image_html(shown: Shown) -> str:
     last = list(shown.history.values())[-1]
     if last not in _IMAGES:
         block = first_touched(shown.plan)
-        _IMAGES[last] = _folded(block or shown.plan.sites.model, render_show(shown, block=block, format="svg"))
+        _IMAGES[last] = _folded(shown.plan, block, render_show(shown, block=block, format="svg"))
     return _IMAGES[last]
 
 
@@ -76,11 +78,12 @@ def plan_image(plan: Plan) -> str:
             nodes.append(replace(node, origins=origins) if node.kind == "operation" else node)
         what = " ".join(filter(None, (plan.sites.model, block)))
         svg = to_svg(replace(drawing, nodes=tuple(nodes)), hues_of(plan), plain(what))
-        _IMAGES[graph] = _folded(block or plan.sites.model, svg)
+        _IMAGES[graph] = _folded(plan, block, svg)
     return _IMAGES[graph]
 
 
-def _folded(called: str, svg: str) -> str:
-    what, image = escape(called), b64encode(svg.encode()).decode()
-    element = f'<img alt="{what}" style="max-width:100%" src="data:image/svg+xml;base64,{image}">'
-    return f"<details><summary>{what}</summary>{element}</details>"
+def _folded(plan: Plan, block: str | None, svg: str) -> str:
+    what = f"picture of {block}, the first block that the spec touches" if block else f"picture of {plan.sites.model}"
+    called, image = escape(what), b64encode(svg.encode()).decode()
+    element = f'<img alt="{called}" style="max-width:100%" src="data:image/svg+xml;base64,{image}">'
+    return f"<details><summary>{called}</summary>{element}</details>"

@@ -16,6 +16,7 @@ from peftc.protocol.method import Method, kinds, methods
 from peftc.protocol.parameterisation import Parameterisation
 from peftc.protocol.params import Configured, registered
 from peftc.protocol.storage import storages
+from peftc.show.screen import Hung
 from peftc.spec.calls import KINDS
 
 _WRAPPED = re.compile(r"(?<!\n)\n(?=\w|`)")  # a line break within a paragraph
@@ -139,8 +140,8 @@ def _page(cls: type[Configured], facts: tuple[str, ...]) -> Group:
         shown = "required" if parameter.required else _default(parameter.default)
         table.add_row(name, shown, parameter.doc, parameter.expects)
     summary = _WRAPPED.sub(" ", inspect.getdoc(cls) or "")
-    lines = (f"{cls.name}: {summary}", *(f"  {fact}" for fact in facts if fact))
-    return Group(*(Text(line) for line in lines), table)
+    lines = (f"  {fact}" for fact in facts if fact)
+    return Group(Text(f"{cls.name}: {summary}"), *map(Hung, lines), table)
 
 
 def _default(default: Any) -> str:

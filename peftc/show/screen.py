@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from io import StringIO
+from textwrap import wrap
 from typing import IO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 
@@ -39,4 +41,19 @@ def print_all(*items: RenderableType) -> None:
     """Prints to standard output."""
     console = standard()
     for item in items:
-        console.print(Text(item) if isinstance(item, str) else item)
+        console.print(Hung(item) if isinstance(item, str) else item)
+
+
+class Hung:
+    """A text whose lines go on two columns further in than where they begin."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for line in self.text.splitlines():
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            parts = wrap(
+                line, options.max_width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )  # fmt: skip
+            yield from (Text(part) for part in parts or [""])

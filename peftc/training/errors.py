@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from peftc.diagnostics.diagnostic import Diagnostic
 
 
@@ -38,8 +40,12 @@ class UnknownColumns(Diagnostic):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        asked, told = self.columns if len(self.columns) == 2 else ("question", "reply")
-        such = f"say which is which: --columns prompt={asked} completion={told}"
+        first, second = self.columns[:2] if len(self.columns) > 1 else ("question", "reply")
+        answers, classes = (
+            " ".join(shlex.quote(f"{ours}={theirs}") for ours, theirs in zip(names, (first, second), strict=True))
+            for names in (("prompt", "completion"), ("text", "label"))
+        )
+        such = f"say which is which: --columns {answers}, or of classes: --columns {classes}"
         return (f"known are: {'; '.join(self.known)}", such)
 
 

@@ -15,6 +15,7 @@ from peftc import api
 from peftc.cli import main
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.explain import Explainer, told
+from peftc.show.screen import Hung, rendered
 from peftc.spec.check import intend
 from zoo import ZOO
 
@@ -85,6 +86,17 @@ def test_what_is_nowhere_is_said(asked: Any) -> None:
     why = explainer("llama", SPEC)
     with pytest.raises(PeftcError, match="nothing-to-explain"):
         _ = why.line(asked) if isinstance(asked, int) else why.name(asked)
+
+
+def test_a_misspelt_name_is_answered_by_the_nearest() -> None:
+    with pytest.raises(PeftcError, match=r"did you mean 'self_attn\.q_proj'"):
+        explainer("llama", SPEC).name("self_attn.q_porj")
+
+
+def test_a_line_goes_on_two_columns_in() -> None:
+    assert rendered(Hung("one two three\n  four five six seven"), width=14) == (
+        "one two three\n  four five\n    six seven"
+    )
 
 
 def test_a_spec_without_places_is_said() -> None:

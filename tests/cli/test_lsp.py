@@ -118,6 +118,7 @@ def test_a_spec_is_written(tmp_path: Path) -> None:
         session.replace(3, 0, 5, "apply lora(r=8, ")  # 𝄞 is two of UTF-16's units, and one character
         (problem,) = await session.diagnostics()
         assert problem.code == "unclosed-bracket"
+        assert "Hu et al. 2021" in await session.hover(3, 8), "a method of a line that cannot be read"
         labels = await session.labels(3, 16)
         assert "alpha" in labels
         assert "r" not in labels

@@ -152,6 +152,48 @@ def test_colour_changes_nothing_but_colour() -> None:
     assert plain == render(mistake)
 
 
+def test_words_are_kept_whole_on_a_terminal() -> None:
+    """Titles, words at a caret and notes end their lines between words; a source line is cut, so that carets fit."""
+    mistake = Mistake(
+        words="one of the words of this title is more than there is room for",
+        span=find("before " * 20 + "bad" + " after" * 20, "bad"),
+        at_caret="words that stand beside it, in more than one line",
+        remarks=("choices: " + ", ".join(["alpha", "beta", "gamma"] * 5), "  indented " * 6),
+    )
+    assert render(mistake, columns=60).splitlines() == [
+        "error[mistake]: one of the words of this title is more than",
+        "  there is room for",
+        " --> spec.peft:1:141",
+        "1 | …fore before before bad after after after after after a…",
+        "  |                     ^^^ words that stand beside it, in",
+        "  |                         more than one line",
+        "  = choices: alpha, beta, gamma, alpha, beta, gamma, alpha,",
+        "    beta, gamma, alpha, beta, gamma, alpha, beta, gamma",
+        "  =   indented   indented   indented   indented   indented",
+        "      indented",
+    ]
+    assert max(map(len, render(mistake, columns=40).splitlines())) <= 40
+
+
+def test_words_stand_below_a_caret_at_the_edge() -> None:
+    mistake = Mistake(
+        span=find("a line that ends where the caret stands: bad", "bad"), at_caret="some words, told below"
+    )
+    assert render(mistake, columns=60).splitlines()[2:] == [
+        "1 | a line that ends where the caret stands: bad",
+        "  |                                          ^^^",
+        "  |                                   some words, told below",
+    ]
+
+
+def test_a_note_is_told_once() -> None:
+    both = ("choices: a, b",)
+    one, two = Mistake(words="one", remarks=both), Mistake(words="two", remarks=(*both, "of two alone"))
+    assert str(PeftcError(one, two)) == (
+        "error[mistake]: one\n  = choices: a, b\n\nerror[mistake]: two\n  = of two alone"
+    )
+
+
 def test_json() -> None:
     other = Label(find("a\nb c", "c"), "there")
     assert Mistake(span=find("a\nb c", "b"), at_caret="here", others=(other,)).to_json() == {
@@ -185,7 +227,8 @@ def test_any_span_of_any_text_renders(text: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, len(text)))
     source = Source("any", text)
-    output = render(Mistake(words=text, span=Span(source, start, end), others=(Label(Span(source, 0, end), text),)))
+    mistake = Mistake(words=text, span=Span(source, start, end), others=(Label(Span(source, 0, end), text),))
+    output = render(mistake) + render(mistake, columns=data.draw(st.integers(1, 100)))
     assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs") for char in output if char != "\n")
 
 

@@ -28,6 +28,8 @@ def test_a_plan_is_its_table_and_the_block_with_the_lines_that_reach_it() -> Non
     plan = peftc.plan(Stack(), f"# a line before\n{SPEC}", example=example(Stack()))
     found = _parsed(plan._repr_html_())
     (image,) = found.iter("img")
+    (summary,) = found.iter("summary")
+    assert summary.text == image.attrib["alt"] == "picture of blocks.0, the first block that the spec touches"
     tree = ElementTree.fromstring(b64decode(image.attrib["src"].partition(",")[2]))
     marked = {
         "".join(text.itertext()): [badge for badge in group if "badge" in badge.attrib.get("class", "")]

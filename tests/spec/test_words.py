@@ -47,6 +47,14 @@ def test_every_setting_of_lora_config_is_known() -> None:
         ("apply prompt(num_virtual_tokens=20)", "this is 'length' here"),
         ("apply pissa to attn.q", "write: lora(init=pissa)"),
         ("apply lora to all-linear", "write: linear except head"),
+        ("apply lora(lora-alpha=16) to attn.q", "this is 'alpha' here"),
+        ("apply prefix-tuning(length=20) to attn", "write: apply prefix(length=20) to attn"),
+        ('apply lora(bias="none") to attn.q', "leave it out"),
+        ("quantize 4bit", "write: quantize linear except head with nf4(double=true)"),
+        ("quantize linear with 4bit", "write: quantize linear except head with nf4(double=true)"),
+        ("lora(r=8) to attn.q", "write 'apply' before a method"),
+        ("apply lora to attn.q attn.v", "write ',' between selectors"),
+        ("apply lora to attn.q[:4]", "a slice is one of layers: in layers[a:b]"),
         ("apply lora to lm_head", "write: head"),
         ("apply lora to q_proj", "write: attn.q"),
         ("apply lora to c_fc", 'for modules of this name: "**.c_fc"'),
@@ -73,6 +81,24 @@ def test_the_end_of_a_name_is_no_name(model: str, name: str, label: str) -> None
     with pytest.raises(PeftcError) as raised:
         peftc.plan(ZOO[model](), f'apply lora(r=2) to "{name}"')
     assert [problem.label for problem in raised.value.diagnostics] == [label]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "let all-linear = linear",
+        "group all-linear, b = spindle(layers)",
+        "task p-tuning {\n  apply lora to linear\n}",
+        "apply prompt(init=p-tuning)",  # any other word is a text to begin with
+    ],
+)
+def test_a_word_of_others_with_a_hyphen_is_no_name_here(spec: str) -> None:
+    assert "bad-character" in [problem.code for problem in peftc.check(spec)]
+
+
+def test_a_word_with_a_hyphen_keeps_nothing_back() -> None:
+    problems = peftc.check("apply lora(rnak=16, use-dora=true) to all-linear")
+    assert [problem.span.text for problem in problems if problem.span] == ["rnak", "use-dora", "all-linear"]
 
 
 def test_syntax_and_names_are_said_together() -> None:

@@ -55,6 +55,23 @@ def test_a_file_of_each_kind_says_the_same(tmp_path: Path) -> None:
         assert [one.fields for one in data(tmp_path / f"d.{ending}").records] == records
 
 
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"question": "a", "answer": "b", "id": 3}, "--columns prompt=question completion=answer, or of classes"),
+        ({"the review": "a", "stars": 3}, "of classes: --columns 'text=the review' label=stars"),
+        ({"review": "a"}, "--columns prompt=question completion=reply"),
+    ],
+)
+def test_columns_that_say_nothing_are_answered_with_their_own_names(
+    record: dict[str, Any], hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(PeftcError) as raised:
+        data(tmp_path / "data.jsonl")
+    assert hint in raised.value.diagnostics[0].notes[-1]
+
+
 def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
     file = lines(tmp_path / "d.jsonl", {"question": "a", "reply": "b"})
     with pytest.raises(PeftcError, match="--columns prompt=question"):

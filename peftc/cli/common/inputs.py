@@ -91,7 +91,9 @@ def amount(text: str) -> float:
 def checked_spec(given: Namespace, timings: Timings) -> Intentions:
     """What the spec wants. Raises `PeftcError` with everything that is wrong and can be known without a model."""
     with timings.stage("check"):
-        return check.intend(Path(given.spec))
+        intentions = check.intend(Path(given.spec))
+    timings.progress("import")  # of torch and transformers, which takes most of the time up to the next stage
+    return intentions
 
 
 def model_named(given: Namespace) -> Reference:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.lazy import Lazy
-from peftc.diagnostics.render import render
+from peftc.diagnostics.render import render_all
 from peftc.diagnostics.timings import Timings
 
 if TYPE_CHECKING:
@@ -36,9 +36,17 @@ def complain(error: PeftcError, *, as_json: bool) -> None:
         print_json({"errors": [diagnostic.to_json() for diagnostic in error.diagnostics]})
         return
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    text = "\n\n".join(render(diagnostic, colour=colour) for diagnostic in error.diagnostics)
+    text = render_all(error.diagnostics, colour=colour, columns=_columns())
     count = len(error.diagnostics)
     print(text + (f"\n\n{count} errors" if count > 1 else ""), file=sys.stderr)
+
+
+def _columns() -> int | None:
+    """How wide the terminal is that standard error is; None where it is none, and lines are cut by nobody."""
+    if not sys.stderr.isatty():
+        return None
+    told = os.environ.get("COLUMNS", "")
+    return int(told) if told.isdecimal() and int(told) else os.get_terminal_size(sys.stderr.fileno()).columns or None
 
 
 @contextmanager

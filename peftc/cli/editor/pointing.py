@@ -34,7 +34,7 @@ def hover(document: Document, offset: int, match: Match | None = None) -> Pointe
     """What there is to say of what stands at `offset`. `match` says in words which places of a model are meant."""
     around = document.enclosing(offset)
     if not around:
-        return None
+        return _word(document.source, offset)
     node, outer = around[-1], [None, *around][-2]
     known = document.definitions(offset)
     told: list[str] = []
@@ -51,6 +51,14 @@ def hover(document: Document, offset: int, match: Match | None = None) -> Pointe
     if match and selector is not None and isinstance(node, ast.Selector | ast.Name) and not isinstance(outer, ast.Call):
         told += filter(None, [_matched(document, around, selector, offset, match)])
     return Pointed("\n\n".join(told), node.span) if told else None
+
+
+def _word(source: Source, offset: int) -> Pointed | None:
+    """What a method is whose line cannot be read, as while it is written."""
+    for word in re.finditer(r"\w+", source.text):
+        if word.start() <= offset <= word.end() and (told := _configured(configured(word[0]))):
+            return Pointed("\n\n".join(told), Span(source, *word.span()))
+    return None
 
 
 def definition(document: Document, offset: int) -> Span | None:
