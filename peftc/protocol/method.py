@@ -263,6 +263,10 @@ class _Acting:
         """The branch that `rewrite` adds, where it does nothing else: those of several tasks are computed as one."""
         return None
 
+    def unmergeable_at(self, site: Any) -> str | None:
+        """Why no plain weight does the same at `site`, or None; `unmergeable` is why none does anywhere."""
+        return self.unmergeable
+
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""
         return False

@@ -95,6 +95,10 @@ class Site:
         """The base model's values that become others where a method acts here: from there on gradients flow."""
         return ()
 
+    def narrow(self, x: fx.Node, features: int) -> tuple[Any, ...]:
+        """The shape of what a branch that reads `x` makes of it on its way: `features` a token."""
+        return (*x.meta["val"].shape[:-1], features)
+
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} {sorted(self.roles)}>"
 
@@ -120,6 +124,9 @@ class Projection(Site):
     mixed: bool = False
     uses: tuple[Use, ...] = ()
     within: tuple[fx.Node, ...] = ()
+
+    # Whether x and y have the features last; of another weight no site is a part, and each use is of all of it.
+    features_last: ClassVar[bool] = True
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}

@@ -23,7 +23,7 @@ from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.kernels.island import Island
-from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Parameters, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, further
 from peftc.roles.attention.heads import attention_facts
 from peftc.roles.attention.linear import FURTHER, linear_roles
@@ -82,8 +82,10 @@ class _Finder:
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
-        items += further(self.module, {site.name for site in items})
-        everything = tuple(placed(site, blocks) for site in items)
+        alone = {site.name for site in items if isinstance(site, Parameters)}
+        more = {site.name: site for site in further(self.module, {site.name for site in items} - alone)}
+        items = [more.pop(site.name, site) for site in items]  # what is a place for methods is no mere parameter
+        everything = tuple(placed(site, blocks) for site in (*items, *more.values()))
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
             for node in self.module.graph.find_nodes(op="get_attr")

@@ -101,7 +101,7 @@ def comes_back_from_disk(case: Compiled, folder: Path) -> None:
 def unmergeable(case: Compiled) -> bool:
     """What the methods say of themselves: no plain weight does the same, or the layer lacks the bias to shift."""
     return any(
-        binding.method.unmergeable
+        binding.method.unmergeable_at(binding.site)
         or (binding.method.adds_bias(binding.site) and getattr(binding.site, "bias", None) is None)
         for binding in case.module.plan.bindings
     )
