@@ -25,7 +25,7 @@ SMALLEST = 2.0**-63
 
 @method
 class DoRA(WeightMethod):
-    """LoRA on the direction of every output row, and a trained length for it: of a convolution, every output channel."""
+    """LoRA on the direction of every output row, of a convolution every channel, and a trained length for it."""
 
     name = "dora"
     formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"

@@ -23,9 +23,9 @@ class LoHa(WeightMethod):
 
         (B1 A1) * (B2 A2) = K(B1, B2) K(A1, A2),  K(B1, B2)[o, (i, j)] = B1[o, i] B2[o, j]
 
-    so the step is that of a LoRA of rank r^2, and no matrix of the weight's size is made. Of a convolution the matrix is
-    that of the kernel, [n_out, n_in / groups * its numbers], or, with `tucker`, each factor has a core of the kernel's
-    size: `t1` [r, r, *kernel] between `w1_a` and `w1_b`.
+    so the step is that of a LoRA of rank r^2, and no matrix of the weight's size is made. At a convolution it is: the
+    kernel's, [n_out, n_in / groups * its numbers], or, with `tucker`, each factor has a core of the kernel's size, `t1`
+    [r, r, *kernel] between `w1_a` and `w1_b`.
     """
 
     name = "loha"

@@ -30,7 +30,8 @@ class LoKr(WeightMethod):
     peft_type = "LOKR"
     site = Linear | Conv
     peft_settings = (
-        "use_effective_conv2d", "r", "alpha", "decompose_both", "decompose_factor", "rank_dropout", "rank_dropout_scale", "module_dropout",
+        "r", "alpha", "decompose_both", "decompose_factor", "rank_dropout", "rank_dropout_scale", "module_dropout",
+        "use_effective_conv2d",
     )  # fmt: skip
     peft_patterns: ClassVar = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 

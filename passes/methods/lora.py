@@ -34,8 +34,8 @@ class LoRA(WeightMethod):
     """A frozen weight and a trained product of two thin matrices beside it.
 
     Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
-    never formed. At a convolution A is one into r channels that moves as the layer does, with a kernel of its size, and B
-    one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels.
+    never formed. At a convolution A is one into r channels that moves as the layer does, with a kernel of its size, and
+    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels.
     """
 
     name = "lora"

@@ -68,11 +68,13 @@ class Conv(Projection):
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
         """x as the base convolves it, by another `weight` [n, n_in / groups, *kernel]."""
-        return self._function(x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups)
+        made: Tensor = self._function(x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups)
+        return made
 
     def mix(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
         """Of channels x [batch, r, *places] others at each place, by `weight` [n, r / groups, 1, …]."""
-        return self._function(x, weight, None, 1, 0, 1, groups or self.groups)
+        made: Tensor = self._function(x, weight, None, 1, 0, 1, groups or self.groups)
+        return made
 
     def beside(self, vector: Tensor) -> Tensor:
         """A number a channel, [n], as it goes with y: [n, 1, …]."""
@@ -102,7 +104,8 @@ class Conv(Projection):
         operands: list[Any] = [*node.args]
         n = _operations()[node.target]
         bias = operands[2] if len(operands) > 2 else None
-        stride, padding, dilation, groups = (*operands[3:], *(1, 0, 1, 1)[max(len(operands) - 3, 0) :])
+        way: list[Any] = [*operands[3:], *(1, 0, 1, 1)[max(len(operands) - 3, 0) :]]
+        stride, padding, dilation, groups = way
         n_out, each, *kernel = map(int, ir.value(operands[1]).shape)
         path = weight.rpartition(".")[0] or weight
         names = (weight, str(bias.target)) if isinstance(bias, fx.Node) else (weight,)
