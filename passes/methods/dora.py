@@ -65,7 +65,7 @@ class DoRA(WeightMethod):
         state["m"].copy_(weight.to(state["m"].dtype).flatten(1).norm(dim=1).clamp_min(SMALLEST))
 
     def keeps(self, site: Linear | Conv) -> int | None:
-        return self.r if isinstance(site, Conv) else None
+        return self.r + site.n_out if isinstance(site, Conv) else None  # what m is multiplied by, too
 
     def rewrite(
         self, site: Linear | Conv, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,

@@ -32,11 +32,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 class Stage(enum.IntEnum):
     """When a method's rewrite runs, whatever the order in the file. Within a stage, the file's order holds."""
 
-    WEIGHT = 1
-    OUTPUT = 2
-    MODULE = 3
-    ATTENTION = 4
-    SEQUENCE = 5
+    WEIGHT, OUTPUT, MODULE, ATTENTION, SEQUENCE = 1, 2, 3, 4, 5
 
 
 def zeros(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peftc.protocol import Tensor, fx, torch
 
@@ -27,9 +27,7 @@ class Use:
     @property
     def x(self) -> fx.Node:
         """The input as the graph has it now: rewriting an earlier site may have changed it."""
-        argument = self.op.args[self.x_index]
-        assert isinstance(argument, fx.Node)
-        return argument
+        return cast("fx.Node", self.op.args[self.x_index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +122,7 @@ class Projection(Site):
     mixed: bool = False
     uses: tuple[Use, ...] = ()
     within: tuple[fx.Node, ...] = ()
-
-    # Whether x and y have the features last; of another weight no site is a part, and each use is of all of it.
-    features_last: ClassVar[bool] = True
+    features_last: ClassVar[bool] = True  # of x and y; elsewhere no site is a part, and each use is of all the weight
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
@@ -221,8 +217,7 @@ class Sublayer(Site):
 
     @classmethod
     def samples(cls) -> tuple[Site, ...]:
-        names = ("sample.weight",)
-        return (cls("sample", "sample", frozenset({"mlp"}), parameters=names, width=128, entry_width=64),)
+        return (cls("sample", "sample", frozenset({"mlp"}), parameters=("sample.weight",), width=128, entry_width=64),)
 
     def reads(self) -> tuple[fx.Node, ...]:
         return () if self.entry is None else (self.entry.x,)

@@ -84,15 +84,14 @@ class _Finder:
         items += existing_parameters(self.module, whole, self.aliases)
         alone = {site.name for site in items if isinstance(site, Parameters)}
         more = {site.name: site for site in further(self.module, {site.name for site in items} - alone)}
-        items = [more.pop(site.name, site) for site in items]  # what is a place for methods is no mere parameter
-        everything = tuple(placed(site, blocks) for site in (*items, *more.values()))
+        items = [*(more.pop(site.name, site) for site in items), *more.values()]  # more than mere parameters
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
             for node in self.module.graph.find_nodes(op="get_attr")
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
-        paths = tuple(block.path for block in blocks)
         sequences = find_sequences(self.captured, blocks)
+        everything, paths = tuple(placed(site, blocks) for site in items), tuple(block.path for block in blocks)
         return Sites(self.model_name, everything, sizes, paths, sequences, tuple(self.absent.values()))
 
     def _is_product(self, node: fx.Node) -> bool:

@@ -150,9 +150,7 @@ def unfit(base: nn.Module, site: Projection) -> str | None:
     module = base.get_submodule(site.path)
     if isinstance(module, CONVOLUTIONS):
         own = type(module).forward not in CONVOLVING or module._forward_hooks or module._forward_pre_hooks
-        odd = (
-            f"pads with {module.padding_mode}" if module.padding_mode != "zeros" else "runs its own code" if own else ""
-        )
+        odd = f"pads with {module.padding_mode}" if module.padding_mode != "zeros" else own and "runs its own code"
         return f"it convolves as torch's layers do, with zeros around, and {site.name} {odd}" if odd else None
     if site.name != site.path or not isinstance(module, nn.Linear | Conv1D):
         return f"it adapts nn.Linear and Conv1D, and {site.name} is a {type(module).__name__}"
@@ -323,8 +321,11 @@ class ModulesReader:
         for place, binding in found.items():
             if isinstance(binding.site, Experts) and (misread := expertfolders.misread(self._model, binding.site)):
                 raise self._refusal(f"where HF PEFT made it, {misread}")
-            if place not in self._base and isinstance(self._model.get_submodule(place), CONVOLUTIONS):
-                self._refuse_unlike(place, binding)
+            odd, site = None, binding.site
+            if isinstance(site, Projection) and not site.features_last:
+                odd = unfit(self._model, site) or binding.method.unexportable(site)
+            if odd:
+                raise self._refusal(f"where HF PEFT made it, {odd}")
             self._start(place, binding)
             self._check(place, binding)
         own: dict[str, Tensor] = {}
@@ -333,13 +334,6 @@ class ModulesReader:
                 if not torch.equal(own.setdefault(binding.names[name], tensor), tensor):
                     raise self._refusal(f"its {name} at {place} is another than at modules that have it in common")
         return own | self._shared(plan, own.keys()) | self._learned
-
-    def _refuse_unlike(self, place: str, binding: Binding) -> None:
-        """Refuses what HF PEFT computes otherwise at a convolution than the method says."""
-        site = binding.site
-        assert isinstance(site, Projection)
-        if reason := unfit(self._model, site) or binding.method.unexportable(site):
-            raise self._refusal(f"where HF PEFT made it, {reason}")
 
     def _start(self, place: str, binding: Binding) -> None:
         """Frozen state that the folder leaves out: the settings, and the base's weight, alone decide what it is."""

@@ -71,7 +71,6 @@ ROWS = [
     ("grouped", peft.LoKrConfig(r=1), "lokr"),
     ("grouped", peft.LoKrConfig(r=1, use_effective_conv2d=True, decompose_both=True, decompose_factor=2), "lokr"),
     ("speech", peft.LoraConfig(r=4, lora_bias=True), "lora"),
-    ("speech", peft.LoKrConfig(r=1, use_effective_conv2d=True), "lokr"),
     ("deep", peft.LoraConfig(r=4), "lora"),
     ("deep", peft.LoraConfig(r=4, use_dora=True), "dora"),
     ("resnet", peft.LoraConfig(r=4, use_dora=True), "dora"),
