@@ -11,8 +11,7 @@ from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
-from ..sites.conv import Conv
-from .lora import undilated
+from ..sites.conv import Conv, undilated
 
 if TYPE_CHECKING:
     from peftc.kernels import row_lengths

@@ -14,13 +14,7 @@ from peftc.protocol.site import Experts, Linear, Projection
 from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
 
-from ..sites.conv import Conv
-
-
-def undilated(site: Projection) -> str | None:
-    """Why HF PEFT's A, which reads neighbours, is another than ours at a dilated convolution, or None."""
-    apart = isinstance(site, Conv) and any(d > 1 for k, d in zip(site.kernel, site.dilation, strict=True) if k > 1)
-    return f"its A reads neighbours, where {site.name} reads numbers apart (dilation)" if apart else None
+from ..sites.conv import Conv, undilated
 
 
 def _each_row_uniform(tensor: Tensor) -> Tensor:

@@ -135,6 +135,12 @@ class Conv(Projection):
         return (*made[: -1 - len(self.kernel)], features, *made[-len(self.kernel) :])
 
 
+def undilated(site: Site) -> str | None:
+    """Why HF PEFT's A, which reads neighbours, is another than ours at a dilated convolution, or None."""
+    apart = isinstance(site, Conv) and any(d > 1 for k, d in zip(site.kernel, site.dilation, strict=True) if k > 1)
+    return f"its A reads neighbours, where {site.name} reads numbers apart (dilation)" if apart else None
+
+
 def planar(site: Conv) -> tuple[int, ...]:
     """The kernel's size, in two dimensions at least: so LyCORIS and HF PEFT keep the cores of a Tucker form."""
     return (*site.kernel, 1) if len(site.kernel) == 1 else site.kernel
