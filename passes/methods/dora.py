@@ -11,6 +11,8 @@ from peftc.protocol.method import PLAIN, Here, State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
+from ..sites.conv import Conv, undilated
+
 if TYPE_CHECKING:
     from peftc.kernels import row_lengths
 else:
@@ -22,12 +24,13 @@ SMALLEST = 2.0**-63
 
 @method
 class DoRA(WeightMethod):
-    """LoRA on the direction of every output row, and a trained length for it."""
+    """LoRA on the direction of every output row, of a convolution every channel, and a trained length for it."""
 
     name = "dora"
     formula = "y = m * (W + (alpha/r) B A) x / |W + (alpha/r) B A|"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     peft_type = "LORA"
+    site = Linear | Conv
     peft_bias = "lora_only"
     peft_settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     peft_patterns: ClassVar = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
@@ -41,29 +44,51 @@ class DoRA(WeightMethod):
         """The factor of B A."""
         return self.alpha / self.r
 
+    def refuses(self, site: Linear | Conv) -> str | None:
+        grouped = isinstance(site, Conv) and site.groups > 1
+        return "B A is no change of a grouped weight, whose lengths it would have" if grouped else None
+
     def claims_weight(self) -> str | None:
         return "its lengths are those of the weight's own rows"
 
-    def state(self, site: Linear) -> dict[str, State]:
+    def state(self, site: Linear | Conv) -> dict[str, State]:
         start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+        kernel = site.kernel if isinstance(site, Conv) else ()
         return {
-            "A": State((self.r, site.n_in), start),
-            "B": State((site.n_out, self.r)),
+            "A": State((self.r, site.n_in, *kernel), start),
+            "B": State((site.n_out, self.r, *(1 for _ in kernel))),
             "m": State((site.n_out,), torch.nn.init.ones_),
         }
 
-    def initialise(self, site: Linear, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
-        state["m"].copy_(weight.to(state["m"].dtype).norm(dim=1).clamp_min(SMALLEST))
+    def initialise(self, site: Linear | Conv, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
+        state["m"].copy_(weight.to(state["m"].dtype).flatten(1).norm(dim=1).clamp_min(SMALLEST))
+
+    def keeps(self, site: Linear | Conv) -> int | None:
+        return self.r + site.n_out if isinstance(site, Conv) else None  # what m is multiplied by, too
 
     def rewrite(
-        self, site: Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,
+        self, site: Linear | Conv, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None,
         A: Tensor, B: Tensor, m: Tensor,
     ) -> Tensor:  # fmt: skip
+        if isinstance(site, Conv):
+            return self._convolved(site, x, y, weight, bias, A, B, m)
         length = m / self._norm(weight, A.detach(), B.detach())  # a constant to the gradient (section 4.3)
         x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         base = y if bias is None else y - bias
         result: Tensor = length * (base.to(A.dtype) + self.scale * F.linear(F.linear(x, A), B))
         return (result if bias is None else result + bias).to(y.dtype)
+
+    def _convolved(
+        self, site: Conv, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor
+    ) -> Tensor:
+        length = m / self._norm(weight.flatten(1), A.detach().flatten(1), B.detach().flatten(1))
+        x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
+        base = y if bias is None else y - site.beside(bias)
+        result = site.beside(length) * (base.to(A.dtype) + self.scale * site.mix(site.convolve(x, A), B))
+        return (result if bias is None else result + site.beside(bias)).to(y.dtype)
+
+    def unexportable(self, site: Linear | Conv) -> str | None:
+        return undilated(site)
 
     def _norm(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """|W + s B A| of each row, [n_out], from |W|^2 + 2 s W . B A + s^2 |B A|^2: nothing of W's size is made.
@@ -79,11 +104,11 @@ class DoRA(WeightMethod):
         squared: Tensor = own * own + 2 * self.scale / shrunk * cross + self.scale**2 * added
         return squared.clamp_min(SMALLEST**2).sqrt()
 
-    def to_peft(self, site: Linear, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(self, site: Linear | Conv, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "use_rslora": False, "bias": "none",
                     "lora_dropout": self.dropout, "use_dora": True}  # fmt: skip
-        names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
-        return settings, {theirs: state[ours] for theirs, ours in names.items()}
+        lengths = state["m"].reshape(1, *site.beside(state["m"]).shape) if isinstance(site, Conv) else state["m"]
+        return settings, {"lora_A.weight": state["A"], "lora_B.weight": state["B"], "lora_magnitude_vector": lengths}
 
     @classmethod
     def from_peft(
@@ -98,11 +123,13 @@ class DoRA(WeightMethod):
             "alpha": alpha * math.sqrt(r) if config.get("use_rslora") else alpha,  # of which the scale is 1/r
             "dropout": config.get("lora_dropout", 0.0),
         }
-        return values, {ours: tensors[theirs] for theirs, ours in names.items()}
+        state = {ours: tensors[theirs] for theirs, ours in names.items()}
+        return values, state | {"m": state["m"].flatten()}  # of a convolution [1, n_out, 1, …]
 
     def fold(
-        self, site: Linear, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
+        self, site: Linear | Conv, weight: Tensor, bias: Tensor | None, state: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        directed = weight.to(state["A"].dtype) + self.scale * state["B"] @ state["A"]
+        added = self.scale * state["B"].flatten(1) @ state["A"].flatten(1)
+        directed = weight.to(added.dtype).flatten(1) + added
         length = state["m"] / directed.norm(dim=1).clamp_min(SMALLEST)
-        return (length[:, None] * directed).to(weight.dtype), bias
+        return (length[:, None] * directed).reshape(weight.shape).to(weight.dtype), bias

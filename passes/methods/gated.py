@@ -46,7 +46,7 @@ class Gated(Combinator):
     def refuses(self, site: Any) -> str | None:
         if self.method.rewrites_input(site):
             return f"{self.method.name} changes the input here, and a gate needs an output"
-        if not isinstance(site, Projection | Sublayer):
+        if not isinstance(site, Projection | Sublayer) or not getattr(site, "features_last", True):
             return f"a gate reads what enters a linear layer or a sublayer, and this is {site.noun}"
         return super().refuses(site)
 

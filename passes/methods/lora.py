@@ -14,6 +14,8 @@ from peftc.protocol.site import Experts, Linear, Projection
 from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
 
+from ..sites.conv import Conv, undilated
+
 
 def _each_row_uniform(tensor: Tensor) -> Tensor:
     """As `nn.Linear` starts: uniform within 1/sqrt(n_in), whatever number of matrices is stacked."""
@@ -26,12 +28,13 @@ class LoRA(WeightMethod):
     """A frozen weight and a trained product of two thin matrices beside it.
 
     Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
-    never formed.
+    never formed. At a convolution A is one into r channels that moves as the layer does, with a kernel of its size, and
+    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels.
     """
 
     name = "lora"
     formula = "y = W x + (alpha/r) B A x"
-    site = Linear | Experts
+    site = Linear | Experts | Conv
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
     peft_bias = "lora_only"
@@ -72,6 +75,8 @@ class LoRA(WeightMethod):
         return self.takes_from_weight
 
     def refuses(self, site: Projection) -> str | None:
+        if isinstance(site, Conv):
+            return self._refuses_kernel(site)
         if self.bias and isinstance(site, Experts):
             return "bias=true is for linear layers, and stacked experts add none"
         if self.init == "eva" and isinstance(site, Experts):
@@ -84,6 +89,16 @@ class LoRA(WeightMethod):
             return f"init={self.init} changes the frozen weight, and this one is tied to another layer's"
         return None
 
+    def _refuses_kernel(self, site: Conv) -> str | None:
+        if self.init not in ("kaiming", "gaussian"):
+            return f"init={self.init} is of a matrix, and a convolution has a kernel"
+        return f"r has to be a multiple of {site.groups}, the layer's groups" if self.r % site.groups else None
+
+    def unmergeable_at(self, site: Projection) -> str | None:
+        if isinstance(site, Conv) and site.groups > 1:
+            return f"A reads all channels, and each of {site.name}'s {site.groups} groups its own alone"
+        return None
+
     def claims_weight(self) -> str | None:
         return f"init={self.init} takes a part out of the weight" if self.takes_from_weight else None
 
@@ -91,7 +106,12 @@ class LoRA(WeightMethod):
         start: Init = _each_row_uniform
         if self.init == "gaussian":
             start = partial(torch.nn.init.normal_, std=1 / self.r)
+        shapes: dict[str, tuple[int, ...]]
         shapes = {"A": (*site.batch, self.r, site.n_in), "B": (*site.batch, site.n_out, self.r)}
+        if isinstance(site, Conv):
+            start = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5)) if self.init == "kaiming" else start
+            ones = (1,) * len(site.kernel)
+            shapes = {"A": (self.r, site.n_in, *site.kernel), "B": (site.n_out, self.r // site.groups, *ones)}
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
@@ -152,15 +172,26 @@ class LoRA(WeightMethod):
         self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, b: Tensor | None = None, here: Here = PLAIN
     ) -> Tensor:
         x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
-        branch = here.product(here.product(x, A), B)
+        if isinstance(site, Conv):
+            branch, b = site.mix(site.convolve(x, A, groups=1), B), None if b is None else site.beside(b)
+        else:
+            branch = here.product(here.product(x, A), B)
         branch = self.scale * (branch if b is None else branch + b)
         return y + branch.to(y.dtype)
 
     def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank | None:
-        return None if self.bias else LowRank(state["A"], state["B"], self.scale, self.dropout)
+        return (
+            None if self.bias or isinstance(site, Conv) else LowRank(state["A"], state["B"], self.scale, self.dropout)
+        )
+
+    def keeps(self, site: Projection) -> int | None:
+        return self.r if isinstance(site, Conv) else None
 
     def delta(self, site: Projection, **state: Tensor) -> Tensor:
-        return self.scale * (state["B"] @ state["A"])
+        a, b = state["A"], state["B"]
+        if isinstance(site, Conv):
+            return self.scale * (b.flatten(1) @ a.flatten(1)).reshape(site.shape)
+        return self.scale * (b @ a)
 
     def adds_bias(self, site: Projection) -> bool:
         return self.bias
@@ -179,7 +210,7 @@ class LoRA(WeightMethod):
             return "it holds no frozen weight, and init=loftq has rounded this one"
         if isinstance(site, Experts) and self.dropout:
             return "it has no dropout on stacked experts"
-        return None
+        return undilated(site)
 
     def to_peft(self, site: Projection, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         a, b, r = state["A"], state["B"], self.r

@@ -98,7 +98,7 @@ def write(compiled: Runtime, model: nn.Module, name: str, weight: Tensor) -> Non
 def _problems(compiled: Runtime) -> list[Diagnostic]:
     found: dict[int, Diagnostic] = {}
     for binding in compiled.plan.bindings:
-        reason = binding.method.unmergeable
+        reason = binding.method.unmergeable_at(binding.site)
         if (
             reason is None
             and isinstance(binding.site, Projection)

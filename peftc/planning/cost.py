@@ -19,6 +19,7 @@ from peftc.kernels.island import Island
 from peftc.planning.memory import Kept
 from peftc.planning.plan import Binding
 from peftc.protocol.site import Block, Site
+from peftc.roles.parameters import CONVOLUTIONS
 from peftc.roles.products import GROUPED
 
 aten = torch.ops.aten
@@ -181,7 +182,7 @@ def _kept_by_branch(binding: Binding, needed: dict[fx.Node, None], replaced: dic
             needed[node] = None
     # At a block all that is read goes into one product after the other; elsewhere each use is a branch of its own.
     branches = read[:1] if isinstance(site, Block) else read
-    return [Kept((*value(x).shape[:-1], narrow), max(value(x).element_size(), 4)) for x in branches if narrow]
+    return [Kept(site.narrow(x, narrow), max(value(x).element_size(), 4)) for x in branches if narrow]
 
 
 def _whole(node: fx.Node) -> Kept:
@@ -199,7 +200,9 @@ def _kept_by(node: fx.Node, needs: set[fx.Node]) -> Iterable[fx.Node]:
         return node.all_input_nodes[:1]
     if node.target in KEEPS_OUTPUT:
         return [node]
-    if str(node.target) in GROUPED:  # one autograd function, which keeps both whatever it needs
+    if (
+        str(node.target) in GROUPED or node.target in CONVOLUTIONS
+    ):  # one autograd function, which keeps both whatever it needs
         return [operand for operand in operands[:1] if operand]
     if node.target in PRODUCTS:
         left, right = (operands[index] for index in PRODUCTS[node.target])

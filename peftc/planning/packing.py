@@ -60,7 +60,7 @@ def packed_weights(
 
 def _obstacle(site: Site) -> str | None:
     """Why no storage packs what the site holds."""
-    if not isinstance(site, Projection):
+    if not isinstance(site, Projection) or not site.features_last:
         return "a storage is for the weights of linear layers and stacked experts"
     if site.tied:
         return "its weight is tied to an embedding's, which looks up single rows"

@@ -78,6 +78,9 @@ class Combinator(Method):
     def consistency(self) -> float:
         return self.method.consistency
 
+    def unmergeable_at(self, site: Any) -> str | None:
+        return self.unmergeable or self.method.unmergeable_at(site)
+
     def adds_bias(self, site: Any) -> bool:
         return self.method.adds_bias(site)
 

@@ -32,11 +32,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]  # x, W -> x Wᵀ
 class Stage(enum.IntEnum):
     """When a method's rewrite runs, whatever the order in the file. Within a stage, the file's order holds."""
 
-    WEIGHT = 1
-    OUTPUT = 2
-    MODULE = 3
-    ATTENTION = 4
-    SEQUENCE = 5
+    WEIGHT, OUTPUT, MODULE, ATTENTION, SEQUENCE = 1, 2, 3, 4, 5
 
 
 def zeros(tensor: Tensor) -> Tensor:
@@ -262,6 +258,10 @@ class _Acting:
     def low_rank(self, site: Any, state: Mapping[str, Tensor]) -> LowRank | None:
         """The branch that `rewrite` adds, where it does nothing else: those of several tasks are computed as one."""
         return None
+
+    def unmergeable_at(self, site: Any) -> str | None:
+        """Why no plain weight does the same at `site`, or None; `unmergeable` is why none does anywhere."""
+        return self.unmergeable
 
     def adds_bias(self, site: Any) -> bool:
         """Whether `fold` needs a bias to put something in, which a layer may not have."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peftc.protocol import Tensor, fx, torch
 
@@ -27,9 +27,7 @@ class Use:
     @property
     def x(self) -> fx.Node:
         """The input as the graph has it now: rewriting an earlier site may have changed it."""
-        argument = self.op.args[self.x_index]
-        assert isinstance(argument, fx.Node)
-        return argument
+        return cast("fx.Node", self.op.args[self.x_index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +93,10 @@ class Site:
         """The base model's values that become others where a method acts here: from there on gradients flow."""
         return ()
 
+    def narrow(self, x: fx.Node, features: int) -> tuple[Any, ...]:
+        """The shape of what a branch that reads `x` makes of it on its way: `features` a token."""
+        return (*x.meta["val"].shape[:-1], features)
+
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} {sorted(self.roles)}>"
 
@@ -120,6 +122,7 @@ class Projection(Site):
     mixed: bool = False
     uses: tuple[Use, ...] = ()
     within: tuple[fx.Node, ...] = ()
+    features_last: ClassVar[bool] = True  # of x and y; elsewhere no site is a part, and each use is of all the weight
 
     def facts(self) -> dict[str, Any]:
         return {"in_features": self.n_in, "out_features": self.n_out}
@@ -214,8 +217,7 @@ class Sublayer(Site):
 
     @classmethod
     def samples(cls) -> tuple[Site, ...]:
-        names = ("sample.weight",)
-        return (cls("sample", "sample", frozenset({"mlp"}), parameters=names, width=128, entry_width=64),)
+        return (cls("sample", "sample", frozenset({"mlp"}), parameters=("sample.weight",), width=128, entry_width=64),)
 
     def reads(self) -> tuple[fx.Node, ...]:
         return () if self.entry is None else (self.entry.x,)

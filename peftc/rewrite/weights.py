@@ -56,7 +56,7 @@ def within(site: Projection, use: Use) -> Projection:
 
 def with_all_rows(y: Tensor, site: Projection, use: Use) -> Tensor:
     """What the base's product gives, with zeros for the rows of the site's weight that it leaves out."""
-    missing = site.n_out - y.shape[-1]
+    missing = site.n_out - y.shape[-1] if site.features_last else 0
     return y if site.rows is not None or missing <= 0 else F.pad(y, (use.first, missing - use.first))
 
 

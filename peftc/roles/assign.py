@@ -23,7 +23,7 @@ from peftc.capture.capture import Captured
 from peftc.graph.ir import get_attribute, module_path, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.kernels.island import Island
-from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Site, Sublayer
+from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Parameters, Site, Sublayer
 from peftc.protocol.sites import Absence, Sites, further
 from peftc.roles.attention.heads import attention_facts
 from peftc.roles.attention.linear import FURTHER, linear_roles
@@ -82,15 +82,16 @@ class _Finder:
         items: list[Site] = [*linear, *with_limits(self.module, self.modules)]
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
-        items += further(self.module, {site.name for site in items})
-        everything = tuple(placed(site, blocks) for site in items)
+        alone = {site.name for site in items if isinstance(site, Parameters)}
+        more = {site.name: site for site in further(self.module, {site.name for site in items} - alone)}
+        items = [*(more.pop(site.name, site) for site in items), *more.values()]  # more than mere parameters
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()
             for node in self.module.graph.find_nodes(op="get_attr")
             if isinstance(get_attribute(self.module, str(node.target)), torch.nn.Parameter)
         }
-        paths = tuple(block.path for block in blocks)
         sequences = find_sequences(self.captured, blocks)
+        everything, paths = tuple(placed(site, blocks) for site in items), tuple(block.path for block in blocks)
         return Sites(self.model_name, everything, sizes, paths, sequences, tuple(self.absent.values()))
 
     def _is_product(self, node: fx.Node) -> bool:

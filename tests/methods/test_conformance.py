@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from peftc.passes.sites.conv import Conv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,6 +37,7 @@ from variants import (
     ARCHITECTURES,
     DEFAULTS,
     EXPERTS,
+    KERNELS,
     MIXTURES,
     VARIANTS,
     built,
@@ -52,9 +54,12 @@ from variants import (
 QUICK = [(home(variant), variant) for variant in DEFAULTS]
 ON_EXPERTS = [v for v in VARIANTS if Experts in kinds(built(v)) and not built(v).refuses(EXPERTS)]
 QUICK += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
+ON_KERNELS = [v for v in VARIANTS if Conv in kinds(built(v)) and not built(v).refuses(KERNELS[0])]
+QUICK += [("convolved", variant) for variant in ON_KERNELS if default(variant)]
 FULL = [(home(variant), variant) for variant in VARIANTS]
 FULL += [(name, variant) for name in ARCHITECTURES for variant in DEFAULTS]
 FULL += [("gpt2", variant) for variant in VARIANTS if chosen(variant) and not isinstance(built(variant), Combinator)]
+FULL += [("convolved", variant) for variant in ON_KERNELS]
 FULL += [(name, variant) for name in MIXTURES for variant in ON_EXPERTS]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}
@@ -284,6 +289,40 @@ def test_2_rewrite_equals_fold_on_any_shape(
     # whose rounding is then 1e8 times as large
     tolerance = 1e-7 if name == "dora" else 1e-9
     torch.testing.assert_close(rewritten, folded, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in methods().items() if Conv in kinds(cls)])
+@given(data=st.data(), has_bias=st.booleans(), seed=st.integers(0, 2**32))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])  # what it refuses is drawn, too
+def test_2_rewrite_equals_fold_on_any_kernel(name: str, data: st.DataObject, has_bias: bool, seed: int) -> None:
+    method = data.draw(settings_of(methods()[name]))
+    n, groups = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 2)))
+    kernel, stride, dilation = (tuple(data.draw(st.integers(1, most)) for _ in range(n)) for most in (3, 2, 2))
+    n_in, n_out = (groups * data.draw(st.integers(1, 6)) for _ in range(2))
+    padding = data.draw(st.sampled_from(("valid", (1,) * n)))
+    site = Conv(
+        "layer", "layer", frozenset({"conv"}), n_in=n_in, n_out=n_out, bias="layer.bias" if has_bias else None,
+        kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
+    )  # fmt: skip
+    assume(method.refuses(site) is None and method.unmergeable_at(site) is None)
+    random = torch.Generator().manual_seed(seed)
+
+    def number(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    state = {key: number(*spec.shape) for key, spec in method.state(site).items()}
+    x, bias, weight = number(2, n_in, *(7,) * n), number(n_out) if has_bias else None, number(*site.shape)
+    known: dict[str, Any] = {**state, "weight": weight, "bias": bias, "training": torch.zeros(()), "here": PLAIN}
+
+    def base(weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
+        made: Tensor = convolve(x, weight, bias, stride, padding, dilation, groups)
+        return made
+
+    rewritten = method.rewrite(site, x, base(weight, bias), **{name: known.get(name) for name in method.asks(state)})
+    # as above; sums are of up to 6 * 27 numbers
+    tolerance = 1e-7 if name == "dora" else 1e-9
+    torch.testing.assert_close(rewritten, base(*method.fold(site, weight, bias, state)), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("at", ["sequential", "parallel"])

@@ -32,6 +32,8 @@ from peftc.runtime.module import Runtime
 PREFIX = "base_model.model."
 ROOT = "base_model."  # of what all modules share
 START = "init_lora_weights"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVING = {layer.forward for layer in CONVOLUTIONS}
 PROJECTIONS = "save_projection"  # whether that is in the folder; else it is drawn again
 
 
@@ -146,6 +148,10 @@ def unfit(base: nn.Module, site: Projection) -> str | None:
     if any(module_path(use.op) != site.path for use in site.uses):
         return f"it adapts modules where they are called, and another part of the model reads the weight of {site.name}"
     module = base.get_submodule(site.path)
+    if isinstance(module, CONVOLUTIONS):
+        own = type(module).forward not in CONVOLVING or module._forward_hooks or module._forward_pre_hooks
+        odd = f"pads with {module.padding_mode}" if module.padding_mode != "zeros" else own and "runs its own code"
+        return f"it convolves as torch's layers do, with zeros around, and {site.name} {odd}" if odd else None
     if site.name != site.path or not isinstance(module, nn.Linear | Conv1D):
         return f"it adapts nn.Linear and Conv1D, and {site.name} is a {type(module).__name__}"
     return None if _is_plain(module) else f"it adapts whole modules, and {site.name} does more than a linear layer"
@@ -315,6 +321,11 @@ class ModulesReader:
         for place, binding in found.items():
             if isinstance(binding.site, Experts) and (misread := expertfolders.misread(self._model, binding.site)):
                 raise self._refusal(f"where HF PEFT made it, {misread}")
+            odd, site = None, binding.site
+            if isinstance(site, Projection) and not site.features_last:
+                odd = unfit(self._model, site) or binding.method.unexportable(site)
+            if odd:
+                raise self._refusal(f"where HF PEFT made it, {odd}")
             self._start(place, binding)
             self._check(place, binding)
         own: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ IDLE = frozenset({
     "corda_config", "eva_config", "init_ia3_weights", "init_logits_std", "init_vector_bank_bound", "init_weights",
     "lora_ga_config", "loftq_config",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
-    "fan_in_fan_out", "megatron_core", "qalora_group_size", "use_effective_conv2d",
+    "fan_in_fan_out", "megatron_core", "qalora_group_size",
 })  # fmt: skip
 # Which modules are meant: `hf_peft/names.py` reads these.
 NAMING = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"})

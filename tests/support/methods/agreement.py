@@ -239,7 +239,7 @@ class Case:
 def cannot_merge(compiled: peftc.CompiledModule) -> bool:
     """What the methods say of themselves."""
     return any(
-        binding.method.unmergeable
+        binding.method.unmergeable_at(binding.site)
         or (binding.method.adds_bias(binding.site) and getattr(binding.site, "bias", None) is None)
         for binding in compiled.plan.bindings
     )

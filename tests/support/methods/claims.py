@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 import peftc
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Binding
-from peftc.protocol.site import Projection
+from peftc.protocol.site import Projection, Site
 from subjects import Compiled, close
 
 
@@ -101,7 +102,7 @@ def comes_back_from_disk(case: Compiled, folder: Path) -> None:
 def unmergeable(case: Compiled) -> bool:
     """What the methods say of themselves: no plain weight does the same, or the layer lacks the bias to shift."""
     return any(
-        binding.method.unmergeable
+        binding.method.unmergeable_at(binding.site)
         or (binding.method.adds_bias(binding.site) and getattr(binding.site, "bias", None) is None)
         for binding in case.module.plan.bindings
     )
@@ -129,18 +130,25 @@ def with_dense_weights(case: Compiled) -> nn.Module:
     plan = case.module.plan
     for binding in plan.bindings:
         weight, _, rows, state = parts(case, model, binding)
-        weight[..., rows, :] = binding.method.prepare(binding.site, weight[..., rows, :], state)
+        own = place_of(binding.site, rows)
+        weight[own] = binding.method.prepare(binding.site, weight[own], state)
     for name, item in plan.packed.items():
         stored = get_attribute(model, name)
         stored.copy_(item.unpack(item.pack(stored)))
     for binding in plan.bindings:
         weight, bias, rows, state = parts(case, model, binding)
         part = None if bias is None else bias[rows]
-        weight[..., rows, :], shifted = binding.method.fold(binding.site, weight[..., rows, :], part, state)
+        own = place_of(binding.site, rows)
+        weight[own], shifted = binding.method.fold(binding.site, weight[own], part, state)
         if bias is not None:
             assert shifted is not None
             bias[rows] = shifted
     return model
+
+
+def place_of(site: Site, rows: list[int]) -> Any:
+    """Where in a weight its rows are; a kernel's are in front."""
+    return (..., rows, slice(None)) if getattr(site, "features_last", True) else rows
 
 
 def parts(

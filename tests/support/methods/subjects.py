@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,28 @@ class Plain(nn.Module):
         return torch.as_tensor(self.head(x))
 
 
+class Convolved(nn.Module):
+    """Convolutions of which none is square: strided, grouped, dilated, with odd kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2))
+        self.grouped = nn.Conv2d(6, 8, 3, padding="same", groups=2, bias=False)
+        self.along = nn.Conv1d(8, 10, 3, dilation=2, padding=2)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.grouped(F.gelu(self.first(x))))
+        return torch.as_tensor(self.head(self.along(x.flatten(2)).mean(-1)))
+
+
+# Models that no library knows, and the shape of their input.
+OWN: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "plain": (Plain, (3, 6, 24)),
+    "convolved": (Convolved, (3, 4, 6, 5)),
+}
+
+
 @dataclass
 class Subject:
     """One base model, a batch for it, and what it held before anything was compiled."""
@@ -75,7 +97,7 @@ class Subject:
 
     def loss(self, module: nn.Module) -> Tensor:
         """The model's own, or for a plain one the distance to an arbitrary target."""
-        if self.name == "plain":
+        if self.name in OWN:
             outputs = self.outputs(module)
             return (outputs - torch.linspace(-1, 1, outputs.shape[-1], dtype=outputs.dtype)).square().mean()
         return torch.as_tensor(module(**self.batch).loss)
@@ -93,17 +115,18 @@ class Subject:
 
 @cache
 def subject(name: str) -> Subject:
-    if name == "plain":
+    if name in OWN:
+        made, shape = OWN[name]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            base: nn.Module = Plain().double()
-            batch = {"x": torch.randn(3, 6, 24, dtype=torch.float64)}
+            base = made().double()
+            batch = {"x": torch.randn(shape, dtype=torch.float64)}
     else:
         zoo_model = ZOO[name]()
-        base, batch = zoo_model, inputs(zoo_model)
+        base, batch = cast(nn.Module, zoo_model), inputs(zoo_model)
     base.eval()
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
-    return Subject(name, base, batch, batch if name == "plain" else None, before)
+    return Subject(name, base, batch, batch if name in OWN else None, before)
 
 
 @dataclass
