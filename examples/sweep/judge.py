@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import peftc
 from peftc.capture.inputs import example_inputs
 from peftc.graph.ir import get_attribute
-from peftc.planning.errors import NoMatch
+from peftc.planning.errors import NoMatch, NoSequence, WrongSite
 from peftc.protocol.site import Projection
 from sweep.batches import Batch, varied
 from sweep.naming import wrong_roles
@@ -106,7 +106,8 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     try:
         text, compiled, took = _compiled(base, SPECS[verdict.spec])
     except peftc.PeftcError as error:
-        return verdict.add("refused", _told(error))
+        no_place = all(isinstance(one, NoSequence) for one in error.diagnostics)
+        return verdict.add("absent" if no_place else "refused", _told(error))
     if compiled is None:
         return verdict.add("absent", f"there is no {' or '.join(SPECS[verdict.spec].roles)}")
     taken = compiled.plan.captured.example
@@ -120,7 +121,10 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
 
 
 def _compiled(base: PreTrainedModel, spec: Spec) -> tuple[str, Any, float]:
-    """The spec on all its roles, or on those that a refusal says the model has; what became of it; its CPU seconds."""
+    """The spec on all its roles, or on those that a refusal says the model has, without experts where one says that the
+    method is for none; what became of it; its CPU seconds.
+    """
+    tried: set[str | None] = set()
     text: str | None = spec.statement.format(", ".join(spec.roles))
     while text is not None:
         torch.manual_seed(0)
@@ -129,8 +133,12 @@ def _compiled(base: PreTrainedModel, spec: Spec) -> tuple[str, Any, float]:
             compiled = peftc.compile(base, text)
         except peftc.PeftcError as error:
             lacking = [one for one in error.diagnostics if isinstance(one, NoMatch)]
-            had, text = text, spec.on(lacking[0].has) if lacking else text
-            if text == had:
+            tried.add(text)
+            if lacking:
+                text = spec.on(lacking[0].has)
+            elif any(isinstance(one, WrongSite) and one.instead for one in error.diagnostics):
+                text = f"{text} except expert"
+            if text in tried:
                 raise
         else:
             return text, compiled, time.process_time() - start
@@ -317,7 +325,7 @@ def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict
         rows = list(site.rows if site.rows is not None else range(site.n_out))
         bias = None if site.bias is None else made.get(site.bias, own[site.bias].detach()).clone()
         part = None if bias is None else bias[..., rows]
-        changed, shifted = binding.method.fold(site, weight[..., rows, :].clone(), part, state)
+        changed, shifted = _defined(binding.method, site, weight[..., rows, :].clone(), part, state)
         weight = weight.index_copy(-2, torch.tensor(rows), changed).reshape(shape)
         for name in names:
             made[name] = weight.transpose(-2, -1) if site.transposed else weight
@@ -328,6 +336,17 @@ def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict
     gradients = torch.autograd.grad(_total(outputs), [*leaves.values()], allow_unused=True)
     found = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), gradients, strict=True)}
     return {n: v.detach() for n, v in outputs.items()}, found
+
+
+def _defined(
+    method: Any, site: Projection, weight: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A weight as its method defines it; DoRA's lengths are constants to the gradient (its paper, section 4.3)."""
+    if method.name != "dora":
+        changed, shifted = method.fold(site, weight, bias, state)
+        return changed, shifted
+    directed = weight + method.scale * state["B"] @ state["A"]
+    return (state["m"] / directed.detach().norm(dim=1))[:, None] * directed, bias
 
 
 def _differences(
