@@ -27,6 +27,7 @@ from peftc.graph.ir import get_attribute
 from peftc.planning.errors import NoMatch, NoSequence, WrongSite
 from peftc.protocol.site import Projection
 from sweep.batches import Batch, varied
+from sweep.exceptions import EXAMPLES
 from sweep.naming import wrong_roles
 from sweep.specs import SPECS, Spec
 from sweep.tiny import NotBuilt, tiny_model
@@ -77,8 +78,9 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     except NotBuilt as error:
         return verdict.add("not-built", str(error))
     verdict.parameters = sum(p.numel() for p in base.parameters())
+    given = EXAMPLES[verdict.kind](base) if verdict.kind in EXAMPLES else None
     try:
-        made = example_inputs(copy.deepcopy(base))
+        made = example_inputs(copy.deepcopy(base), given)
     except peftc.PeftcError as error:
         if (fails := _fails_on_text(base)) is not None:
             return verdict.add("not-built", fails)
@@ -104,7 +106,7 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     finally:
         base.eval()
     try:
-        text, compiled, took = _compiled(base, SPECS[verdict.spec])
+        text, compiled, took = _compiled(base, SPECS[verdict.spec], given)
     except peftc.PeftcError as error:
         no_place = all(isinstance(one, NoSequence) for one in error.diagnostics)
         return verdict.add("absent" if no_place else "refused", _told(error))
@@ -115,12 +117,12 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     if took > 20:
         verdict.reasons.append(f"compiled in {took:.0f} CPU seconds")
     verdict.islands = [island.path for island in compiled.plan.captured.islands]
-    _shaken_and_compared(verdict, text, base, compiled, usable)
+    _shaken_and_compared(verdict, text, base, compiled, usable, given)
     for problem in wrong_roles(compiled):
         verdict.add("role", problem)
 
 
-def _compiled(base: PreTrainedModel, spec: Spec) -> tuple[str, Any, float]:
+def _compiled(base: PreTrainedModel, spec: Spec, example: Batch | None) -> tuple[str, Any, float]:
     """The spec on all its roles, or on those that a refusal says the model has, without experts where one says that the
     method is for none; what became of it; its CPU seconds.
     """
@@ -130,7 +132,7 @@ def _compiled(base: PreTrainedModel, spec: Spec) -> tuple[str, Any, float]:
         torch.manual_seed(0)
         start = time.process_time()
         try:
-            compiled = peftc.compile(base, text)
+            compiled = peftc.compile(base, text, example=example)
         except peftc.PeftcError as error:
             lacking = [one for one in error.diagnostics if isinstance(one, NoMatch)]
             tried.add(text)
@@ -162,7 +164,12 @@ def _eager(error: Exception) -> str:
 
 
 def _shaken_and_compared(
-    verdict: Verdict, text: str, base: PreTrainedModel, compiled: Any, batches: list[Batch]
+    verdict: Verdict,
+    text: str,
+    base: PreTrainedModel,
+    compiled: Any,
+    batches: list[Batch],
+    example: Batch | None,
 ) -> None:
     spec = verdict.spec
     problems = [] if spec in STARTS_ELSEWHERE else _starts(base, compiled, batches, STRICT)
@@ -174,7 +181,7 @@ def _shaken_and_compared(
     try:  # by roundings, or wrong?
         assert all(t.isfinite().all() for batch in many for t in _ask(wide, batch).values())
         torch.manual_seed(0)
-        again = peftc.compile(wide, text)
+        again = peftc.compile(wide, text, example=example and _wide(example))
         fresh = [] if spec in STARTS_ELSEWHERE else _starts(wide, again, many, IN_FLOAT64)
         again.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in compiled.state_dict().items()})
         sure = fresh + _compared(spec, wide, again, many, IN_FLOAT64, _nudged(wide))
