@@ -29,12 +29,14 @@ from peftc.protocol.site import Projection
 from sweep.batches import Batch, varied
 from sweep.exceptions import EXAMPLES
 from sweep.naming import wrong_roles
+from sweep.prompted import prompted
 from sweep.specs import SPECS, Spec
 from sweep.tiny import NotBuilt, tiny_model
 
 STARTS_ELSEWHERE = ("prefix", "prompt", "nf4")  # not the base model at first
 STRICT, ROUGH = 1e-5, 1e-4
 IN_FLOAT64 = 5e-6  # models compute norms and angles in float32 all the same, which adds up in gradients
+Expected = tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs, gradients
 HARMLESS = 1e-7  # of the largest: what is left of a gradient that cancels
 
 
@@ -164,12 +166,7 @@ def _eager(error: Exception) -> str:
 
 
 def _shaken_and_compared(
-    verdict: Verdict,
-    text: str,
-    base: PreTrainedModel,
-    compiled: Any,
-    batches: list[Batch],
-    example: Batch | None,
+    verdict: Verdict, text: str, base: PreTrainedModel, compiled: Any, batches: list[Batch], example: Batch | None
 ) -> None:
     spec = verdict.spec
     problems = [] if spec in STARTS_ELSEWHERE else _starts(base, compiled, batches, STRICT)
@@ -239,6 +236,7 @@ def _compared(
     """What differs, by more than the `nudged` do."""
     problems: list[str] = []
     by_weight = all(isinstance(b.site, Projection) and not b.method.unmergeable for b in compiled.plan.bindings)
+    refer = _reference if by_weight and spec != "nf4" else _in_front if spec == "prompt" else _nothing
     for training in (False, True):
         for place, batch in enumerate(batches):
             compiled.train(training)
@@ -246,14 +244,14 @@ def _compared(
             where = f"{'training' if training else 'shaken'}, batch {place}"
             torch.manual_seed(3)
             actual, gradients = _ask_with_gradients(compiled, batch)
-            if spec != "nf4" and by_weight:
-                torch.manual_seed(3)
-                expected, theirs = _reference(base, compiled, batch)
+            torch.manual_seed(3)
+            if found := refer(base, compiled, batch):
+                expected, theirs = found
                 moved = []
                 for twin in nudged:
                     _trains(twin, training)
                     torch.manual_seed(3)
-                    moved.append(_reference(twin, compiled, batch))
+                    moved.append(refer(twin, compiled, batch) or found)
                 problems += _differences(where, actual, expected, close, [one for one, _ in moved])
                 problems += _differences(f"{where}, gradient of", gradients, theirs, close, [one for _, one in moved])
             elif not all(gradient.isfinite().all() for gradient in gradients.values()):
@@ -312,7 +310,22 @@ def _ask_with_gradients(compiled: Any, batch: Batch) -> tuple[dict[str, Tensor],
     return {n: v.detach() for n, v in outputs.items()}, {n: g.clone() for n, g in found.items()}
 
 
-def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _nothing(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
+    """Of a method that neither changes weights nor stands in front of the tokens: it has its own tests."""
+
+
+def _in_front(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
+    """The base model with a prompt in front of its tokens, where it takes embeddings."""
+    ((name, prompt),) = compiled.trainable_parameters().items()
+    leaf = prompt.detach().clone().requires_grad_()
+    if (result := prompted(base, leaf, batch)) is None:
+        return None
+    outputs = _outputs(result)
+    (gradient,) = torch.autograd.grad(_total(outputs), [leaf])
+    return {n: v.detach() for n, v in outputs.items()}, {name: gradient}
+
+
+def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
     """The base model with its weights as the definitions change them."""
     plan = compiled.plan
     leaves = {name: p.detach().clone().requires_grad_() for name, p in compiled.trainable_parameters().items()}
