@@ -48,8 +48,8 @@ def tables() -> str:
         "transformers itself makes no tiny model that runs of:", "",
         *(f"- {head}: {names}" for head, types in heads.items() if (names := _names(types, NOT_BUILT))), "",
         f"The other specs of `examples/sweep/specs.py` take turns (`--specs rotate`), and were run on "
-        f"{sum(map(len, specs.values()))} types so far. An adapter, a prefix, packed weights and a prompt on images have",
-        "no eager form here: of these *right* says that they compile, run at other sizes and have finite gradients, of an",
+        f"{sum(map(len, specs.values()))} types so far. An adapter, a prefix, packed weights and a prompt on images",
+        "have no eager form here: *right* says that they compile, run at other sizes and have finite gradients, of an",
         "adapter that it starts as the model is.", "",
         "| spec | types that are built | right | of them with islands | has no place |", "|---|---:|---:|---:|---:|",
         *(f"{_counted(spec, types)} {len(_where(types, NO_PLACE))} |" for spec, types in specs.items()), "",
