@@ -1,6 +1,7 @@
 """Every architecture that the installed transformers knows, tiny, under one spec by role: what is right, and what not?
 
     python examples/architectures.py [HEAD …] [--types GLOB …] [--specs lora prefix …] [-o sweep.jsonl] [--tenth]
+    python examples/architectures.py [HEAD …] --specs rotate    (each type under one of the specs besides lora)
     python examples/architectures.py --table sweep.jsonl
 
 Each type and spec has a time limit, and is a line of JSON as soon as it is done; what is in the file already is not run
@@ -44,7 +45,13 @@ def main() -> int:
     parser.add_argument(
         "--types", nargs="+", default=["*"], metavar="GLOB", help="model types, as transformers has them"
     )
-    parser.add_argument("--specs", nargs="+", default=["lora"], choices=[*SPECS, "all"])
+    parser.add_argument(
+        "--specs",
+        nargs="+",
+        default=["lora"],
+        choices=[*SPECS, "all", "rotate"],
+        help="%(choices)s; rotate: one of those besides lora for each type, by its name alone; default: lora",
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("sweep.jsonl"), help="where the lines go")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one type under one spec")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
@@ -57,7 +64,6 @@ def main() -> int:
     if given.table:
         print(table(read(given.table)))
         return 0
-    specs = list(SPECS) if "all" in given.specs else given.specs
     known = read(given.output)
     done = {(r["head"], r["kind"], r["spec"]) for r in known if r["verdict"] not in given.again}
     wanted = [
@@ -65,7 +71,7 @@ def main() -> int:
         for head in given.heads
         for kind in types_of(head)
         if any(fnmatch.fnmatch(kind, glob) for glob in given.types) and (not given.tenth or in_tenth(kind))
-        for spec in specs
+        for spec in specs_of(kind, given.specs)
     ]
     left = [case for case in wanted if case not in done]
     print(f"{len(wanted)} cases, {len(wanted) - len(left)} of them done", flush=True)
@@ -82,6 +88,15 @@ def main() -> int:
 def in_tenth(kind: str) -> bool:
     """The same types each time, whatever others there are."""
     return zlib.crc32(kind.encode()) % 10 == 0
+
+
+def specs_of(kind: str, asked: Sequence[str]) -> list[str]:
+    """The specs of a type; by `rotate` the same one each time, whatever other types there are."""
+    if "all" in asked:
+        return list(SPECS)
+    others = [name for name in SPECS if name != "lora"]
+    turn = others[zlib.crc32(f"{kind} rotates".encode()) % len(others)]
+    return list(dict.fromkeys(turn if name == "rotate" else name for name in asked))
 
 
 def read(file: Path) -> list[dict[str, Any]]:

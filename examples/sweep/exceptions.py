@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -34,3 +39,26 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [32, 64, 128, 256],
     },
 }
+
+
+def _states_and_actions(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a robot sees, reads and is; the noise, which the model would draw anew in each call, is given."""
+    config: Any = model.config
+    size = config.vlm_config.vision_config.image_size
+    images = (size // config.vlm_config.vision_config.patch_size) ** 2
+    ids = torch.tensor([[config.vlm_config.image_token_id] * images + [5, 6, 7, 8, 9, 10]]).repeat(2, 1)
+    actions = (2, config.chunk_size, config.max_action_dim)
+    return {
+        "state": torch.randn(2, config.max_state_dim),
+        "noise": torch.randn(actions),
+        "timestep": torch.rand(2),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 1, 3, size, size),
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+        "actions": torch.randn(actions),
+    }
+
+
+# Inputs of names that transformers has for one type alone, which nobody can guess.
+EXAMPLES: dict[str, Callable[[PreTrainedModel], dict[str, Tensor]]] = {"pi0": _states_and_actions}

@@ -24,16 +24,19 @@ from transformers import PreTrainedModel
 import peftc
 from peftc.capture.inputs import example_inputs
 from peftc.graph.ir import get_attribute
-from peftc.planning.errors import NoMatch
+from peftc.planning.errors import NoMatch, NoSequence, WrongSite
 from peftc.protocol.site import Projection
 from sweep.batches import Batch, varied
+from sweep.exceptions import EXAMPLES
 from sweep.naming import wrong_roles
+from sweep.prompted import prompted
 from sweep.specs import SPECS, Spec
 from sweep.tiny import NotBuilt, tiny_model
 
 STARTS_ELSEWHERE = ("prefix", "prompt", "nf4")  # not the base model at first
 STRICT, ROUGH = 1e-5, 1e-4
 IN_FLOAT64 = 5e-6  # models compute norms and angles in float32 all the same, which adds up in gradients
+Expected = tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs, gradients
 HARMLESS = 1e-7  # of the largest: what is left of a gradient that cancels
 
 
@@ -77,8 +80,9 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     except NotBuilt as error:
         return verdict.add("not-built", str(error))
     verdict.parameters = sum(p.numel() for p in base.parameters())
+    given = EXAMPLES[verdict.kind](base) if verdict.kind in EXAMPLES else None
     try:
-        made = example_inputs(copy.deepcopy(base))
+        made = example_inputs(copy.deepcopy(base), given)
     except peftc.PeftcError as error:
         if (fails := _fails_on_text(base)) is not None:
             return verdict.add("not-built", fails)
@@ -104,9 +108,10 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     finally:
         base.eval()
     try:
-        text, compiled, took = _compiled(base, SPECS[verdict.spec])
+        text, compiled, took = _compiled(base, SPECS[verdict.spec], given)
     except peftc.PeftcError as error:
-        return verdict.add("refused", _told(error))
+        no_place = all(isinstance(one, NoSequence) for one in error.diagnostics)
+        return verdict.add("absent" if no_place else "refused", _told(error))
     if compiled is None:
         return verdict.add("absent", f"there is no {' or '.join(SPECS[verdict.spec].roles)}")
     taken = compiled.plan.captured.example
@@ -114,23 +119,30 @@ def _judge(verdict: Verdict, options: Mapping[str, Any]) -> None:
     if took > 20:
         verdict.reasons.append(f"compiled in {took:.0f} CPU seconds")
     verdict.islands = [island.path for island in compiled.plan.captured.islands]
-    _shaken_and_compared(verdict, text, base, compiled, usable)
+    _shaken_and_compared(verdict, text, base, compiled, usable, given)
     for problem in wrong_roles(compiled):
         verdict.add("role", problem)
 
 
-def _compiled(base: PreTrainedModel, spec: Spec) -> tuple[str, Any, float]:
-    """The spec on all its roles, or on those that a refusal says the model has; what became of it; its CPU seconds."""
+def _compiled(base: PreTrainedModel, spec: Spec, example: Batch | None) -> tuple[str, Any, float]:
+    """The spec on all its roles, or on those that a refusal says the model has, without experts where one says that the
+    method is for none; what became of it; its CPU seconds.
+    """
+    tried: set[str | None] = set()
     text: str | None = spec.statement.format(", ".join(spec.roles))
     while text is not None:
         torch.manual_seed(0)
         start = time.process_time()
         try:
-            compiled = peftc.compile(base, text)
+            compiled = peftc.compile(base, text, example=example)
         except peftc.PeftcError as error:
             lacking = [one for one in error.diagnostics if isinstance(one, NoMatch)]
-            had, text = text, spec.on(lacking[0].has) if lacking else text
-            if text == had:
+            tried.add(text)
+            if lacking:
+                text = spec.on(lacking[0].has)
+            elif any(isinstance(one, WrongSite) and one.instead for one in error.diagnostics):
+                text = f"{text} except expert"
+            if text in tried:
                 raise
         else:
             return text, compiled, time.process_time() - start
@@ -154,7 +166,7 @@ def _eager(error: Exception) -> str:
 
 
 def _shaken_and_compared(
-    verdict: Verdict, text: str, base: PreTrainedModel, compiled: Any, batches: list[Batch]
+    verdict: Verdict, text: str, base: PreTrainedModel, compiled: Any, batches: list[Batch], example: Batch | None
 ) -> None:
     spec = verdict.spec
     problems = [] if spec in STARTS_ELSEWHERE else _starts(base, compiled, batches, STRICT)
@@ -166,7 +178,7 @@ def _shaken_and_compared(
     try:  # by roundings, or wrong?
         assert all(t.isfinite().all() for batch in many for t in _ask(wide, batch).values())
         torch.manual_seed(0)
-        again = peftc.compile(wide, text)
+        again = peftc.compile(wide, text, example=example and _wide(example))
         fresh = [] if spec in STARTS_ELSEWHERE else _starts(wide, again, many, IN_FLOAT64)
         again.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in compiled.state_dict().items()})
         sure = fresh + _compared(spec, wide, again, many, IN_FLOAT64, _nudged(wide))
@@ -224,6 +236,7 @@ def _compared(
     """What differs, by more than the `nudged` do."""
     problems: list[str] = []
     by_weight = all(isinstance(b.site, Projection) and not b.method.unmergeable for b in compiled.plan.bindings)
+    refer = _reference if by_weight and spec != "nf4" else _in_front if spec == "prompt" else _nothing
     for training in (False, True):
         for place, batch in enumerate(batches):
             compiled.train(training)
@@ -231,14 +244,14 @@ def _compared(
             where = f"{'training' if training else 'shaken'}, batch {place}"
             torch.manual_seed(3)
             actual, gradients = _ask_with_gradients(compiled, batch)
-            if spec != "nf4" and by_weight:
-                torch.manual_seed(3)
-                expected, theirs = _reference(base, compiled, batch)
+            torch.manual_seed(3)
+            if found := refer(base, compiled, batch):
+                expected, theirs = found
                 moved = []
                 for twin in nudged:
                     _trains(twin, training)
                     torch.manual_seed(3)
-                    moved.append(_reference(twin, compiled, batch))
+                    moved.append(refer(twin, compiled, batch) or found)
                 problems += _differences(where, actual, expected, close, [one for one, _ in moved])
                 problems += _differences(f"{where}, gradient of", gradients, theirs, close, [one for _, one in moved])
             elif not all(gradient.isfinite().all() for gradient in gradients.values()):
@@ -297,7 +310,22 @@ def _ask_with_gradients(compiled: Any, batch: Batch) -> tuple[dict[str, Tensor],
     return {n: v.detach() for n, v in outputs.items()}, {n: g.clone() for n, g in found.items()}
 
 
-def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _nothing(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
+    """Of a method that neither changes weights nor stands in front of the tokens: it has its own tests."""
+
+
+def _in_front(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
+    """The base model with a prompt in front of its tokens, where it takes embeddings."""
+    ((name, prompt),) = compiled.trainable_parameters().items()
+    leaf = prompt.detach().clone().requires_grad_()
+    if (result := prompted(base, leaf, batch)) is None:
+        return None
+    outputs = _outputs(result)
+    (gradient,) = torch.autograd.grad(_total(outputs), [leaf])
+    return {n: v.detach() for n, v in outputs.items()}, {name: gradient}
+
+
+def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> Expected | None:
     """The base model with its weights as the definitions change them."""
     plan = compiled.plan
     leaves = {name: p.detach().clone().requires_grad_() for name, p in compiled.trainable_parameters().items()}
@@ -317,7 +345,7 @@ def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict
         rows = list(site.rows if site.rows is not None else range(site.n_out))
         bias = None if site.bias is None else made.get(site.bias, own[site.bias].detach()).clone()
         part = None if bias is None else bias[..., rows]
-        changed, shifted = binding.method.fold(site, weight[..., rows, :].clone(), part, state)
+        changed, shifted = _defined(binding.method, site, weight[..., rows, :].clone(), part, state)
         weight = weight.index_copy(-2, torch.tensor(rows), changed).reshape(shape)
         for name in names:
             made[name] = weight.transpose(-2, -1) if site.transposed else weight
@@ -328,6 +356,17 @@ def _reference(base: PreTrainedModel, compiled: Any, batch: Batch) -> tuple[dict
     gradients = torch.autograd.grad(_total(outputs), [*leaves.values()], allow_unused=True)
     found = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), gradients, strict=True)}
     return {n: v.detach() for n, v in outputs.items()}, found
+
+
+def _defined(
+    method: Any, site: Projection, weight: Tensor, bias: Tensor | None, state: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A weight as its method defines it; DoRA's lengths are constants to the gradient (its paper, section 4.3)."""
+    if method.name != "dora":
+        changed, shifted = method.fold(site, weight, bias, state)
+        return changed, shifted
+    directed = weight + method.scale * state["B"] @ state["A"]
+    return (state["m"] / directed.detach().norm(dim=1))[:, None] * directed, bias
 
 
 def _differences(

@@ -9,7 +9,10 @@ from fnmatch import fnmatch
 
 @dataclass(frozen=True)
 class Spec:
-    """A statement and the roles that it is for, those of them that a model has; `instead` where it has none."""
+    """A statement and the roles that it is for, those of them that a model has; `instead` where it has none.
+
+    One without roles is about the whole model.
+    """
 
     statement: str
     roles: tuple[str, ...]
@@ -29,7 +32,7 @@ SPECS = {
     "adapter": Spec("apply adapter(size=8) to {}", ("attn", "mlp")),
     "ia3": Spec("apply ia3 to {}", ("attn.k", "attn.v", "mlp.down"), "linear"),
     "dora": Spec("apply dora(r=4) to {}", ("attn.q", "attn.v", "mlp.down"), "linear"),
-    "prompt": Spec("apply prompt(length=4) to {}", ("embed",)),
+    "prompt": Spec("apply prompt(length=4)", ()),
     "norm": Spec("train {}", ("norm",)),
     "nf4": Spec("quantize linear except head with nf4\napply lora(r=4) to {} except head", ("linear",)),
 }

@@ -244,13 +244,21 @@ _names = count()
 def computed(node: fx.Node) -> Any:
     """The fake value of `node` from those of its inputs, whatever its own says; sizes stay symbols.
 
-    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept.
+    A guard that the shape environment learnt here could fix the batch or the length for good: none is kept. A size that
+    the data alone tells gets a new symbol, which the next trace is not to look for among what it returns.
     """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
     mode = fake_mode(node.graph)
     assert callable(node.target)
     assert mode.shape_env is not None
-    with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+    sizes = mode.shape_env
+    with (
+        mode,
+        sizes.suppress_guards(),
+        sizes.ignore_fresh_unbacked_symbols(),
+        enable_python_dispatcher(),
+        torch.no_grad(),
+    ):
         return node.target(*args, **kwargs)
 
 

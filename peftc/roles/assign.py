@@ -152,6 +152,9 @@ class _Finder:
             operands = {"q": found.q, "k": found.k, "v": found.v}
             ends = {letter: self.search.project(operand) for letter, operand in operands.items()}
             ends["o"] = self.search.reader(found.out)
+            if ends["q"] is ends["k"] and isinstance(q := ends["q"], Product):
+                alike = self._part(q, found.q) == self._part(q, found.k)
+                ends["k"] = self.search.other(found.k, q) if alike else q
             made = {letter: end for letter, end in ends.items() if isinstance(end, Product)}
             queries, keys, kind = self._meeting(ends["q"], ends["k"])
             if kind == "cross" and "k" in made and (block := self._block_of(made["k"].weight)):
@@ -219,6 +222,7 @@ class _Finder:
         if stop := next((node for node in ends if node not in self.by_node), None):
             return stop
         sources = sorted({self.by_node[node] for node in ends}, key=self.products.index)
+        sources = [source for source in sources if not any(map(partial(self.search.is_branch, source), sources))]
         if any(source.use.x is not sources[0].use.x for source in sources):
             return []
         if any(runs_along(self.module, source.use.y, down.use.x, self.known_rows) for source in sources):
@@ -346,7 +350,7 @@ class _Finder:
             parts: list[Rows] = [None, *(rows for name, rows in self.roles if name == weight and rows)]
             taken: set[str] = set()
             for rows in parts:
-                site = self._linear_site(weight, rows, [use for use in uses if _has_rows(use, rows)])
+                site = self._linear_site(weight, rows, [use for use in uses if use.has(rows)])
                 count = sum(name.startswith(site.name.rstrip("]")) for name in taken) if rows else 0
                 taken.add(site.name)
                 yield replace(site, name=f"{site.name[:-1]}{count + 1}]") if count else site
@@ -393,8 +397,3 @@ class _Finder:
             user.target is aten.embedding.default or (isinstance(user.target, Island) and user not in known)
             for user in node.users
         )
-
-
-def _has_rows(product: Product, rows: Rows) -> bool:
-    """Whether one application of a weight is of these of its rows, or of some of all."""
-    return rows is None or product.use.first <= rows[0] < product.use.first + int(value(product.use.y).shape[-1])

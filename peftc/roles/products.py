@@ -44,6 +44,10 @@ class Product:
     n_out: int
     experts: int = 0
 
+    def has(self, rows: tuple[int, ...] | None) -> bool:
+        """Whether this is of these rows of its weight, or of some of all."""
+        return rows is None or self.use.first <= rows[0] < self.use.first + int(value(self.use.y).shape[-1])
+
 
 def products(graph: fx.Graph) -> list[Product]:
     """Every application of a 2-d weight, or of a stack of them, in the graph's order."""

@@ -196,6 +196,17 @@ class Search:
                 return node
         return found or next(iter(ends), operand)
 
+    def other(self, operand: fx.Node, taken: Product) -> Product:
+        """Of the layers of one input that an operand is made of alike, the nearest that is not `taken`."""
+        found = (one for one in self.sources(operand) if one is not taken and one.use.x is taken.use.x)
+        return next(found, taken)
+
+    def is_branch(self, product: Product, other: Product) -> bool:
+        """Whether one layer's result is added to another's as LoRA's is: made of the same input by two layers."""
+        added = any({*sum_.all_input_nodes} == {product.use.y, other.use.y} for sum_ in product.use.y.users)
+        before = self.project(product.use.x) if added else None
+        return isinstance(before, Product) and before.use.x is other.use.x
+
     def beside(self, operand: fx.Node) -> list[Product]:
         """The linear layers of what an operand is put together of: of the tokens of several streams, or of heads."""
         found: list[Product] = []
