@@ -24,7 +24,7 @@ def prompted(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> Any:
     of each token than that it is one.
     """
     takes = inspect.signature(base.forward).parameters
-    tokens = batch.get("input_ids")
+    tokens: Any = batch.get("input_ids")
     besides = [batch[name] for name in batch.keys() - TEXT if torch.is_tensor(batch[name])]
     if tokens is None or "inputs_embeds" not in takes or any(one.shape[-2:] == tokens.shape for one in besides):
         return None

@@ -20,10 +20,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from peftc.diagnostics.diagnostic import PeftcError
@@ -63,7 +64,7 @@ def save_progress(compiled: CompiledModule, optimizer: Optimizer, folder: str | 
     place.mkdir(parents=True, exist_ok=True)
     writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
     with _alone():
-        dcp.save(cast(Any, found), storage_writer=writer, no_dist=not dist.is_initialized())
+        save(cast(Any, found), storage_writer=writer, no_dist=not dist.is_initialized())
     shapes = {name: list(tensor.shape) for name, tensor in sorted(found.items())}
     told = {"groups": groups, "scalars": scalars, "tensors": shapes, "numbers": numbers}
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -98,7 +99,7 @@ def load_progress(compiled: CompiledModule, optimizer: Optimizer, folder: str | 
         if list(tensor.shape) != told["tensors"][full]:
             raise bad(f"{full} is {told['tensors'][full]} there and {list(tensor.shape)} here")
     with _alone():
-        dcp.load(cast(Any, parts), storage_reader=reader, no_dist=not dist.is_initialized())
+        load(cast(Any, parts), storage_reader=reader, no_dist=not dist.is_initialized())
     own = compiled.trainable_parameters()
     optimizer.state.clear()
     for (name, key), value in state.items():

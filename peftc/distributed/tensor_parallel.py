@@ -192,7 +192,7 @@ def _smaller(compiled: CompiledModule, cuts: Mapping[str, int], mesh: DeviceMesh
         return latest[0][1], *others
 
     def leave(_module: nn.Module, _given: Any, y: Tensor) -> Tensor:
-        return summed(y, group)
+        return torch.as_tensor(summed(y, group))
 
     for weight in cuts:
         module = smaller.get_submodule(weight.rpartition(".")[0])

@@ -130,9 +130,10 @@ class Calls:
                 value = None
         problem = parameter.problem(value) if value is not None else f"expects {parameter.expects}"
         if problem:
-            brought = words.meant(parameter.name) if isinstance(value, str) else None  # HF PEFT's bias="all"
-            nothing = str(value).casefold() == "none"
-            other = "leave it out" if nothing else brought.label if brought else None
+            other = None
+            if isinstance(value, str):
+                brought = words.meant(parameter.name)  # HF PEFT's bias="all"
+                other = "leave it out" if value.casefold() == "none" else brought.label if brought else None
             hint = suggest(str(value), parameter.choices) if parameter.choices else other
             self.problems.append(
                 say.BadValue(method=cls.name, name=parameter.name, problem=problem, hint=hint, span=given.span)

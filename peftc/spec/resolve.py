@@ -319,7 +319,7 @@ def _is_of_layers(call: ast.Call) -> bool:
 
 def roles() -> tuple[str, ...]:
     """Every word that names a role: the language's own, and those of further kinds of site."""
-    return (*ROLES, *(role for kind in site_kinds() for role in kind.own_roles))
+    return tuple(dict.fromkeys((*ROLES, *(role for kind in site_kinds() for role in kind.own_roles))))
 
 
 def _is_role(parts: tuple[str, ...]) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from peftc.passes.sites.conv import Conv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +34,7 @@ from peftc.protocol.site import Experts, Linear, Sublayer
 from subjects import close, compiled
 from variants import (
     ARCHITECTURES,
+    CONV,
     DEFAULTS,
     EXPERTS,
     KERNELS,
@@ -54,7 +54,7 @@ from variants import (
 QUICK = [(home(variant), variant) for variant in DEFAULTS]
 ON_EXPERTS = [v for v in VARIANTS if Experts in kinds(built(v)) and not built(v).refuses(EXPERTS)]
 QUICK += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
-ON_KERNELS = [v for v in VARIANTS if Conv in kinds(built(v)) and not built(v).refuses(KERNELS[0])]
+ON_KERNELS = [v for v in VARIANTS if CONV in kinds(built(v)) and not built(v).refuses(KERNELS[0])]
 QUICK += [("convolved", variant) for variant in ON_KERNELS if default(variant)]
 FULL = [(home(variant), variant) for variant in VARIANTS]
 FULL += [(name, variant) for name in ARCHITECTURES for variant in DEFAULTS]
@@ -291,7 +291,7 @@ def test_2_rewrite_equals_fold_on_any_shape(
     torch.testing.assert_close(rewritten, folded, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in methods().items() if Conv in kinds(cls)])
+@pytest.mark.parametrize("name", [name for name, cls in methods().items() if CONV in kinds(cls)])
 @given(data=st.data(), has_bias=st.booleans(), seed=st.integers(0, 2**32))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])  # what it refuses is drawn, too
 def test_2_rewrite_equals_fold_on_any_kernel(name: str, data: st.DataObject, has_bias: bool, seed: int) -> None:
@@ -300,7 +300,7 @@ def test_2_rewrite_equals_fold_on_any_kernel(name: str, data: st.DataObject, has
     kernel, stride, dilation = (tuple(data.draw(st.integers(1, most)) for _ in range(n)) for most in (3, 2, 2))
     n_in, n_out = (groups * data.draw(st.integers(1, 6)) for _ in range(2))
     padding = data.draw(st.sampled_from(("valid", (1,) * n)))
-    site = Conv(
+    site = CONV(
         "layer", "layer", frozenset({"conv"}), n_in=n_in, n_out=n_out, bias="layer.bias" if has_bias else None,
         kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
     )  # fmt: skip

@@ -161,7 +161,7 @@ def tracing_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_once(model: nn.Module) -> Iterator[None]:
-    """While it is open, of blocks that look alike and are called with equal arguments one runs: the others return the same.
+    """While it is open, of blocks that look alike and are called with equal arguments one runs, for all.
 
     For a model that is asked what it takes, on tensors without numbers. Here equality is taken for granted, which the
     trace that follows does not.
@@ -185,13 +185,12 @@ def running_once(model: nn.Module) -> Iterator[None]:
 
         return forward
 
-    with patch_attributes(
-        [
-            (block, "forward", lambda _own, instead=instead_of(group, block.forward): instead)
-            for group, paths in enumerate(groups_of(model))
-            for block in map(model.get_submodule, paths)
-        ]
-    ):
+    patches = []
+    for group, paths in enumerate(groups_of(model)):
+        for block in map(model.get_submodule, paths):
+            instead = instead_of(group, block.forward)
+            patches.append((block, "forward", lambda _own, instead=instead: instead))
+    with patch_attributes(patches):
         yield
 
 

@@ -90,8 +90,8 @@ def one_writes(mesh: DeviceMesh) -> Iterator[bool]:
 
 def gathered(part: DTensor) -> Tensor:
     """The whole of a tensor, on each process."""
-    found: Tensor = part.detach().full_tensor()
-    return found
+    with torch.no_grad():
+        return part.full_tensor()
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -99,7 +99,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     held = module.get_submodule(owner)
     learns = get_attribute(module, name).requires_grad
     if leaf in held._parameters:
-        own = isinstance(tensor, nn.Parameter)
-        held._parameters[leaf] = tensor if own else nn.Parameter(tensor, requires_grad=learns)
+        own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=learns)
+        held._parameters[leaf] = own
     else:
         held._buffers[leaf] = tensor

@@ -35,20 +35,23 @@ def reflected() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[12, 16], depths=[1, 1], num_labels=3)
-    return hf.ResNetForImageClassification(config)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 1], "num_labels": 3}
+    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
 
 
 def mobilenet() -> nn.Module:
-    return hf.MobileNetV2ForImageClassification(
-        hf.MobileNetV2Config(depth_multiplier=0.25, num_labels=3, image_size=32, tf_padding=False)
-    )
+    sizes: dict[str, Any] = {"depth_multiplier": 0.25, "num_labels": 3, "image_size": 32, "tf_padding": False}
+    return hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(**sizes))
 
 
 def speech() -> nn.Module:
-    config = hf.Wav2Vec2Config(
-        conv_dim=(8, 12), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, feat_extract_norm="layer"
-    )
+    sizes: dict[str, Any] = {
+        "conv_dim": (8, 12),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 2),
+        "num_feat_extract_layers": 2,
+    }
+    config = hf.Wav2Vec2Config(**sizes, feat_extract_norm="layer")
     encoder = hf.models.wav2vec2.modeling_wav2vec2.Wav2Vec2FeatureEncoder(config)
     encoder._freeze_parameters()
     return encoder
@@ -98,7 +101,7 @@ def answer(model: Any, x: Tensor) -> Tensor:
 
 
 def gradients(compiled: peftc.CompiledModule) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for binding in compiled.plan.bindings:
         own = {name: get_attribute(compiled, full).grad for name, full in binding.names.items()}
         tensors = binding.method.to_peft(binding.site, own)[1]

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from peftc.passes.sites.conv import Conv
-
 import peftc
 from peftc.protocol.method import Data, Method, Stage, kinds, methods
 from peftc.protocol.params import Param, registered
 from peftc.protocol.site import Attention, Block, Experts, Linear, Sequence, Site, Sublayer
+from peftc.protocol.sites import site_kinds
 from peftc.spec.check import as_spec
 from peftc.spec.resolve import resolve
 
@@ -41,7 +40,8 @@ LIKELY = (
     *(Sublayer(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
 )
 EXPERTS = Experts("experts", "", frozenset({"expert"}), n_out=48, n_in=32, experts=4)
-KERNELS = Conv.samples()
+CONV: Any = next(kind for kind in site_kinds() if kind.__name__ == "Conv")  # of a file under `passes`
+KERNELS = CONV.samples()
 # How a call is spelt small where its default is too large for models this small.
 SMALL = {"phm": "(n=2)"}
 # What a method is told of these models' inputs.
@@ -149,7 +149,7 @@ def statement(variant: str) -> str:
 def statement_on(name: str, variant: str) -> str:
     """The statement for one model: on a mixture of experts it is about them, and so on convolutions."""
     if name == "convolved":
-        grouped = any(isinstance(site, Conv) and site.groups > 1 and built(variant).refuses(site) for site in KERNELS)
+        grouped = any(isinstance(site, CONV) and site.groups > 1 and built(variant).refuses(site) for site in KERNELS)
         return f"apply {variant} to conv" + (" where groups <= 1" if grouped else "")
     return f"apply {variant} to {PLACES[Experts]}" if name in MIXTURES else statement(variant)
 
