@@ -21,6 +21,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 import peftc
@@ -61,6 +63,14 @@ def test_a_head_that_is_the_embedding(tmp_path: Path) -> None:
     compiled = peftc.compile(tiny("qwen2"), "apply lora(r=2) to head")
     for to in ("gguf", "vllm"):
         assert "lm_head shares its weight with another layer" in refused(compiled, tmp_path / "a", to)
+
+
+def test_a_model_that_reads_no_text(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 1]}
+    base = ResNetForImageClassification(ResNetConfig(**sizes))
+    compiled = peftc.compile(base, "apply lora(r=2) to conv")
+    assert "as a resnet" in refused(compiled, tmp_path / "a", "gguf")
+    assert "lora is more than a low-rank change of linear layers" in refused(compiled, tmp_path / "a", "vllm")
 
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ def kind_of(model: PreTrainedModel) -> Kind:
         PeftcError: `not-in-gguf` where there is none.
     """
     names = [] if getattr(model.config, "tie_word_embeddings", False) else [HEAD]
+    reads_text = hasattr(model.config, "vocab_size")  # else it reads images, or has parts with a config of their own
+    architectures = gguf.MODEL_ARCH_NAMES.values() if reads_text else ()
     with tempfile.TemporaryDirectory() as folder:
-        tried = (_read(Path(folder), name, _said(model, name), names, model) for name in gguf.MODEL_ARCH_NAMES.values())
+        tried = (_read(Path(folder), name, _said(model, name), names, model) for name in architectures)
         found = sorted((kind for kind in tried if kind is not None), key=lambda kind: len(kind.differences))
     own = (kind for kind in found if type(kind.config) is type(model.config))
     has_name = _letters(model.config.model_type) in map(_letters, gguf.MODEL_ARCH_NAMES.values())
