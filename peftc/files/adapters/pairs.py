@@ -64,6 +64,8 @@ def pairs_in(folder: Path, files: Files) -> Pairs:
     for key in [key for key in tensors if key.endswith(A) and key.startswith(PREFIX)]:
         module = key.removeprefix(PREFIX).removesuffix(A)
         a, b = tensors.pop(key), tensors.pop(key.removesuffix(A) + B, None)
+        if a.dim() > 2:
+            raise refused(f"no sum is made of LoRA at convolutions, such as {module}")
         settings = names.settings(module, PATTERNS)
         r, alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
         if b is None or a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] == r:
