@@ -93,7 +93,7 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
     if groups or not misses:
         return Fired(rule.name, len(groups), sum(map(len, groups.values())), None)
     best = max(misses, key=lambda miss: (miss.refused, miss.depth))
-    return Fired(rule.name, 0, 0, _in_words(best), telling=best.refused or sought)
+    return Fired(rule.name, 0, 0, _in_words(best), telling=sought or (best.refused and not rule.sought))
 
 
 def _may_be(rule: Fusion, graph: fx.Graph) -> bool:
