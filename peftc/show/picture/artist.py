@@ -193,13 +193,13 @@ class _Artist:
         )  # fmt: skip
 
     def _named_after(self, frozen: dict[str, Any]) -> str:
-        """The matrices that an operation reads, all of a fused one; else the first of its vectors."""
+        """The matrices that an operation reads, all of a fused one; else its first vector, and those called so."""
         own = {path: fake for path, fake in frozen.items() if path not in self.scene.buffers} or frozen
         sizes = {path: getattr(fake, "ndim", 0) for path, fake in own.items()}
         widest = max(sizes.values(), default=0)
         weights = [self.scene.weight_of(path) for path, size in sizes.items() if size == widest]
         names = [self.names.short(path) for path in dict.fromkeys(weights)]
-        return joined(names if widest > 1 else names[:1])
+        return joined(names if widest > 1 else [name for name in names if _leaf(name) == _leaf(names[0])])
 
     def _owner_of(self, beside: list[fx.Node]) -> str:
         return next((self.names.short(str(node.target)).rpartition(".")[0] for node in beside), "")
@@ -270,6 +270,10 @@ class _Artist:
 
     def _shape(self, node: fx.Node) -> str:
         return shape_text(node.meta.get("val"), self.dims)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _reader_name(node: fx.Node) -> str:
