@@ -293,7 +293,6 @@ error[needs-calibration]: lora starts from data, and there is none
  --> <spec>:3:1
 3 | apply lora(r=4, init=eva) to mlp.down
   | ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  = pass calibration=, some batches as the model is called; on the command line, --calibration FILE
 """[1:-1]
 LABELLED = batch(0)
 
