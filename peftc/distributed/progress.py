@@ -31,6 +31,7 @@ from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.reading import read_file
 from peftc.distributed.errors import BadProgress
 from peftc.driver.compiled import CompiledModule
+from peftc.files.whole import write_whole
 
 TOLD = "progress.json"
 LARGEST = 16 << 20
@@ -68,7 +69,7 @@ def save_progress(compiled: CompiledModule, optimizer: Optimizer, folder: str | 
     shapes = {name: list(tensor.shape) for name, tensor in sorted(found.items())}
     told = {"groups": groups, "scalars": scalars, "tensors": shapes, "numbers": numbers}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _write(place, told)
+        write_whole(place / TOLD, json.dumps(told))
     if dist.is_initialized():
         dist.barrier()
 
@@ -166,12 +167,6 @@ def _anywhere(found: bool) -> bool:
     each = torch.tensor(float(found), device=device)
     dist.all_reduce(each)
     return bool(each)
-
-
-def _write(place: Path, told: Numbers) -> None:
-    part = place / f".{TOLD}"
-    part.write_text(json.dumps(told))
-    part.replace(place / TOLD)
 
 
 def _told(place: Path, bad: Callable[[str], PeftcError]) -> Numbers:

@@ -17,6 +17,7 @@ from peftc.runtime.errors import CannotGenerate, CannotRecompute
 from peftc.runtime.generation.decoder import Decoder
 from peftc.runtime.generation.text import view
 from peftc.runtime.holder import Holder
+from peftc.runtime.tensors.whole import needs_whole
 
 LOCK = RLock()  # one captures at a time
 # What `torch.utils.checkpoint` takes beside the call.
@@ -167,8 +168,9 @@ class Asked(Holder):
         """What continues text; made when it is first asked for, for which the model is captured once more.
 
         Raises:
-            PeftcError: `cannot-generate` for a model that does not.
+            PeftcError: `cannot-generate` for a model that does not; `in-parts` of one of which each process has a part.
         """
+        needs_whole(self, "writing text")
         if (face := self.face()) is not self:
             return cast(Decoder, face.continuation())
         if not self.can_generate() or self.make_continuation is None:
@@ -190,7 +192,8 @@ class Asked(Holder):
             kwargs: transformers' own.
 
         Raises:
-            PeftcError: `cannot-generate` for a model that does not continue text.
+            PeftcError: `cannot-generate` for a model that does not continue text; `in-parts` of a model of which each
+                process has a part.
         """
         if (face := self.face(tasks)) is not self:
             face.__dict__["own_generation_config"] = self.generation_config

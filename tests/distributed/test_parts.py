@@ -133,6 +133,8 @@ def check(folder: Path, spec: str, split: Split, rows: Callable[[int], slice]) -
             assert by_rank(parts.plan, 2, 2, 12, "adamw", shard=True).each[rank].weights == held
         with pytest.raises(peftc.PeftcError, match="in-parts"):
             parts.merge()
+        with pytest.raises(peftc.PeftcError, match="in-parts"):
+            parts.generate(torch.ones((1, 2), dtype=torch.long), max_new_tokens=1)
         dist.destroy_process_group()
         fresh = optimiser(one)
         assert load_progress(one, fresh, folder / "two") == {"step": BEFORE}
