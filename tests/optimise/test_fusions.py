@@ -32,11 +32,11 @@ def test_every_rule_says_what_it_is() -> None:
 def test_the_table_of_fusions(request: pytest.FixtureRequest) -> None:
     def function(case: Any, x: Tensor) -> Tensor:
         normal = case.n * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
-        return lora(normal, F.linear(normal, case.w), case.a, case.b, 2.0)
+        return lora(normal, F.linear(normal, case.w), case.lora_A, case.lora_B, 2.0)
 
-    model = Case(function, n=(7,), w=(5, 7), a=(2, 7), b=(5, 2))
+    model = Case(function, n=(7,), w=(5, 7), lora_A=(2, 7), lora_B=(5, 2))
     names = ["rms_norm", "gated_activation", "lora_linear"]
-    _, _, fired = rewritten(model, (number(2, 3, 7),), ("a", "b", "w"), names)
+    _, _, fired = rewritten(model, (number(2, 3, 7),), ("lora_A", "lora_B", "w"), names)
     table = fusions_table(fired)
     assert table
     check(GOLDEN / "fusions" / "table.txt", rendered(table) + "\n", request.config)
