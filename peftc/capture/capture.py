@@ -45,7 +45,7 @@ from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import STACK, alias_of, aliases_of, get_attribute, keep_unread, set_tensor, tensors
+from peftc.graph.ir import STACK, alias_of, aliases_of, flat, get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
@@ -220,7 +220,7 @@ def _as_plain_graph(program: Program, model: nn.Module, example: Example, island
             (reader, *_) = node.users  # such as a function of Python's that vmap was given
             raise PeftcError(_diagnose_node(model, reader, f"{reader.target} is no operation of a graph"))
     exported.graph.set_codegen(fx.graph.CodeGen())
-    module = fx.GraphModule(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
+    module = flat(_frozen_aliases(exported), exported.graph, class_name=type(model).__name__)
     assumptions = Assumptions.of(module.graph, type(model).__name__, program.asked)
     if (node := without_gradients(module)) is not None:
         raise PeftcError(_diagnose_node(model, node, f"{node.target} writes under no_grad on what has a gradient"))
@@ -267,7 +267,7 @@ def _whole(module: fx.GraphModule, own: Mapping[str, torch.Tensor]) -> fx.GraphM
     root = aliases_of(
         {name: own[name] if name in own else get_attribute(module, origins.get(name, name)) for name in names}
     )
-    whole = fx.GraphModule(root, graph, class_name=type(module).__name__)
+    whole = flat(root, graph, class_name=type(module).__name__)
     keep_unread(root, whole)
     return whole
 

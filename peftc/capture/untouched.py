@@ -20,6 +20,7 @@ from torch import Tensor, nn
 # What comes from these is not the model's own: a logger, a lock, the handle of a hook.
 FOREIGN = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "peftc"}
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+KINDS = (OrderedDict, dict, list, set, deque)
 EMPTY = object()  # what a cell holds that was not assigned yet
 
 
@@ -57,10 +58,10 @@ def _state(thing: Any) -> list[Any]:
         case list() | set() | deque():
             return [*thing]
         case CellType():
-            return [_held(thing)]
+            return [held_in(thing)]
         case type():
-            return [held for held in vars(thing).values() if not callable(held)] if _is_own(thing) else []
-    slots = {name for cls in type(thing).__mro__ for name in _slots(cls)} if _is_own(type(thing)) else ()
+            return [held for held in vars(thing).values() if not callable(held)] if is_own(thing) else []
+    slots = slots_of(type(thing)) if is_own(type(thing)) else ()
     return [getattr(thing, name, EMPTY) for name in slots]
 
 
@@ -91,7 +92,7 @@ class _Walk:
             case tuple() | frozenset():
                 return thing
             case FunctionType():
-                return _used_by(thing) if _is_own(thing) else ()
+                return _used_by(thing) if is_own(thing) else ()
             case CellType():
                 return self._cell(thing)
             case MethodType():
@@ -106,10 +107,10 @@ class _Walk:
                 self.steps.append(partial(_forget, thing, thing.cache_info().misses))
                 return (thing.__wrapped__,)
             case type():
-                return self._class(thing) if _is_own(thing) else ()
+                return self._class(thing) if is_own(thing) else ()
         if isinstance(thing, nn.Module):
             return self._module(thing)
-        if isinstance(thing, SimpleNamespace) or _is_own(type(thing)):
+        if isinstance(thing, SimpleNamespace) or is_own(type(thing)):
             return self._object(thing)
         return ()
 
@@ -126,8 +127,7 @@ class _Walk:
         return self._object(module)
 
     def _object(self, thing: Any) -> Iterable[Any]:
-        slots = {name for cls in type(thing).__mro__ for name in _slots(cls) if hasattr(thing, name)}
-        found = {name: getattr(thing, name) for name in slots}
+        found = {name: getattr(thing, name) for name in slots_of(type(thing)) if hasattr(thing, name)}
         self.steps.extend(partial(_set, thing, name, value) for name, value in found.items())
         return getattr(thing, "__dict__", {}), found, type(thing)
 
@@ -137,7 +137,7 @@ class _Walk:
         return *before.values(), *cls.__bases__
 
     def _cell(self, cell: CellType) -> Iterable[Any]:
-        held = _held(cell)
+        held = held_in(cell)
         self.steps.append(partial(_fill, cell, held))
         return () if held is EMPTY else (held,)
 
@@ -148,15 +148,15 @@ class _Walk:
         return ()
 
 
-def _is_own(thing: Any) -> bool:
+def is_own(thing: Any) -> bool:
     """Whether a class or a function is of the model's code, or of what that is built on short of torch."""
     return str(thing.__module__).partition(".")[0] not in FOREIGN
 
 
-def _slots(cls: type) -> tuple[str, ...]:
+def slots_of(kind: type) -> set[str]:
     """The attributes of a class's objects that are in no `__dict__`."""
-    names = vars(cls).get("__slots__", ())
-    return (names,) if isinstance(names, str) else tuple(names)
+    held = [vars(cls).get("__slots__", ()) for cls in kind.__mro__]
+    return {name for names in held for name in ((names,) if isinstance(names, str) else names)}
 
 
 def _used_by(function: FunctionType) -> Iterable[Any]:
@@ -171,7 +171,7 @@ def _used_by(function: FunctionType) -> Iterable[Any]:
 
 def _kind(held: Any) -> Any:
     """Whose methods hold and do no more, as those of a class of its own may: look a thing up that is not there yet."""
-    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(held, kind))
+    return type(held) if type(held) in KINDS else next(kind for kind in KINDS if isinstance(held, kind))
 
 
 def _entries(held: Any) -> list[Any]:
@@ -211,7 +211,8 @@ def _reset(cls: type, before: dict[str, Any]) -> None:
             setattr(cls, name, old)
 
 
-def _held(cell: CellType) -> Any:
+def held_in(cell: CellType) -> Any:
+    """What a cell holds, or EMPTY."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -219,7 +220,7 @@ def _held(cell: CellType) -> Any:
 
 
 def _fill(cell: CellType, before: Any) -> None:
-    if _held(cell) is before:
+    if held_in(cell) is before:
         return
     if before is EMPTY:
         del cell.cell_contents

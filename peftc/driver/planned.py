@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftc.capture.capture import capture, over
@@ -15,7 +15,7 @@ from peftc.capture.checkpoints.streaming import weightless
 from peftc.capture.inputs import Example
 from peftc.diagnostics.timings import Timings
 from peftc.driver.passes import CAPTURE
-from peftc.graph.ir import aliases_of, copied, get_attribute, keep_unread, set_tensor, tensors, value
+from peftc.graph.ir import aliases_of, copied, flat, get_attribute, keep_unread, set_tensor, tensors, value
 from peftc.graph.surroundings import uncollected
 from peftc.planning.plan import Plan, of_task
 from peftc.planning.planner import make_plan
@@ -70,7 +70,7 @@ class Again:
             if not isinstance(found, bool):  # whether it is training
                 there[name] = value(node) if getattr(found, "is_meta", False) else found  # it lies in a checkpoint
         root = aliases_of(there)
-        module = fx.GraphModule(root, graph, class_name=compiled.plan.sites.model)
+        module = flat(root, graph, class_name=compiled.plan.sites.model)
         keep_unread(root, module)  # graphs of other inputs may read it
         again = replace(compiled.plan.captured, module=module)
         return self._over_what_is_there(make_plan(again, find_sites(again), intentions))

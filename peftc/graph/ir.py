@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -111,6 +112,11 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     known: dict[fx.Node, fx.Node] = {}
     new.output(new.graph_copy(graph, known))
     return new, known
+
+
+def flat(root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> fx.GraphModule:
+    """`graph` over the tensors of `root`; its Python is written when it is run, as passes change it before."""
+    return _LazyGraphModule(root, graph, class_name)
 
 
 def module_path(node: fx.Node) -> str:

@@ -203,7 +203,7 @@ class _Op(Pattern):
         return _needed((*self.arguments, *self.keywords.values())) | {frozenset(self.targets)}
 
     def fits(self, found: object, state: _State) -> bool:
-        if not isinstance(found, fx.Node) or not (found.target in self.targets or str(found.target) in self.targets):
+        if not isinstance(found, fx.Node) or not self.may_begin(found):
             return state.fail(found, lambda: f"{_described(found)}, not {_short(self.targets[0])}")
         if found.kwargs.keys() != self.keywords.keys() or len(found.args) != len(self.arguments):
             return state.fail(found, lambda: f"{found.name} has other options: {found.args[1:]} {found.kwargs}")

@@ -67,13 +67,42 @@ def fuse(
     editor = Editor(module, graph, blocks)
     if rules is None:
         rules = [rule for rule in fusions() if not rule.in_training]
-    return tuple(_apply(rule, editor) for rule in rules)
+    fired: list[Fired] = []
+    words = _Words.of(graph)
+    for rule in rules:
+        fired.append(_apply(rule, editor, words))
+        if fired[-1].places:
+            words = _Words.of(graph)
+    return tuple(fired)
 
 
-def _apply(rule: Fusion, editor: Editor) -> Fired:
+@dataclass(frozen=True)
+class _Words:
+    """The operations of a graph, and their names; and those of its tensors."""
+
+    operations: frozenset[Any]
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Words:
+        tensors = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        targets = {id(node.target): node.target for node in graph.nodes if node.op == "call_function"}
+        names = {str(target) for target in targets.values()}
+        return cls(frozenset({*targets.values(), *names}), frozenset(tensors | names))
+
+    def may_have(self, rule: Fusion) -> bool:
+        """Whether there is an operation for each place of the rule's pattern."""
+        return all(not self.operations.isdisjoint(needed) for needed in rule.pattern.needed)
+
+    def say(self, words: Sequence[str]) -> bool:
+        """Whether one of `words` is in the name of a tensor or an operation."""
+        return any(word in name for word in words for name in self.names)
+
+
+def _apply(rule: Fusion, editor: Editor, words: _Words) -> Fired:
     """One rule: first every match, from the end of the graph so that the largest one wins, then the rewriting."""
-    sought = _has(editor.graph, rule.sought)
-    if not (sought or _may_be(rule, editor.graph)):
+    sought = words.say(rule.sought)
+    if not (sought or words.may_have(rule)):
         return Fired(rule.name, 0, 0, None)
     groups: dict[Hashable, list[Match]] = defaultdict(list)
     misses: list[Miss] = []
@@ -96,24 +125,17 @@ def _apply(rule: Fusion, editor: Editor) -> Fired:
     return Fired(rule.name, 0, 0, _in_words(best), telling=sought or (best.refused and not rule.sought))
 
 
-def _may_be(rule: Fusion, graph: fx.Graph) -> bool:
-    """Whether the graph has an operation for each place of the rule's pattern."""
-    operations = {name for node in graph.nodes for name in (node.target, str(node.target))}
-    return all(not operations.isdisjoint(needed) for needed in rule.pattern.needed)
-
-
-def _has(graph: fx.Graph, words: Sequence[str]) -> bool:
-    """Whether one of `words` is in the name of a tensor or an operation of the graph."""
-    names = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_function")}
-    return any(word in name for word in words for name in names)
-
-
 def _found(rule: Fusion, editor: Editor) -> Iterator[Match | Miss]:
     """Each place that fits, and each where half of the pattern does, the operation at its root not alone."""
     taken: set[fx.Node] = set()
     written = {node: writer for writer in editor.graph.nodes if is_mutable(writer) for node in _seen_through(writer)}
+    begins: dict[int, bool] = {}  # whether the pattern may at an operation
     for node in reversed(editor.graph.nodes):
-        if node.op != "call_function" or node in taken or not rule.pattern.may_begin(node):
+        if node.op != "call_function":
+            continue
+        if (may := begins.get(id(node.target))) is None:
+            may = begins[id(node.target)] = rule.pattern.may_begin(node)
+        if not may or node in taken:
             continue
         found = rule.pattern.match(node)
         if isinstance(found, Match):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from captures import described
-from peftc.capture.blocks.alike import groups_of
+from peftc.capture.blocks.alike import deeds, groups_of
 from peftc.capture.capture import Captured, _captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.capture.islands import Islands
@@ -65,6 +65,15 @@ def asks(block: Block, y: Tensor) -> Tensor:
     return y + 1 if isinstance(block.index, int) and block.index in (1, 3) else y
 
 
+def quietly_asks(block: Block, y: Tensor) -> Tensor:
+    index: int = vars(block).get("index", 1)
+    return y * index
+
+
+def asks_of_the_last(block: Block, y: Tensor) -> Tensor:
+    return y + 1 if getattr(block, "index", 0) == 3 else y
+
+
 def lists(block: Block, y: Tensor) -> Tensor:
     return y + [5, 6, 7, 8][block.index]
 
@@ -93,7 +102,9 @@ def writes_over(_block: Block, y: Tensor) -> Tensor:
     return y.mul_(3)
 
 
-@pytest.mark.parametrize("use", [equal, times, asks, lists, writes, writes_over, Kept()], ids=named)
+@pytest.mark.parametrize(
+    "use", [equal, times, asks, quietly_asks, asks_of_the_last, lists, writes, writes_over, Kept()], ids=named
+)
 def test_numbers_are_those_of_the_model(use: Callable[[Block, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, x = Stack(use), torch.randn(3, 5, 6)
@@ -105,7 +116,17 @@ def test_numbers_are_those_of_the_model(use: Callable[[Block, Tensor], Tensor]) 
 
 @pytest.mark.parametrize(
     ("use", "stood"),
-    [(equal, 3), (writes_over, 3), (asks, 2), (times, 0), (lists, 0), (writes, 0), (Kept(), 0)],
+    [
+        (equal, 3),
+        (writes_over, 3),
+        (asks, 2),
+        (asks_of_the_last, 2),
+        (quietly_asks, 0),
+        (times, 0),
+        (lists, 0),
+        (writes, 0),
+        (Kept(), 0),
+    ],
     ids=named,
 )
 def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
@@ -121,6 +142,59 @@ def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
     model = Stack(use)
     capture(model, example_inputs(model, torch.randn(3, 5, 6)))
     assert seen == [stood]
+
+
+class Odd(Block):
+    """Reads of a thing of its own, in a way of its own, what is another in the fourth."""
+
+    def __init__(self, index: int, how: str) -> None:
+        super().__init__(index, equal)
+        self.how, self.own = how, {"kept": [0.0, -0.0][index == 3]}
+        if how == "a closure":
+            self.way = self._made(index == 3)
+        if how == "a tensor":
+            self.kept = [torch.ones(6) * (1 + (index == 3))]
+
+    @staticmethod
+    def _made(last: bool) -> Callable[[Tensor], Tensor]:
+        return lambda y: y * 3 if last else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        match self.how:
+            case "a dict":
+                return y + torch.copysign(torch.ones(6), torch.tensor(self.own["kept"]))
+            case "a closure":
+                return self.way(y)
+            case "a tensor":
+                return y * self.kept[0]
+        return y
+
+
+@pytest.mark.parametrize("how", ["a dict", "a closure", "a tensor", "nothing"])
+def test_what_only_the_last_has_is_seen(how: str) -> None:
+    model, x = Stack(equal), torch.randn(3, 5, 6)
+    model.blocks = nn.ModuleList(Odd(index, how) for index in range(4))
+    found = capture(model, example_inputs(model, x))
+    torch.testing.assert_close(found.module(x)[0], model(x), rtol=0, atol=0)
+
+
+def test_a_block_that_can_reach_the_same_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four has a number of its own, which it does not read: the first and the second run, then the first,
+    without its number."""
+    ran: list[int] = []
+
+    def doing(block: nn.Module, *given: Any) -> Any:
+        ran.append(vars(block).get("index", -1))
+        return deeds(block, *given)
+
+    monkeypatch.setattr("peftc.capture.blocks.once.deeds", doing)
+    model = Stack(equal)
+    before = [list(vars(block)) for block in model.blocks]
+    capture(model, example_inputs(model, torch.randn(3, 5, 6)))
+    assert ran == [0, 1, -1]
+    assert [list(vars(block)) for block in model.blocks] == before
+    assert [block.index for block in model.blocks] == [0, 1, 2, 3]
 
 
 def test_blocks_of_other_kinds_are_no_group() -> None:

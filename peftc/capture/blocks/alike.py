@@ -109,7 +109,7 @@ class Deeds(TorchDispatchMode):
             return self._known[id(leaf)]
         if not isinstance(leaf, FakeTensor) and not leaf.is_meta and leaf.numel() <= FEW:
             with _disable_current_modes():
-                return "constant", leaf.dtype, leaf.tolist()
+                return "constant", leaf.dtype, str(leaf.tolist())  # 0.0 is not -0.0
         self._held.append(leaf)
         self.others[id(leaf)] = leaf
         return "other", id(leaf)

@@ -5,7 +5,8 @@ with equal arguments: tensors of the same sizes, in symbols, and other things th
 for each of these one node, with the block's tensors for its operands, and around the one that ran there are two marks.
 `repeat` writes what is between the marks in the place of each such node.
 
-Nothing is guessed: every block's own code is run before (`alike.deeds`), without being traced, and has to do the same.
+Nothing is guessed. A block's own code is run before (`alike.deeds`), without being traced, and has to do the same; once
+one did, it is enough of others that they have the same code and all that it can reach is the same, or not read.
 `NotAlikeError` says that a block changes more than what it returns; then the model is captured without this.
 """
 
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
 from peftc.capture.blocks.alike import Deeds, deeds, groups_of, own_tensors, sizes_of
+from peftc.capture.blocks.unlike import PLAIN, Place, reading, unlike
 from peftc.capture.untouched import watched
 from peftc.graph.repeat import BEGIN, END, STANDS, NotAlikeError
 
 NONE = object()
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,58 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 @dataclass
-class _Once:
-    """A capture in which equal blocks are traced once. `_ran`: of equal calls, each kind of block that was traced."""
+class _Kind:
+    """A block that was traced, for those that are equal to it.
 
-    _ran: dict[Any, list[tuple[int, Deeds, _Given]]] = field(default_factory=lambda: defaultdict(list))
+    `done`, `result`   what it does and returned
+    `places`           in which attributes its group's blocks differ
+    `changed`          whether anything that it can reach has changed since
+    `confirmed`        whether another block's own code was run, and did the same
+    """
+
+    number: int
+    block: nn.Module
+    own: Callable[..., Any]
+    done: Deeds
+    result: _Given
+    places: frozenset[Place]
+    changed: Callable[[], bool]
+    confirmed: bool = False
+    _unread: frozenset[Place] | None = None
+
+    def is_like(self, block: nn.Module, own: Callable[..., Any], given: _Given) -> bool:
+        """Whether another block does the same, as it can reach the same, but for what this one did not read."""
+        if not self.confirmed or any(id(tensor) in _ids(block) for tensor in given.tensors):
+            return False
+        if self._unread is None:
+            self._unread = self._not_read(given)
+        places = None if self.changed() else unlike(self.block, block, self.own, own)
+        return places is not None and places <= self._unread
+
+    def _not_read(self, given: _Given) -> frozenset[Place]:
+        """Without which it does the same: it runs again, and they are not where they are looked for first."""
+        with reading(self.block, self.places) as read:
+            again = _done(self.block, self.own, given)
+        return self.places - read if again is not None and again.lines == self.done.lines else frozenset()
+
+    def stands_for(self, path: str, given: _Given) -> Any:
+        """What the other block returns: a node of the graph stands for it."""
+        like = self.result.tensors[len(given.tensors) :]
+        return self.result.with_tensors([*given.tensors, *STANDS(self.number, path, given.tensors, like)])
+
+
+@dataclass
+class _Once:
+    """A capture in which equal blocks are traced once. `_ran`: of equal calls, each kind of block that was traced.
+
+    `blocks`: each group's, and their own ways.
+    """
+
+    blocks: list[list[tuple[nn.Module, Callable[..., Any]]]] = field(default_factory=list)
+    _ran: dict[Any, list[_Kind]] = field(default_factory=lambda: defaultdict(list))
     _called: set[str] = field(default_factory=set)
     _kinds: Iterator[int] = field(default_factory=count)
+    _places: dict[int, frozenset[Place]] = field(default_factory=dict)
 
     def instead_of(self, group: int, path: str, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -102,44 +149,37 @@ class _Once:
             self._called.add(path)
             if given is None or again or given.looks() is None:
                 return own(*args, **kwargs)
-            done = self._done(block, own, given)
+            alike = self._ran[self._key(group, given)]
+            if (kind := next((kind for kind in alike if kind.is_like(block, own, given)), None)) is not None:
+                return kind.stands_for(path, given)
+            changed, done = watched((block, own)), _done(block, own, given)
+            if changed():
+                raise NotAlikeError(f"{type(block).__name__} leaves something behind")
             if done is None:
                 return own(*args, **kwargs)
-            for kind, known, result in self._ran[self._key(group, given)]:
-                if known.lines == done.lines:
-                    like = result.tensors[len(given.tensors) :]
-                    return result.with_tensors([*given.tensors, *STANDS(kind, path, given.tensors, like)])
-            kind = next(self._kinds)
-            BEGIN(kind, path, given.tensors)
+            if (kind := next((kind for kind in alike if kind.done.lines == done.lines), None)) is not None:
+                kind.confirmed = True
+                return kind.stands_for(path, given)
+            number = next(self._kinds)
+            BEGIN(number, path, given.tensors)
             found = own(*args, **kwargs)
             returned = _Given.of(found, given.tensors)
-            END(kind, [] if returned is None else returned.tensors[len(given.tensors) :])
+            END(number, [] if returned is None else returned.tensors[len(given.tensors) :])
             if returned is not None and given.is_same(_Given.of((args, kwargs))) and _is_new(returned, given):
                 # What it asked may have made two sizes one: the next block is given them so.
-                self._ran[self._key(group, given)].append((kind, done, returned))
+                kind = _Kind(number, block, own, done, returned, self._places_of(group), changed)
+                self._ran[self._key(group, given)].append(kind)
             return found
 
         return forward
 
-    def _done(self, block: nn.Module, own: Callable[..., Any], given: _Given) -> Deeds | None:
-        """What the block does; None where that cannot be told, or what it is given is what it has or finds elsewhere.
-
-        Raises:
-            NotAlikeError: where it leaves something behind beside what it returns.
-        """
-        changed = watched((block, own))
-
-        def call(tensors: Sequence[Tensor]) -> Any:
-            args, kwargs = given.with_tensors(tensors)
-            return own(*args, **kwargs)
-
-        done = deeds(block, given.tensors, call)
-        if changed():
-            raise NotAlikeError(f"{type(block).__name__} leaves something behind")
-        if done is None:
-            return None
-        theirs = {id(tensor) for module in block.modules() for tensor in own_tensors(module).values()} | {*done.others}
-        return None if any(id(tensor) in theirs for tensor in given.tensors) else done
+    def _places_of(self, group: int) -> frozenset[Place]:
+        """In which plain attributes a group's blocks differ."""
+        if group not in self._places:
+            (first, own), *others = self.blocks[group]
+            found = [unlike(first, block, own, its) or () for block, its in others]
+            self._places[group] = frozenset(chain.from_iterable(found))
+        return self._places[group]
 
     @staticmethod
     def _key(group: int, given: _Given) -> Any:
@@ -147,14 +187,34 @@ class _Once:
         return group, given.looks(), torch.is_grad_enabled(), autocast
 
 
+def _ids(block: nn.Module) -> set[int]:
+    """Of a block's own tensors."""
+    return {id(tensor) for module in block.modules() for tensor in own_tensors(module).values()}
+
+
+def _done(block: nn.Module, own: Callable[..., Any], given: _Given) -> Deeds | None:
+    """What the block does; None where that cannot be told, or what it is given is what it has or finds elsewhere."""
+
+    def call(tensors: Sequence[Tensor]) -> Any:
+        args, kwargs = given.with_tensors(tensors)
+        return own(*args, **kwargs)
+
+    if (done := deeds(block, given.tensors, call)) is None:
+        return None
+    theirs = _ids(block) | {*done.others}
+    return None if any(id(tensor) in theirs for tensor in given.tensors) else done
+
+
 @contextmanager
 def tracing_once(model: nn.Module) -> Iterator[None]:
     """While it is open, of equal blocks of `model` that are called with equal arguments one is traced."""
     once, patches = _Once(), []
-    for group, path in ((group, path) for group, paths in enumerate(groups_of(model)) for path in paths):
-        block = model.get_submodule(path)
-        instead = once.instead_of(group, path, block, block.forward)
-        patches.append((block, "forward", lambda _own, instead=instead: instead))
+    for group, paths in enumerate(groups_of(model)):
+        blocks = [(block, block.forward) for block in map(model.get_submodule, paths)]
+        once.blocks.append(blocks)
+        for path, (block, own) in zip(paths, blocks, strict=True):
+            instead = once.instead_of(group, path, block, own)
+            patches.append((block, "forward", lambda _own, instead=instead: instead))
     with patch_attributes(patches):
         yield
 

@@ -35,7 +35,7 @@ from peftc.capture.recorded.graphs import Reader, as_told, symbols_of
 from peftc.capture.recorded.key import key_of
 from peftc.capture.recorded.results import spec_as_text, spec_of_text
 from peftc.diagnostics import debug
-from peftc.graph.ir import aliases_of, fake_mode, get_attribute, tensors
+from peftc.graph.ir import aliases_of, fake_mode, flat, get_attribute, tensors
 
 VARIABLE = "PEFTC_GRAPHS"
 MOST = 256  # files; those that were not read for longest go first
@@ -154,7 +154,7 @@ def _program(told: Any, constants: Mapping[str, torch.Tensor], model: nn.Module,
     reader.learn(holds)
     graph = reader.read(told["nodes"])
     asked = {Question(one, file, line): None for one, (_, file, line) in zip(holds, told["questions"], strict=True)}
-    module = fx.GraphModule(aliases_of(read), graph)
+    module = flat(aliases_of(read), graph)
     return Program(module, spec_of_text(told["result"]), {reader.env: asked})
 
 
