@@ -67,17 +67,16 @@ def refuse(plan: Plan) -> None:
     for number in dict.fromkeys(binding.statement for binding in plan.bindings):
         members = [binding for binding in plan.bindings if binding.statement == number]
         first, reason = members[0], None
-        if any(spec.trainable and not spec.shape for b in members for spec in b.tensors.values()):
-            reason = "it learns a single number, which has no parts"
-        elif any(binding.method.scheduled for binding in members):
+        if any(binding.method.scheduled for binding in members):
             reason = "its schedule changes whole tensors after a step"
         elif any(isinstance(b.site, Projection) and b.method.prepares for b in members):
             reason = "it takes its start out of a frozen weight, which has to be whole where that is loaded again"
         if reason is not None:
             problems.append(NotOnParts(what=first.method.name, reason=reason, span=first.span))
-    for name, span in plan.trained.items():
-        if not get_attribute(plan.captured.module, name).ndim:
-            problems.append(NotOnParts(what=name, reason="it is a single number", span=span))
+    for held in plan.held():
+        if held.learns and not held.shape:
+            reason = "it is a single number, which learns"
+            problems.append(NotOnParts(what=held.name, reason=reason, span=plan.trained.get(held.name)))
     if problems:
         raise PeftcError(*problems)
 

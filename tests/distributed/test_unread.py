@@ -63,6 +63,7 @@ def test_no_process_holds_the_base_and_both_learn_what_one_does(
 
     def work(rank: int, join: Callable[[], None]) -> None:
         join()
+        gc.freeze()  # what was there before is not asked for
         before = held()
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "read", watched)
