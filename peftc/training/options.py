@@ -40,8 +40,7 @@ REFUSED = {
     "torch_compile": "the model is compiled already",
     "batch_eval_metrics": "the accuracy is that of all held-out examples at once",
 }
-# Engines that part a model by the classes of its layers and a state dict of all its weights: a graph has neither. With
-# the variable `accelerate launch` asks for one.
+# Engines under which it was not shown to train, save and go on. With the variable `accelerate launch` asks for one.
 ENGINES = {
     "fsdp": "ACCELERATE_USE_FSDP",
     "fsdp_config": "ACCELERATE_USE_FSDP",
@@ -140,7 +139,7 @@ def arguments(folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     asked = {name for name, variable in ENGINES.items() if given.get(name) or _is_on(variable)}
     if asked:
         engines = sorted({name.partition("_")[0] for name in asked})
-        reason = f"there is no {' and no '.join(engines)} here: it parts layers by their classes, which no graph has"
+        reason = f"there is no {' and no '.join(engines)} here: this command was not shown to train, save and go on so"
         raise PeftcError(BadSettings(where=WHERE, reason=reason, hint=INSTEAD))
     settings = {**DEFAULTS, **given}
     try:

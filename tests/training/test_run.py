@@ -186,7 +186,7 @@ def test_a_spec_of_several_tasks_is_refused(place: Path, tmp_path: Path, run: Ru
     ("given", "variable"),
     [(("--fsdp", "full_shard"), ""), (("--deepspeed", "zero.json"), ""), ((), "ACCELERATE_USE_FSDP")],
 )
-def test_engines_that_part_layers_by_their_classes_are_refused(
+def test_engines_that_were_not_tried_are_refused(
     place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], variable: str
 ) -> None:
     if variable:
