@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftc.diagnostics.diagnostic import Diagnostic, PeftcError
     from peftc.distributed.fsdp import shard
     from peftc.distributed.tensor_parallel import tensor_parallel
+    from peftc.distributed.unread import compile_sharded
     from peftc.driver.combining import combine
     from peftc.driver.compiled import CompiledModule
     from peftc.driver.loading import load, load_peft
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "combine", "compile", "load", "load_peft",
-    "plan", "shard", "sites", "tensor_parallel",
+    "CompiledModule", "Diagnostic", "PeftcError", "Plan", "check", "combine", "compile", "compile_sharded", "load",
+    "load_peft", "plan", "shard", "sites", "tensor_parallel",
 ]  # fmt: skip
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "check": "spec.check",
     "combine": "driver.combining",
     "compile": "api",
+    "compile_sharded": "distributed.unread",
     "load": "driver.loading",
     "load_peft": "driver.loading",
     "plan": "api",

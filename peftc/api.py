@@ -15,8 +15,8 @@ from peftc.capture.inputs import Example, example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.driver import pipeline
+from peftc.driver.calibration import refuse_without_data
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.errors import NeedsCalibration
 from peftc.driver.loading import load_and_plan
 from peftc.driver.passes import PASSES, Pass
 from peftc.driver.planned import plan_model
@@ -69,7 +69,8 @@ def compile(
     """
     timings = timings or Timings()
     intentions = intend(spec)
-    _has_data(intentions, calibration)  # what a spec can be blamed for alone comes before the model is read
+    if calibration is None:
+        refuse_without_data(intentions)  # what a spec can be blamed for alone comes before the model is read
     plan = _loaded(
         model, intentions, example, timings,
         dtype=dtype, trust_remote_code=trust_remote_code, whole=calibration is not None,
@@ -107,7 +108,7 @@ def graphs(
     """
     timings = timings or Timings()
     intentions = intend(spec)
-    _has_data(intentions, None)
+    refuse_without_data(intentions)
     if task is not None and task not in intentions.tasks:
         raise PeftcError(UnknownTask(name=task, known=tuple(intentions.tasks)))
     if intentions.tasks:
@@ -125,13 +126,6 @@ def _loaded(
         return example_inputs(module, given if example is None else example)
 
     return load_and_plan(model, intentions, make_example, timings, **options)
-
-
-def _has_data(intentions: Intentions, calibration: Iterable[Any] | None) -> None:
-    every = (item for one in (intentions, *intentions.tasks.values()) for item in one.applications)
-    wanting = {item.span: item for item in every if item.method.data is not None}
-    if calibration is None and wanting:
-        raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting.values()))
 
 
 @ordinary_tensors()

@@ -87,7 +87,10 @@ class Captured:
     def frozen(self, name: str) -> torch.Tensor:
         """A tensor of the model, which is read now if it was not before: then it is the caller's, to be let go of."""
         own: torch.Tensor = get_attribute(self.model, name).detach()
-        return self.checkpoint.read(name) if own.is_meta and self.checkpoint is not None else own
+        if self.checkpoint is None or not own.is_meta:
+            return own
+        known = (alias for alias in self.aliases.get(name, ()) if alias in self.checkpoint)
+        return self.checkpoint.read(next(known, name))
 
     def packed(self, name: str) -> dict[str, torch.Tensor] | None:
         """bitsandbytes' state dict of the layer with this weight, where it comes from a checkpoint that has it so."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import fx, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 
 from peftc.diagnostics.diagnostic import PeftcError
@@ -26,7 +28,8 @@ def shard(
     """Gives each process of a mesh its part of a compiled model, in place: `fully_shard` by block, then the whole.
 
     Packed weights are in parts as any others. A block whose tensors something outside of it reads (a projection that
-    all blocks share) is whole as long as the model's outermost part is. Losses, and what is saved, stay as they were.
+    all blocks share) is whole as long as the model's outermost part is. Losses, and what is saved, stay as they were;
+    what was added starts as the first process has it.
 
     Args:
         compiled: the model, as whole on each process, where an optimiser does not have its parameters yet.
@@ -41,7 +44,12 @@ def shard(
     for item in compiled.plan.packed.values():
         for full in item.buffers:
             _as_parameter(compiled, full)
-    given: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+    if mesh is None:
+        kind = found.type if (found := torch.accelerator.current_accelerator()) is not None else "cpu"
+        mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    _as_on_the_first(compiled, mesh)
+    numbers = {parameter for parameter in compiled.parameters() if not parameter.ndim}
+    given: dict[str, Any] = {"mesh": mesh, "ignored_params": numbers}
     if offload_policy is not None:
         given["offload_policy"] = offload_policy
     for path in blocks_alone(compiled):
@@ -65,6 +73,10 @@ def refuse(plan: Plan) -> None:
             reason = "it takes its start out of a frozen weight, which has to be whole where that is loaded again"
         if reason is not None:
             problems.append(NotOnParts(what=first.method.name, reason=reason, span=first.span))
+    for held in plan.held():
+        if held.learns and not held.shape:
+            reason = "it is a single number, which learns"
+            problems.append(NotOnParts(what=held.name, reason=reason, span=plan.trained.get(held.name)))
     if problems:
         raise PeftcError(*problems)
 
@@ -86,9 +98,21 @@ def blocks_alone(compiled: CompiledModule) -> list[str]:
     return sorted(found, key=lambda path: -path.count("."))
 
 
+def _as_on_the_first(compiled: CompiledModule, mesh: DeviceMesh) -> None:
+    """What was added is that of the mesh's first process: each may have drawn a start of its own."""
+    for name in sorted(compiled.plan.added):
+        own = get_attribute(compiled, name).detach()
+        sent = own.to(mesh.device_type).contiguous()
+        for dimension in reversed(range(mesh.ndim)):
+            dist.broadcast(sent, group=mesh.get_group(dimension), group_src=0)
+        own.copy_(sent)
+
+
 def _as_parameter(module: nn.Module, full: str) -> None:
-    """What `fully_shard` divides is parameters; a buffer would be whole on each process."""
+    """What `fully_shard` divides is parameters; a buffer is whole on each process, as one number has to be."""
     owner, _, leaf = full.rpartition(".")
     held = module.get_submodule(owner)
-    if (buffer := held._buffers.pop(leaf, None)) is not None:
+    buffer = held._buffers.get(leaf)
+    if buffer is not None and buffer.ndim:
+        del held._buffers[leaf]
         held.register_parameter(leaf, nn.Parameter(buffer, requires_grad=False))

@@ -73,8 +73,8 @@ def by_rank(plan: Plan, ranks: int, batch: int, seq: int, optimizer: str, *, sha
 
 
 def _part(tensor: Held, rank: int, ranks: int) -> int:
-    """How many numbers of it a process has: `torch.chunk` along the first dimension; a buffer is whole on each."""
-    if tensor.is_buffer:
+    """How many of its numbers a process has: `torch.chunk` by rows; of a buffer or a single number all."""
+    if tensor.is_buffer or not tensor.shape:
         return prod(tensor.shape)
     rows, *rest = tensor.shape
     chunk = -(-rows // ranks)

@@ -20,13 +20,14 @@ from peftc.capture.checkpoints.ondisk import read_tensors
 from peftc.capture.convention import LOSS_INPUTS, Convention, loss_node, without_loss
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.driver.compiled import CompiledModule
-from peftc.driver.errors import BadCalibration
+from peftc.driver.errors import BadCalibration, NeedsCalibration
 from peftc.graph.ir import get_attribute, value
 from peftc.planning.plan import Binding, Plan
 from peftc.planning.planner import shared_names
 from peftc.protocol.method import Data
 from peftc.protocol.site import Linear
 from peftc.rewrite.weights import dense_weight
+from peftc.spec.resolve import Intentions
 
 Batches = Iterable[Any]
 AT_ONCE = 8  # examples of a file in a batch
@@ -55,6 +56,14 @@ def read_batches(path: Path) -> list[dict[str, Tensor]]:
         )
     starts = range(0, next(iter(counts.values()), 0), AT_ONCE)
     return [{name: tensor[start : start + AT_ONCE] for name, tensor in tensors.items()} for start in starts]
+
+
+def refuse_without_data(intentions: Intentions) -> None:
+    """Raises PeftcError `needs-calibration` with the methods that start from data, where there is none."""
+    every = (item for one in (intentions, *intentions.tasks.values()) for item in one.applications)
+    wanting = {item.span: item for item in every if item.method.data is not None}
+    if wanting:
+        raise PeftcError(*(NeedsCalibration(method=item.method.name, span=item.span) for item in wanting.values()))
 
 
 def observed(plan: Plan, batches: Batches) -> dict[Binding, Any]:

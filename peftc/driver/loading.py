@@ -72,7 +72,7 @@ def load_and_plan(
     if intentions.packings or any(fit.storages for fit in intentions.fits):
         checkpoint = None if whole else opened(reference, dtype=dtype)
         if checkpoint is not None:
-            return _leaving_what_is_packed(reference, checkpoint, intentions, make_example, timings)
+            return leaving(reference, checkpoint, intentions, make_example, timings)
         debug.tell(1, [f"{reference.text} is read as a whole, and packed then"])
     with timings.stage("load"):
         found = read_model(reference, dtype=dtype)
@@ -80,15 +80,22 @@ def load_and_plan(
     return knowing(reference.text, plan, found.differences)
 
 
-def _leaving_what_is_packed(
-    reference: Reference, opened: OpenCheckpoint, intentions: Intentions, make_example: MakeExample, timings: Timings
+def leaving(
+    reference: Reference,
+    opened: OpenCheckpoint,
+    intentions: Intentions,
+    make_example: MakeExample,
+    timings: Timings,
+    *,
+    everything: bool = False,
 ) -> Plan:
-    """The plan over a model whose packed weights were not read: they are the checkpoint's, for the passes to read."""
+    """The plan over a model whose packed weights, or `everything`, were not read: they are left in the checkpoint."""
     with readable(reference):
         skeleton = opened.skeleton()
     plan = plan_model(skeleton, intentions, make_example(skeleton, None), timings)
     with timings.stage("load"), readable(reference):
-        model, differences = opened.load(without=plan.packed)
+        parameters = (name for name, _ in skeleton.named_parameters(remove_duplicate=False))
+        model, differences = opened.load(without=parameters if everything else plan.packed)
     _tell(opened.checkpoint, len(plan.packed), timings)
     return knowing(reference.text, replace(plan, captured=over(plan.captured, model, opened.checkpoint)), differences)
 

@@ -48,6 +48,7 @@ class Work:
     """What the passes work on, and what they hand on to each other.
 
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
+    `unread`: the frozen weights are left in their checkpoint.
     `given`: what the passes so far have given, by name.
     """
 
@@ -55,6 +56,7 @@ class Work:
     splicer: Splicer
     state: Mapping[str, Tensor] | None = None
     data: Mapping[Binding, Any] | None = None
+    unread: bool = False
     given: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -99,7 +101,7 @@ class Pass:
 
 def _materialise(work: Work) -> bool:
     """Tensors first: the rewrites refer to them."""
-    materialise(work.module, work.plan, work.state, work.data)
+    materialise(work.module, work.plan, work.state, work.data, unread=work.unread)
     return True
 
 

@@ -80,16 +80,18 @@ def build(
     state: Mapping[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
     fuse: bool = True,
+    unread: bool = False,
 ) -> CompiledModule:
     """Runs the passes over the plan's own graph, which it uses up, and emits the module.
 
     `state` (full name -> tensor) replaces initialisation: an artifact's tensors. `data` is what calibration saw.
-    Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them.
+    Without `fuse` the graph runs as the passes that insert wrote it: the oracle of what comes behind them. `unread`:
+    the frozen weights are left in their checkpoint, and what stands for them has to be replaced before a step.
 
     Raises:
         PeftcError: `used-plan` for a plan that was built before; `verifier-failed` where a pass is wrong.
     """
-    work = _begun(plan, state=state, data=data)
+    work = _begun(plan, state=state, data=data, unread=unread)
     history = list(run(work, PASSES if fuse else UNFUSED, timings))
     for task in plan.tasks:
         with timings.stage("tasks"):

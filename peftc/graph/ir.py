@@ -211,7 +211,8 @@ def attribute_node(graph: fx.Graph, root: nn.Module, path: str) -> fx.Node:
         made.meta["val"] = known[key]
         share(made, path)
     else:
-        made.meta["val"] = known[key] = mode.from_tensor(tensor, static_shapes=True)
+        unread = isinstance(tensor, FakeTensor)
+        made.meta["val"] = known[key] = tensor if unread else mode.from_tensor(tensor, static_shapes=True)
     return made
 
 

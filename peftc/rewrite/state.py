@@ -21,7 +21,7 @@ from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Here, State
 from peftc.protocol.site import Projection
 from peftc.rewrite.errors import BadStateFile, CannotStart, LeavesNoNumbers, NoMemory
-from peftc.rewrite.packed import frozen_weight, is_packed, pack, pack_as_found
+from peftc.rewrite.packed import frozen_weight, is_packed, is_unread, leave_packed, pack, packed_now, put_packed
 from peftc.rewrite.weights import dense_weight, replace_rows
 
 HALF = (torch.float16, torch.bfloat16)
@@ -34,11 +34,14 @@ def materialise(
     plan: Plan,
     state: Mapping[str, Tensor] | None = None,
     data: Mapping[Binding, Any] | None = None,
+    *,
+    unread: bool = False,
 ) -> None:
     """Gives `module` every tensor that `plan` promises: the methods' state and trained copies of parameters.
 
     `state` (full name -> tensor) is loaded instead of being initialised, where given. Random starts are drawn from
-    torch's default generator, so `torch.manual_seed` decides them. `data` is what calibration saw.
+    torch's default generator, so `torch.manual_seed` decides them. `data` is what calibration saw. `unread`: the frozen
+    weights are left in their checkpoint, and what starts from one reads it, and lets go of it.
 
     Raises:
         PeftcError: `no-memory` where all that is more than the machine can hold.
@@ -54,7 +57,9 @@ def materialise(
         for binding in before:
             _begin(module, plan, binding, made, state, data)
         for weight, item in plan.packed.items():
-            if not is_packed(module, item):
+            if unread:
+                leave_packed(module, item)
+            elif not is_packed(module, item):
                 _pack(module, plan, weight)
         for binding in plan.bindings:
             if binding not in before:
@@ -75,7 +80,8 @@ def begin(
     with torch.no_grad():
         for name in trained:
             given = state[name] if state else get_attribute(module, name)
-            set_tensor(module, name, torch.nn.Parameter(given.detach().clone()))
+            given = plan.captured.frozen(name) if is_unread(given) else given.detach().clone()
+            set_tensor(module, name, torch.nn.Parameter(given))
         for binding in bindings:
             _begin(module, plan, binding, made, state, data)
 
@@ -84,8 +90,11 @@ def _pack(module: nn.Module, plan: Plan, weight: str) -> None:
     """Packs a weight with what methods change of it; one that none changes lies as its checkpoint has it, if packed."""
     base = _base(module, plan, weight)
     prepared = _prepared(module, plan, weight, base)
-    if prepared is not base or not pack_as_found(module, plan, plan.packed[weight]):
-        pack(module, plan.packed[weight], prepared)
+    item = plan.packed[weight]
+    if prepared is base:
+        put_packed(module, item, packed_now(plan, item, base))
+    else:
+        pack(module, item, prepared)
 
 
 def _begin(

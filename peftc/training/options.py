@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,15 @@ REFUSED = {
     "torch_compile": "the model is compiled already",
     "batch_eval_metrics": "the accuracy is that of all held-out examples at once",
 }
+# Engines under which it was not shown to train, save and go on. With the variable `accelerate launch` asks for one.
+ENGINES = {
+    "fsdp": "ACCELERATE_USE_FSDP",
+    "fsdp_config": "ACCELERATE_USE_FSDP",
+    "deepspeed": "ACCELERATE_USE_DEEPSPEED",
+}
+INSTEAD = (
+    "in Python peftc.shard, or peftc.compile_sharded, parts the model; under torchrun each process has a copy here"
+)
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -123,8 +133,14 @@ def arguments(folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     """transformers' own settings, of those that were given and the defaults here.
 
     Raises:
-        PeftcError: `bad-settings`, where transformers refuses them.
+        PeftcError: `bad-settings`, where transformers refuses them, or an engine that cannot have the model in parts is
+            asked for.
     """
+    asked = {name for name, variable in ENGINES.items() if given.get(name) or _is_on(variable)}
+    if asked:
+        engines = sorted({name.partition("_")[0] for name in asked})
+        reason = f"there is no {' and no '.join(engines)} here: this command was not shown to train, save and go on so"
+        raise PeftcError(BadSettings(where=WHERE, reason=reason, hint=INSTEAD))
     settings = {**DEFAULTS, **given}
     try:
         made = TrainingArguments(output_dir=str(folder), **settings)
@@ -140,3 +156,8 @@ def arguments(folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     if problems:
         raise PeftcError(*(BadSettings(where=WHERE, reason=reason) for reason in problems))
     return made
+
+
+def _is_on(variable: str) -> bool:
+    """As transformers reads it."""
+    return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")

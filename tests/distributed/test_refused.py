@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import peftc
 from peftc.distributed.fsdp import blocks_alone, refuse
@@ -28,6 +29,24 @@ def test_what_changes_whole_tensors_is_refused(spec: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+class Scaled(nn.Module):
+    """A layer whose result is multiplied by one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale
+
+
+def test_a_single_number_that_learns_is_refused() -> None:
+    plan = peftc.plan(Scaled(), 'train "scale"', example=torch.randn(2, 6))
+    with pytest.raises(peftc.PeftcError, match="scale cannot be on several processes in parts: it is a single number"):
+        refuse(plan)
+
+
 def test_bytes_by_rank() -> None:
     plan = peftc.plan(ZOO["llama"](), "quantize linear except head with nf4\napply lora(r=3) to attn.*")
     whole = plan.memory(2, 8)
@@ -39,6 +58,11 @@ def test_bytes_by_rank() -> None:
     assert found.each[0].gradients > found.each[3].gradients  # three rows of each A, for four processes
     assert found.gathered == whole.weights  # both blocks, and what is in none
     assert [line.split()[0] for line in found.lines()] == ["rank", "0-2", "3"]
+    double = peftc.plan(ZOO["llama"](), "quantize linear except head with nf4(double=true)\napply lora(r=3) to attn.*")
+    alone = sum(4 for held in double.held() if not held.shape)  # the mean of each weight's scales
+    each = by_rank(double, 4, 2, 8, "adamw", shard=True).each
+    assert alone
+    assert sum(memory.weights for memory in each) == double.memory(2, 8).weights + 3 * alone
 
 
 def test_progress_that_is_not_whole_is_refused(tmp_path: Path) -> None:

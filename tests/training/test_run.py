@@ -182,6 +182,22 @@ def test_a_spec_of_several_tasks_is_refused(place: Path, tmp_path: Path, run: Ru
     assert (status, "has the tasks a, b, and a run is of one" in err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "variable"),
+    [(("--fsdp", "full_shard"), ""), (("--deepspeed", "zero.json"), ""), ((), "ACCELERATE_USE_FSDP")],
+)
+def test_engines_that_were_not_tried_are_refused(
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], variable: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "true")
+    status, _, err = run(*command(place, tmp_path / "out", *given))
+    assert status == 1
+    assert "error[bad-settings]" in err
+    assert "peftc.compile_sharded" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_come_from_a_file_too(place: Path, tmp_path: Path, run: Run) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("learnin_rate: 1\nspec: a\n")

@@ -62,13 +62,13 @@ class OpenCheckpoint:
     def load(self, without: Iterable[str] = ()) -> tuple[PreTrainedModel, Differences]:
         """The model, except that the parameters `without` stay in the checkpoint, and on the meta device here.
 
-        Tied parameters, and those that the checkpoint does not have, are loaded all the same.
+        Those that the checkpoint does not have, and of tied ones those that it has apart, are loaded all the same.
 
         Raises:
             PeftcError: where the checkpoint does not fit the model, as `Differences.between`.
         """
         model, checkpoint, cls = self.model, self.checkpoint, cast(Any, type(self.model))
-        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        tied = {name for pair in model.all_tied_weights_keys.items() if pair[0] in checkpoint for name in pair}
         left = {name for name in without if name in checkpoint} - tied
         to_read = {key: checkpoint.tensors[key] for key in checkpoint.keys_without(left)}
         placeholders = {name: _placeholder(model.get_parameter(name), checkpoint.precision(name)) for name in left}
