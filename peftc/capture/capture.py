@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ from peftc.capture.untouched import untouched
 from peftc.diagnostics import debug
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import STACK, alias_of, aliases_of, flat, get_attribute, keep_unread, set_tensor, tensors
+from peftc.graph.ir import STACK, alias_of, aliases_of, fake_mode, flat, get_attribute, keep_unread, set_tensor, tensors
 from peftc.graph.normalise import normalise, stays_random
 from peftc.graph.repeat import NotAlikeError, is_marked, repeated
 from peftc.graph.texts import tell_texts_apart
@@ -160,6 +161,9 @@ def _captured(model: nn.Module, example: Example, timings: Timings, islands: Isl
             asked.clear()  # by a file that did not fit
             try:
                 with (
+                    # A shape that is kept for the next operation alike is made twice, and sympy is longer over strides
+                    # of products and quotients of symbols than torch over the operation (Zamba-2: 13 s of 22).
+                    torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
                     islands.standing(),
                     checks_deferred() as places,
                     regions_marked(),
@@ -175,6 +179,7 @@ def _captured(model: nn.Module, example: Example, timings: Timings, islands: Isl
             except Exception as error:
                 raise PeftcError(_diagnose(model, error)) from error
             program = _program(exported, asked)
+            fake_mode(program.module.graph).cache_enabled = True  # all blocks are there now, and their nodes are alike
             tell_where(program.module.graph, places)
     with timings.stage("capture"):
         write = record.draft(program)
@@ -289,6 +294,7 @@ def _prepared(model: nn.Module, example: Example) -> Iterator[None]:
         stack.enter_context(patch_attributes([(Distribution, "_validate_args", lambda _own: False)]))
         if (mode := fake_mode_of(model)) is not None:  # else torch.export makes another, which these do not mix with
             stack.enter_context(tracing(TracingContext(mode)))
+            stack.enter_context(disable_fake_tensor_cache(mode))
         stack.enter_context(as_in_eager_mode(model))
         model.train()
         if example.config is not None:

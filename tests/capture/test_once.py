@@ -13,7 +13,7 @@ from peftc.capture.capture import Captured, _captured, capture
 from peftc.capture.inputs import example_inputs
 from peftc.capture.islands import Islands
 from peftc.diagnostics.timings import Timings
-from peftc.graph.ir import tensors
+from peftc.graph.ir import fake_mode, tensors
 from peftc.graph.repeat import STANDS, repeated
 from zoo import ZOO
 
@@ -291,3 +291,13 @@ def test_what_a_block_does_is_seen_and_not_taken_for_granted(name: str) -> None:
     model, x = OTHERS[name](), torch.randn(3, 5, 6)
     found = capture(model, example_inputs(model, x))
     torch.testing.assert_close(found.module(x)[0], model(x), rtol=0, atol=0)
+
+
+def test_shapes_are_kept_again_once_a_model_is_traced() -> None:
+    def tells(_block: Block, y: Tensor) -> Tensor:
+        assert not torch._dynamo.config.fake_tensor_cache_enabled
+        return y
+
+    graph = captured(Stack(tells), {"x": torch.randn(2, 6)}, once=False).module.graph
+    assert torch._dynamo.config.fake_tensor_cache_enabled
+    assert fake_mode(graph).cache_enabled
