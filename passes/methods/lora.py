@@ -15,6 +15,7 @@ from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
 
 from ..sites.conv import Conv, undilated
+from ..sites.embed import TENSORS, Embedding
 
 
 def _each_row_uniform(tensor: Tensor) -> Tensor:
@@ -29,12 +30,13 @@ class LoRA(WeightMethod):
 
     Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
     never formed. At a convolution A is one into r channels that moves as the layer does, with a kernel of its size, and
-    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels.
+    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels. At an
+    embedding A is a table, too, of r numbers a row, and starts with zeros, so that B starts with random numbers.
     """
 
     name = "lora"
     formula = "y = W x + (alpha/r) B A x"
-    site = Linear | Experts | Conv
+    site = Linear | Experts | Conv | Embedding
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
     peft_bias = "lora_only"
@@ -77,6 +79,8 @@ class LoRA(WeightMethod):
     def refuses(self, site: Projection) -> str | None:
         if isinstance(site, Conv):
             return self._refuses_kernel(site)
+        if isinstance(site, Embedding):
+            return self._refuses_table()
         if self.bias and isinstance(site, Experts):
             return "bias=true is for linear layers, and stacked experts add none"
         if self.init == "eva" and isinstance(site, Experts):
@@ -94,7 +98,14 @@ class LoRA(WeightMethod):
             return f"init={self.init} is of a matrix, and a convolution has a kernel"
         return f"r has to be a multiple of {site.groups}, the layer's groups" if self.r % site.groups else None
 
+    def _refuses_table(self) -> str | None:
+        if self.init not in ("kaiming", "gaussian"):
+            return f"init={self.init} is of a matrix that inputs are multiplied by, and here rows of a table are looked up"
+        return "bias=true is for linear layers and convolutions" if self.bias else Embedding.undropped(self.dropout)
+
     def unmergeable_at(self, site: Projection) -> str | None:
+        if isinstance(site, Embedding):
+            return site.unmergeable
         if isinstance(site, Conv) and site.groups > 1:
             return f"A reads all channels, and each of {site.name}'s {site.groups} groups its own alone"
         return None
@@ -113,6 +124,8 @@ class LoRA(WeightMethod):
             ones = (1,) * len(site.kernel)
             shapes = {"A": (self.r, site.n_in, *site.kernel), "B": (site.n_out, self.r // site.groups, *ones)}
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
+        if isinstance(site, Embedding):
+            state = {"A": State(shapes["A"]), "B": State(shapes["B"], torch.nn.init.normal_)}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
         return state | ({"b": State((site.n_out,))} if self.bias else {})
@@ -171,6 +184,8 @@ class LoRA(WeightMethod):
     def rewrite(
         self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, b: Tensor | None = None, here: Here = PLAIN
     ) -> Tensor:
+        if isinstance(site, Embedding):
+            return y + (self.scale * F.linear(site.look_up(x, A), B)).to(y.dtype)
         x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         if isinstance(site, Conv):
             branch, b = site.mix(site.convolve(x, A, groups=1), B), None if b is None else site.beside(b)
@@ -180,9 +195,8 @@ class LoRA(WeightMethod):
         return y + branch.to(y.dtype)
 
     def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank | None:
-        return (
-            None if self.bias or isinstance(site, Conv) else LowRank(state["A"], state["B"], self.scale, self.dropout)
-        )
+        plain = not self.bias and not isinstance(site, Conv | Embedding)
+        return LowRank(state["A"], state["B"], self.scale, self.dropout) if plain else None
 
     def keeps(self, site: Projection) -> int | None:
         return self.r if isinstance(site, Conv) else None
@@ -219,6 +233,9 @@ class LoRA(WeightMethod):
         alpha = self.scale * (math.sqrt(r) if self.rslora else r)
         settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
                     "lora_dropout": self.dropout, "use_dora": False, "lora_bias": self.bias}  # fmt: skip
+        if isinstance(site, Embedding):  # which their dropout passes by
+            del settings["lora_dropout"]
+            return settings, {theirs: state[ours] for theirs, ours in TENSORS.items()}
         moved = {"lora_B.bias": state["b"]} if self.bias else {}
         return settings, {"lora_A.weight": a, "lora_B.weight": b, **moved}
 
@@ -227,12 +244,14 @@ class LoRA(WeightMethod):
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         names = {"lora_A.weight": "A", "lora_B.weight": "B"} | ({"lora_B.bias": "b"} if config.get("lora_bias") else {})
+        is_table = tensors.keys() == TENSORS.keys()
+        names = TENSORS if is_table else names
         if config.get("use_dora") or config.get("kasa_config") is not None or set(tensors) != set(names):
             return None
         values = {
             "r": config.get("r", 8),
             "alpha": config.get("lora_alpha", 8),
-            "dropout": config.get("lora_dropout", 0.0),
+            "dropout": 0.0 if is_table else config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
             "bias": config.get("lora_bias", False),
         }

@@ -152,9 +152,19 @@ def unfit(base: nn.Module, site: Projection) -> str | None:
         own = type(module).forward not in CONVOLVING or module._forward_hooks or module._forward_pre_hooks
         odd = f"pads with {module.padding_mode}" if module.padding_mode != "zeros" else own and "runs its own code"
         return f"it convolves as torch's layers do, with zeros around, and {site.name} {odd}" if odd else None
+    if isinstance(module, nn.Embedding):
+        return _odd_table(module, site.name)
     if site.name != site.path or not isinstance(module, nn.Linear | Conv1D):
         return f"it adapts nn.Linear and Conv1D, and {site.name} is a {type(module).__name__}"
     return None if _is_plain(module) else f"it adapts whole modules, and {site.name} does more than a linear layer"
+
+
+def _odd_table(module: nn.Embedding, name: str) -> str | None:
+    """Why HF PEFT, which looks rows up and multiplies them by `embed_scale`, does else than an embedding; or None."""
+    own = type(module).forward is not nn.Embedding.forward and getattr(module, "embed_scale", None) is None
+    if own or module._forward_hooks or module._forward_pre_hooks:
+        return f"it adapts embeddings that look rows up, and {name} runs its own code"
+    return None
 
 
 def _is_plain(module: nn.Linear | Conv1D) -> bool:
