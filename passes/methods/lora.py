@@ -100,7 +100,7 @@ class LoRA(WeightMethod):
 
     def _refuses_table(self) -> str | None:
         if self.init not in ("kaiming", "gaussian"):
-            return f"init={self.init} is of a matrix that inputs are multiplied by, and here rows of a table are looked up"
+            return f"init={self.init} is of a matrix that multiplies, and here rows of a table are looked up"
         return "bias=true is for linear layers and convolutions" if self.bias else Embedding.undropped(self.dropout)
 
     def unmergeable_at(self, site: Projection) -> str | None:

@@ -69,14 +69,15 @@ class Embedding(Projection):
 
     @classmethod
     def _at(cls, node: fx.Node, table: fx.Node, owner: str) -> Embedding:
-        padding, by_frequency = [*node.args[2:4], *(-1, False)[max(len(node.args) - 2, 0) :]]
+        further: list[Any] = [*node.args[2:4], *(-1, False)[max(len(node.args) - 2, 0) :]]
+        padding, by_frequency = further
         tokens, width = map(int, ir.value(table).shape)
         path = owner.rpartition(".")[0] or owner
         tied = any(user.target is not node.target or user.args[0] is not table for user in table.users)
         return cls(
             path, path, frozenset(cls.own_roles), parameters=(str(table.target),), n_in=tokens, n_out=width,
             weight=str(table.target), owner=owner, transposed=True, tied=tied, uses=(Use(node, node, 1),),
-            padding=None if padding == -1 else int(str(padding)), by_frequency=bool(by_frequency),
+            padding=None if padding == -1 else padding, by_frequency=by_frequency,
         )  # fmt: skip
 
     @classmethod
