@@ -151,6 +151,11 @@ def core(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
     return a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b)
 
 
+def core_keeps(n: int, r: int, taps: int) -> int:
+    """Numbers that the backward pass of `core` with a core needs: that as it is multiplied by a, and the product."""
+    return (r * r * taps if r > 1 else 0) + n * r * taps
+
+
 def _is_parameter(module: fx.GraphModule, operand: Any) -> bool:
     node = isinstance(operand, fx.Node) and operand.op == "get_attr"
     return node and isinstance(ir.get_attribute(module, str(operand.target)), torch.nn.Parameter)
