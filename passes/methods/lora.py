@@ -50,8 +50,9 @@ class LoRA(WeightMethod):
     init: str = param(
         "kaiming",
         "kaiming, gaussian: random A, B = 0; eva: A from the inputs of calibration batches, B = 0; "
-        "pissa: leading singular vectors; olora: leading QR columns; loftq: what rounding the weight to NF4 loses",
-        choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq"),
+        "pissa: leading singular vectors; olora: leading QR columns; loftq: what rounding the weight to NF4 loses; "
+        "mica: B is the singular vectors of the least and stays, A = 0 (2026, arXiv:2604.01694)",
+        choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq", "mica"),
     )
     loftq_iterations: int = param(5, "times that init=loftq rounds and decomposes in turn", min=1)
     bias: bool = param(False, "a trained vector b beside B: y = W x + (alpha/r) (B A x + b)", alias="lora_bias")
@@ -80,14 +81,16 @@ class LoRA(WeightMethod):
         if isinstance(site, Conv):
             return self._refuses_kernel(site)
         if isinstance(site, Embedding):
-            return self._refuses_table()
+            return self._refuses_table(site)
+        if self.init == "mica" and isinstance(site, Experts):
+            return "init=mica is of one matrix, and these are stacked"
         if self.bias and isinstance(site, Experts):
             return "bias=true is for linear layers, and stacked experts add none"
         if self.init == "eva" and isinstance(site, Experts):
             return "init=eva needs each expert's own inputs, which calibration does not tell apart"
         if self.init == "eva" and self.r > site.n_in:
             return f"init=eva needs r <= {site.n_in}, the number of inputs"
-        if self.takes_from_weight and self.r > min(site.n_in, site.n_out):
+        if (self.takes_from_weight or self.init == "mica") and self.r > min(site.n_in, site.n_out):
             return f"init={self.init} needs r <= {min(site.n_in, site.n_out)}, the smaller side of the weight"
         if self.takes_from_weight and site.tied:
             return f"init={self.init} changes the frozen weight, and this one is tied to another layer's"
@@ -98,8 +101,10 @@ class LoRA(WeightMethod):
             return f"init={self.init} is of a matrix, and a convolution has a kernel"
         return f"r has to be a multiple of {site.groups}, the layer's groups" if self.r % site.groups else None
 
-    def _refuses_table(self) -> str | None:
-        if self.init not in ("kaiming", "gaussian"):
+    def _refuses_table(self, site: Embedding) -> str | None:
+        if self.init == "mica" and self.r > min(site.n_in, site.n_out):
+            return f"init=mica needs r <= {min(site.n_in, site.n_out)}, the smaller side of the table"
+        if self.init not in ("kaiming", "gaussian", "mica"):
             return f"init={self.init} is of a matrix that multiplies, and here rows of a table are looked up"
         return "bias=true is for linear layers and convolutions" if self.bias else Embedding.undropped(self.dropout)
 
@@ -126,11 +131,15 @@ class LoRA(WeightMethod):
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
         if isinstance(site, Embedding):
             state = {"A": State(shapes["A"]), "B": State(shapes["B"], torch.nn.init.normal_)}
+        if self.init == "mica":
+            state = {"A": State(shapes["A"]), "B": State(shapes["B"], trainable=False)}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
         return state | ({"b": State((site.n_out,))} if self.bias else {})
 
     def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
+        if self.init == "mica":
+            state["B"].copy_(torch.linalg.svd(weight.float(), full_matrices=False).U[:, -self.r :])
         if not self.takes_from_weight:
             return
         if self.init == "loftq":
@@ -233,6 +242,8 @@ class LoRA(WeightMethod):
         alpha = self.scale * (math.sqrt(r) if self.rslora else r)
         settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
                     "lora_dropout": self.dropout, "use_dora": False, "lora_bias": self.bias}  # fmt: skip
+        if self.init == "mica":
+            settings["init_lora_weights"] = "mica"
         if isinstance(site, Embedding):  # which their dropout passes by
             del settings["lora_dropout"]
             return settings, {theirs: state[ours] for theirs, ours in TENSORS.items()}
@@ -255,7 +266,7 @@ class LoRA(WeightMethod):
             "rslora": config.get("use_rslora", False),
             "bias": config.get("lora_bias", False),
         }
-        if config.get("init_lora_weights") in ("pissa", "olora"):  # beside what this leaves of the weight
+        if config.get("init_lora_weights") in ("pissa", "olora", "mica"):  # what is frozen is theirs
             values["init"] = config["init_lora_weights"]
         return values, {ours: tensors[theirs] for theirs, ours in names.items()}
 
