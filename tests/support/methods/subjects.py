@@ -79,7 +79,7 @@ class Looking(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places, self.head = nn.Embedding(17, 24, padding_idx=2), nn.Embedding(6, 24), nn.Linear(24, 5)
+        self.words, self.places, self.head = nn.Embedding(17, 24, padding_idx=2), nn.Embedding(9, 24), nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         words = (4 * x).long().clamp(0, 16)
