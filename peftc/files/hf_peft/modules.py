@@ -259,6 +259,8 @@ class ModulesReader:
         said = [f"{name}={given}" for name, given in loud.items() if name in counts]
         said += [f"{START}={started}"] if started else []
         kind = f"{self._kind} with {', '.join(said)}" if said else self._kind
+        if place not in self._base and isinstance(self._model.get_submodule(place), nn.MultiheadAttention):
+            raise self._refusal(f"at {place}, a MultiheadAttention, HF PEFT adds what out_proj learned twice")
         raise self._refusal(f"what it holds at {place} ({', '.join(sorted(own))}) is no {kind} that peftc has")
 
     def _state(self, plan: Plan) -> dict[str, Tensor]:

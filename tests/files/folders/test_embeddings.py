@@ -133,6 +133,32 @@ def test_what_does_not_go_there_says_why(spec: str, code: str, words: str) -> No
     assert words in str(raised.value)
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.attn(x, x, x, need_weights=False)[0])
+
+
+def test_torch_s_attention_is_refused_since_what_it_learned_counts_twice_there(tmp_path: Path) -> None:
+    base, x = Attending().eval(), torch.randn(2, 5, 8)
+    theirs: Any = shaken(quietly(peft.get_peft_model, copy.deepcopy(base), peft.LoraConfig(target_modules=["attn"])))
+    quietly(theirs.save_pretrained, tmp_path)
+    held, place = tensors_in(tmp_path), "base_model.model.attn."
+    with torch.no_grad():
+        for weight, inner, times in (
+            (base.attn.in_proj_weight, "", 1),
+            (base.attn.out_proj.weight, "base_layer.out_proj.", 2),
+        ):
+            a, b = (held[f"{place}{inner}lora_{side}.weight"] for side in "AB")
+            weight += times * b @ a  # alpha is r
+        torch.testing.assert_close(base(x), theirs(x), rtol=NEAR, atol=NEAR)
+    with pytest.raises(peftc.PeftcError, match="out_proj learned twice"):
+        peftc.load_peft(Attending(), tmp_path, example=(x,))
+
+
 class Louder(nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
