@@ -11,7 +11,7 @@ from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
-from ..sites.conv import Conv, core, planar
+from ..sites.conv import Conv, core, core_keeps, planar
 
 
 @method
@@ -108,6 +108,13 @@ class LoHa(WeightMethod):
 
     def keeps(self, site: Linear | Conv) -> int | None:
         return 0 if isinstance(site, Conv) else None
+
+    def keeps_dense(self, site: Linear | Conv) -> int:
+        """The two factors and their product, and what the factors are made of."""
+        if not isinstance(site, Conv):
+            return 0
+        cores = 2 * core_keeps(site.n_out, self.r, site.taps) if self.tucker and site.taps > 1 else 0
+        return 3 * math.prod(site.shape) + cores
 
     def unexportable(self, site: Linear | Conv) -> str | None:
         deep = isinstance(site, Conv) and len(site.kernel) > 2

@@ -11,7 +11,7 @@ from peftc.protocol.method import State, method, param
 from peftc.protocol.site import Linear
 from peftc.protocol.stages import WeightMethod
 
-from ..sites.conv import Conv, core, planar
+from ..sites.conv import Conv, core, core_keeps, planar
 
 
 @method
@@ -114,6 +114,16 @@ class LoKr(WeightMethod):
 
     def keeps(self, site: Linear | Conv) -> int | None:
         return 0 if isinstance(site, Conv) else None
+
+    def keeps_dense(self, site: Linear | Conv) -> int:
+        """The kernel, and each side that is a product."""
+        if not isinstance(site, Conv):
+            return 0
+        state = {name: spec.shape for name, spec in self.state(site).items()}
+        (out1, out2), (in1, in2) = (factors(size, self.factor) for size in (site.n_out, site.each))
+        sides = (out1 * in1 if "w1_a" in state else 0) + (out2 * in2 * site.taps if "w2_a" in state else 0)
+        cores = core_keeps(out2, self.r, site.taps) if "t2" in state else 0
+        return math.prod(site.shape) + sides + cores
 
     def unexportable(self, site: Linear | Conv) -> str | None:
         if isinstance(site, Conv) and len(site.kernel) == 1 and "w2" in self.state(site):

@@ -15,6 +15,7 @@ from peftc.protocol.stages import WeightMethod
 from peftc.protocol.storage import Storage
 
 from ..sites.conv import Conv, undilated
+from ..sites.embed import TENSORS, Embedding
 
 
 def _each_row_uniform(tensor: Tensor) -> Tensor:
@@ -29,12 +30,13 @@ class LoRA(WeightMethod):
 
     Stacked experts have A and B each, and the two thin products act on the tokens after routing: W_e + s B_e A_e is
     never formed. At a convolution A is one into r channels that moves as the layer does, with a kernel of its size, and
-    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels.
+    B one whose kernel is a single number. Of a grouped layer B has the groups, while A reads all channels. At an
+    embedding A is a table, too, of r numbers a row, and starts with zeros, so that B starts with random numbers.
     """
 
     name = "lora"
     formula = "y = W x + (alpha/r) B A x"
-    site = Linear | Experts | Conv
+    site = Linear | Experts | Conv | Embedding
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft_type = "LORA"
     peft_bias = "lora_only"
@@ -48,8 +50,9 @@ class LoRA(WeightMethod):
     init: str = param(
         "kaiming",
         "kaiming, gaussian: random A, B = 0; eva: A from the inputs of calibration batches, B = 0; "
-        "pissa: leading singular vectors; olora: leading QR columns; loftq: what rounding the weight to NF4 loses",
-        choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq"),
+        "pissa: leading singular vectors; olora: leading QR columns; loftq: what rounding the weight to NF4 loses; "
+        "mica: B is the singular vectors of the least and stays, A = 0 (2026, arXiv:2604.01694)",
+        choices=("kaiming", "gaussian", "eva", "pissa", "olora", "loftq", "mica"),
     )
     loftq_iterations: int = param(5, "times that init=loftq rounds and decomposes in turn", min=1)
     bias: bool = param(False, "a trained vector b beside B: y = W x + (alpha/r) (B A x + b)", alias="lora_bias")
@@ -77,13 +80,17 @@ class LoRA(WeightMethod):
     def refuses(self, site: Projection) -> str | None:
         if isinstance(site, Conv):
             return self._refuses_kernel(site)
+        if isinstance(site, Embedding):
+            return self._refuses_table(site)
+        if self.init == "mica" and isinstance(site, Experts):
+            return "init=mica is of one matrix, and these are stacked"
         if self.bias and isinstance(site, Experts):
             return "bias=true is for linear layers, and stacked experts add none"
         if self.init == "eva" and isinstance(site, Experts):
             return "init=eva needs each expert's own inputs, which calibration does not tell apart"
         if self.init == "eva" and self.r > site.n_in:
             return f"init=eva needs r <= {site.n_in}, the number of inputs"
-        if self.takes_from_weight and self.r > min(site.n_in, site.n_out):
+        if (self.takes_from_weight or self.init == "mica") and self.r > min(site.n_in, site.n_out):
             return f"init={self.init} needs r <= {min(site.n_in, site.n_out)}, the smaller side of the weight"
         if self.takes_from_weight and site.tied:
             return f"init={self.init} changes the frozen weight, and this one is tied to another layer's"
@@ -94,7 +101,16 @@ class LoRA(WeightMethod):
             return f"init={self.init} is of a matrix, and a convolution has a kernel"
         return f"r has to be a multiple of {site.groups}, the layer's groups" if self.r % site.groups else None
 
+    def _refuses_table(self, site: Embedding) -> str | None:
+        if self.init == "mica" and self.r > min(site.n_in, site.n_out):
+            return f"init=mica needs r <= {min(site.n_in, site.n_out)}, the smaller side of the table"
+        if self.init not in ("kaiming", "gaussian", "mica"):
+            return f"init={self.init} is of a matrix that multiplies, and here rows of a table are looked up"
+        return "bias=true is for linear layers and convolutions" if self.bias else Embedding.undropped(self.dropout)
+
     def unmergeable_at(self, site: Projection) -> str | None:
+        if isinstance(site, Embedding):
+            return site.unmergeable
         if isinstance(site, Conv) and site.groups > 1:
             return f"A reads all channels, and each of {site.name}'s {site.groups} groups its own alone"
         return None
@@ -113,11 +129,17 @@ class LoRA(WeightMethod):
             ones = (1,) * len(site.kernel)
             shapes = {"A": (self.r, site.n_in, *site.kernel), "B": (site.n_out, self.r // site.groups, *ones)}
         state = {"A": State(shapes["A"], start), "B": State(shapes["B"])}
+        if isinstance(site, Embedding):
+            state = {"A": State(shapes["A"]), "B": State(shapes["B"], torch.nn.init.normal_)}
+        if self.init == "mica":
+            state = {"A": State(shapes["A"]), "B": State(shapes["B"], trainable=False)}
         if self.takes_from_weight:
             state |= {f"{name}0": State(shape, trainable=False) for name, shape in shapes.items()}
         return state | ({"b": State((site.n_out,))} if self.bias else {})
 
     def initialise(self, site: Projection, weight: Tensor, state: dict[str, Tensor], here: Here = PLAIN) -> None:
+        if self.init == "mica":
+            state["B"].copy_(torch.linalg.svd(weight.float(), full_matrices=False).U[:, -self.r :])
         if not self.takes_from_weight:
             return
         if self.init == "loftq":
@@ -171,6 +193,8 @@ class LoRA(WeightMethod):
     def rewrite(
         self, site: Projection, x: Tensor, y: Tensor, A: Tensor, B: Tensor, b: Tensor | None = None, here: Here = PLAIN
     ) -> Tensor:
+        if isinstance(site, Embedding):
+            return y + (self.scale * F.linear(site.look_up(x, A), B)).to(y.dtype)
         x = F.dropout(x.to(A.dtype), self.dropout) if self.dropout else x.to(A.dtype)
         if isinstance(site, Conv):
             branch, b = site.mix(site.convolve(x, A, groups=1), B), None if b is None else site.beside(b)
@@ -180,9 +204,8 @@ class LoRA(WeightMethod):
         return y + branch.to(y.dtype)
 
     def low_rank(self, site: Projection, state: Mapping[str, Tensor]) -> LowRank | None:
-        return (
-            None if self.bias or isinstance(site, Conv) else LowRank(state["A"], state["B"], self.scale, self.dropout)
-        )
+        plain = not self.bias and not isinstance(site, Conv | Embedding)
+        return LowRank(state["A"], state["B"], self.scale, self.dropout) if plain else None
 
     def keeps(self, site: Projection) -> int | None:
         return self.r if isinstance(site, Conv) else None
@@ -219,6 +242,11 @@ class LoRA(WeightMethod):
         alpha = self.scale * (math.sqrt(r) if self.rslora else r)
         settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": self.rslora, "bias": "none",
                     "lora_dropout": self.dropout, "use_dora": False, "lora_bias": self.bias}  # fmt: skip
+        if self.init == "mica":
+            settings["init_lora_weights"] = "mica"
+        if isinstance(site, Embedding):  # which their dropout passes by
+            del settings["lora_dropout"]
+            return settings, {theirs: state[ours] for theirs, ours in TENSORS.items()}
         moved = {"lora_B.bias": state["b"]} if self.bias else {}
         return settings, {"lora_A.weight": a, "lora_B.weight": b, **moved}
 
@@ -227,16 +255,18 @@ class LoRA(WeightMethod):
         cls, config: dict[str, Any], module: str, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         names = {"lora_A.weight": "A", "lora_B.weight": "B"} | ({"lora_B.bias": "b"} if config.get("lora_bias") else {})
+        is_table = tensors.keys() == TENSORS.keys()
+        names = TENSORS if is_table else names
         if config.get("use_dora") or config.get("kasa_config") is not None or set(tensors) != set(names):
             return None
         values = {
             "r": config.get("r", 8),
             "alpha": config.get("lora_alpha", 8),
-            "dropout": config.get("lora_dropout", 0.0),
+            "dropout": 0.0 if is_table else config.get("lora_dropout", 0.0),
             "rslora": config.get("use_rslora", False),
             "bias": config.get("lora_bias", False),
         }
-        if config.get("init_lora_weights") in ("pissa", "olora"):  # beside what this leaves of the weight
+        if config.get("init_lora_weights") in ("pissa", "olora", "mica"):  # what is frozen is theirs
             values["init"] = config["init_lora_weights"]
         return values, {ours: tensors[theirs] for theirs, ours in names.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,7 +85,7 @@ class Conv(Projection):
         return {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
 
     @classmethod
-    def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+    def find(cls, module: fx.GraphModule, names: Mapping[str, list[str]]) -> Iterator[Site]:
         found: dict[str, list[fx.Node]] = defaultdict(list)
         for node in module.graph.nodes:
             if node.target in _operations() and _is_parameter(module, node.args[1]):
@@ -149,6 +149,11 @@ def planar(site: Conv) -> tuple[int, ...]:
 def core(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
     """a b, [n, r] by [r, m]; with a core `t` [r, r, *kernel] a kernel [n, m, *kernel], of a [r, n] and b [r, m]."""
     return a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b)
+
+
+def core_keeps(n: int, r: int, taps: int) -> int:
+    """Numbers that the backward pass of `core` with a core needs: that as it is multiplied by a, and the product."""
+    return (r * r * taps if r > 1 else 0) + n * r * taps
 
 
 def _is_parameter(module: fx.GraphModule, operand: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,7 +54,7 @@ class Vocabulary(Site):
         return {"tokens": self.tokens, "width": self.width, "is_head": int(self.is_head)}
 
     @classmethod
-    def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+    def find(cls, module: fx.GraphModule, names: Mapping[str, list[str]]) -> Iterator[Site]:
         aten = torch.ops.aten
         found = [
             node for node in module.graph.find_nodes(op="call_function", target=aten.embedding.default)

@@ -40,10 +40,10 @@ def merge(compiled: Runtime) -> nn.Module:
         raise PeftcError(*problems)
     plan = compiled.plan
     model = copy.deepcopy(compiled.base, remembered(compiled.base))
-    by_weight: dict[str, list[Binding]] = defaultdict(list)
+    by_weight: dict[tuple[str, str], list[Binding]] = defaultdict(list)  # of what is tied each reader has its own
     for binding in plan.bindings:
         assert isinstance(binding.site, Projection)
-        by_weight[binding.site.weight].append(binding)
+        by_weight[binding.site.weight, binding.site.owner].append(binding)
     with torch.no_grad():
         whole = (*plan.trained, *compiled.watch.unplanned(compiled))
         for name in whole:
@@ -51,7 +51,7 @@ def merge(compiled: Runtime) -> nn.Module:
                 get_attribute(model, alias).copy_(get_attribute(compiled, name))
         for name in plan.packed:
             write(compiled, model, name, frozen_weight(compiled, plan, name))
-        for weight, bindings in by_weight.items():
+        for (weight, _), bindings in by_weight.items():
             _fold(compiled, model, weight, bindings)
         sites = [bindings[0].site for bindings in by_weight.values()]
         folded = {site.weight: site.owner for site in sites if isinstance(site, Projection)}

@@ -126,6 +126,11 @@ def module_path(node: fx.Node) -> str:
     return "" if path == NOWHERE else path
 
 
+def own_name(tensor: str, module: str, aliases: Mapping[str, list[str]]) -> str:
+    """Of a tied tensor's names, the one that belongs to the module at hand."""
+    return next((name for name in aliases.get(tensor, []) if name.rpartition(".")[0] == module), tensor)
+
+
 def block_of(node: fx.Node, blocks: Container[str]) -> str | None:
     """Which of `blocks`, paths of modules, computes `node`: of several that lie in one another, the outermost."""
     paths = (str(path).partition("@")[0] for path, _ in (node.meta.get(STACK) or {}).values())

@@ -61,7 +61,9 @@ LORA_CONFIG = {
     ),
     "inference_mode": Word("", "a compiled model follows train() and eval()"),
     "fan_in_fan_out": Word("", "how a weight is stored is seen in the graph"),
-    "init_lora_weights": Word("lora(init=pissa)", "kaiming (True), gaussian, eva, pissa, olora or loftq", ("init",)),
+    "init_lora_weights": Word(
+        "lora(init=pissa)", "kaiming (True), gaussian, eva, pissa, olora, loftq or mica", ("init",)
+    ),
     "use_rslora": Word("lora(rslora=true)", parameters=("rslora",)),
     "use_dora": Word("apply dora(r=8) to attn.q, attn.v", "a method of its own"),
     "use_qalora": Word("apply qalora(r=8) to attn.q, attn.v", "a method of its own"),

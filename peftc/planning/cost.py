@@ -182,7 +182,14 @@ def _kept_by_branch(binding: Binding, needed: dict[fx.Node, None], replaced: dic
             needed[node] = None
     # At a block all that is read goes into one product after the other; elsewhere each use is a branch of its own.
     branches = read[:1] if isinstance(site, Block) else read
-    return [Kept(site.narrow(x, narrow), max(value(x).element_size(), 4)) for x in branches if narrow]
+    made = [Kept(site.narrow(x, narrow), _element(x)) for x in branches if narrow]
+    dense = binding.method.keeps_dense(site)
+    return made + [Kept((dense,), 4) for _ in branches if dense]
+
+
+def _element(x: fx.Node) -> int:
+    """Bytes of a number that a branch makes of x, which learns in fp32 at least; what is looked up by is no number."""
+    return max(value(x).element_size(), 4) if value(x).is_floating_point() else 4
 
 
 def _whole(node: fx.Node) -> Kept:

@@ -35,11 +35,6 @@ class Stage(enum.IntEnum):
     WEIGHT, OUTPUT, MODULE, ATTENTION, SEQUENCE = 1, 2, 3, 4, 5
 
 
-def zeros(tensor: Tensor) -> Tensor:
-    """The start of what changes nothing."""
-    return torch.nn.init.zeros_(tensor)
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ."""
     return F.linear(x, weight)
@@ -62,7 +57,7 @@ class State:
     """
 
     shape: tuple[int, ...]
-    init: Init = zeros
+    init: Init = lambda tensor: torch.nn.init.zeros_(tensor)
     trainable: bool = True
     dtype: torch.dtype | None = None
     below: int | None = None
@@ -282,6 +277,10 @@ class _Acting:
     def keeps(self, site: Any) -> int | None:
         """Features a token that the rewrite keeps for the backward pass; None where its narrow products are all."""
         return None
+
+    def keeps_dense(self, site: Any) -> int:
+        """Numbers that it keeps besides, each time the site is used: of dense matrices that it makes of its state."""
+        return 0
 
     def extend(self, *given: Any, **operands: Any) -> tuple[Tensor, Tensor]:
         """See `AttentionMethod`."""

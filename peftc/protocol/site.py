@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -69,11 +69,11 @@ class Site:
         return {}
 
     @classmethod
-    def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+    def find(cls, module: fx.GraphModule, names: Mapping[str, list[str]]) -> Iterator[Site]:
         """Every place of this kind in a captured graph; those of `peftc.protocol.site` are found by `peftc.roles`.
 
         Nodes have their fake value in `meta["val"]`; `peftc.graph.ir` has what reads them. Operations are ATen's, as
-        `torch.export` leaves them before anything is decomposed.
+        `torch.export` leaves them, not decomposed. `names`: all that the model calls each parameter of the graph.
         """
         return iter(())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -110,14 +110,14 @@ class Sites:
         ]
 
 
-def further(module: fx.GraphModule, taken: set[str]) -> Iterator[Site]:
+def further(module: fx.GraphModule, taken: set[str], names: Mapping[str, list[str]]) -> Iterator[Site]:
     """What the kinds of site find that have a file of their own.
 
     Raises:
         ValueError: where a site has the name of another, or no word of its kind.
     """
     for kind in site_kinds():
-        for site in kind.find(module):
+        for site in kind.find(module, names):
             if site.name in taken:
                 raise ValueError(f"{kind.__name__}.find calls a site {site.name!r}, as another is called")
             if site.roles.isdisjoint(kind.own_roles):

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from peftc.capture.capture import Captured
-from peftc.graph.ir import get_attribute, module_path, value
+from peftc.graph.ir import get_attribute, module_path, own_name, value
 from peftc.graph.rows import Known, feature_rows, path_between, runs_along
 from peftc.kernels.island import Island
 from peftc.protocol.site import Attention, AttentionPattern, Experts, Linear, Parameters, Site, Sublayer
@@ -29,7 +29,7 @@ from peftc.roles.attention.heads import attention_facts
 from peftc.roles.attention.linear import FURTHER, linear_roles
 from peftc.roles.counting import with_limits
 from peftc.roles.flow import ACTIVATIONS, attentions, before_routing, nearest, residual_value, value_flow
-from peftc.roles.parameters import CONVOLUTIONS, existing_parameters, own_name
+from peftc.roles.parameters import CONVOLUTIONS, existing_parameters
 from peftc.roles.products import Inside, Product, inside_islands, products
 from peftc.roles.residual import Crossing, block_sites
 from peftc.roles.search import Search
@@ -83,7 +83,8 @@ class _Finder:
         whole = block_sites(self.module.graph, self.flow, self.blocks, self._is_product, self.crossing)
         items += existing_parameters(self.module, whole, self.aliases)
         alone = {site.name for site in items if isinstance(site, Parameters)}
-        more = {site.name: site for site in further(self.module, {site.name for site in items} - alone)}
+        taken = {site.name for site in items} - alone
+        more = {site.name: site for site in further(self.module, taken, self.aliases)}
         items = [*(more.pop(site.name, site) for site in items), *more.values()]  # more than mere parameters
         sizes = {
             str(node.target): get_attribute(self.module, str(node.target)).numel()

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from peftc.graph.ir import is_tensor, module_path, value
+from peftc.graph.ir import is_tensor, module_path, own_name, value
 from peftc.kernels.island import Island, island_of, own_tensors
 from peftc.protocol.site import Block, Parameters, Site
 from peftc.roles.products import CASTS, SLICES, parameter_of
@@ -52,11 +52,6 @@ def existing_parameters(module: fx.GraphModule, blocks: list[Block], aliases: di
     for node in module.graph.nodes:
         found += _in_island(node) if isinstance(node.target, Island) else _at(node, aliases)
     return _merged([*found, *blocks])
-
-
-def own_name(tensor: str, module: str, aliases: dict[str, list[str]]) -> str:
-    """Of a tied tensor's names, the one that belongs to the module at hand."""
-    return next((name for name in aliases.get(tensor, []) if name.rpartition(".")[0] == module), tensor)
 
 
 def _in_island(node: fx.Node) -> Iterator[Site]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peftc
 from peftc.driver.calibration import read_batches
 from peftc.files.hf_peft import folder as peft_folder
-from peftc.files.hf_peft.modules import unfit
+from peftc.files.hf_peft.places.layers import unfit
 from peftc.protocol.site import Projection
 
 BASE = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))

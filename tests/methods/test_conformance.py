@@ -36,9 +36,11 @@ from variants import (
     ARCHITECTURES,
     CONV,
     DEFAULTS,
+    EMBEDDING,
     EXPERTS,
     KERNELS,
     MIXTURES,
+    TABLES,
     VARIANTS,
     built,
     chosen,
@@ -56,10 +58,13 @@ ON_EXPERTS = [v for v in VARIANTS if Experts in kinds(built(v)) and not built(v)
 QUICK += [("mixtral", variant) for variant in ON_EXPERTS if default(variant)]
 ON_KERNELS = [v for v in VARIANTS if CONV in kinds(built(v)) and not built(v).refuses(KERNELS[0])]
 QUICK += [("convolved", variant) for variant in ON_KERNELS if default(variant)]
+ON_TABLES = [v for v in VARIANTS if EMBEDDING in kinds(built(v)) and not built(v).refuses(TABLES[0])]
+QUICK += [("looking", variant) for variant in ON_TABLES if default(variant)]
 FULL = [(home(variant), variant) for variant in VARIANTS]
 FULL += [(name, variant) for name in ARCHITECTURES for variant in DEFAULTS]
 FULL += [("gpt2", variant) for variant in VARIANTS if chosen(variant) and not isinstance(built(variant), Combinator)]
 FULL += [("convolved", variant) for variant in ON_KERNELS]
+FULL += [("looking", variant) for variant in ON_TABLES]
 FULL += [(name, variant) for name in MIXTURES for variant in ON_EXPERTS]
 # Refused, since the input of a slice is that of the weight's other rows, too: tests/spec/plan/ia3-input-on-slice.peft.
 REFUSED = {("gpt2", "ia3(on=input)")}

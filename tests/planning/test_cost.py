@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import peftc
-from autograd import BATCH, SEQ, saved_bytes
+from autograd import BATCH, SEQ, saved_bytes, saving
 from marks import first_is_quick
 from peftc.planning.memory import formatted_bytes
+from subjects import Convolved
 from zoo import ZOO
 
 
 @pytest.mark.parametrize(
-    "spec", first_is_quick(["apply lora(r=4) to attn.*, mlp.*", 'train "**"', "apply ladder to block"])
+    "spec",
+    first_is_quick(
+        ["apply lora(r=4) to attn.*, mlp.*", 'train "**"', "apply ladder to block", "apply lora(r=4) to embed"]
+    ),
 )
 @pytest.mark.parametrize("name", first_is_quick(["llama", "opt", "bert", "gpt2", "mixtral"]))
 def test_activations_are_what_autograd_keeps(name: str, spec: str) -> None:
@@ -23,6 +28,28 @@ def test_activations_are_what_autograd_keeps(name: str, spec: str) -> None:
     compiled = peftc.compile(ZOO[name](), spec)
     compiled.eval()
     assert compiled.plan.memory(BATCH, SEQ).activations == pytest.approx(saved_bytes(compiled), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "lora(r=2)",
+        "loha(r=2)",
+        "loha(r=2, tucker=true)",
+        "loha(r=1, tucker=true)",
+        "lokr(r=2)",
+        "lokr(r=1)",
+        "lokr(r=1, tucker=true)",
+        "lokr(r=1, decompose_both=true, factor=3)",
+    ],
+)
+def test_at_convolutions_it_is_all_that_autograd_keeps(call: str) -> None:
+    """Kernels that are made of factors, too, whatever the batch; what the caller gives is the caller's."""
+    x = torch.randn(3, 4, 6, 5)
+    compiled = peftc.compile(Convolved(), f"apply {call} to conv", example=(x,)).eval()
+    with saving(compiled, x) as kept:
+        compiled(x)
+    assert compiled.plan.memory(3, 6).activations == sum(kept.values())
 
 
 def test_weights_gradients_and_optimiser_state_are_exact() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,7 +267,7 @@ def test_kinds_of_site() -> None:
 
     class Somewhere(Nowhere):
         @classmethod
-        def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+        def find(cls, module: fx.GraphModule, names: Mapping[str, list[str]]) -> Iterator[Site]:
             return iter(())
 
         def reads(self) -> tuple[fx.Node, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -41,7 +41,7 @@ class Activation(Site):
     own_roles = ("activation",)
 
     @classmethod
-    def find(cls, module: fx.GraphModule) -> Iterator[Site]:
+    def find(cls, module: fx.GraphModule, names: Mapping[str, list[str]]) -> Iterator[Site]:
         for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
             yield cls(cls.called(node), "", frozenset({"activation"}), x=node.all_input_nodes[0], y=node)
 

@@ -1,5 +1,8 @@
 """What autograd keeps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from peftc import CompiledModule
@@ -13,7 +16,16 @@ def saved_bytes(compiled: CompiledModule) -> int:
     labels = (
         ids if "ForCausalLM" in compiled.plan.sites.model or "LMHead" in compiled.plan.sites.model else ids[:, 0] % 2
     )
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*compiled.parameters(), *compiled.buffers())}
+    with saving(compiled) as kept:
+        loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    loss.backward()
+    return sum(kept.values())
+
+
+@contextmanager
+def saving(compiled: CompiledModule, *others: torch.Tensor) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that is kept meanwhile and belongs neither to the model nor to `others`."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*compiled.parameters(), *compiled.buffers(), *others)}
     kept: dict[int, int] = {}
     alive = []
 
@@ -25,6 +37,4 @@ def saved_bytes(compiled: CompiledModule) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-    loss.backward()
-    return sum(kept.values())
+        yield kept

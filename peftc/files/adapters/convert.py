@@ -56,7 +56,7 @@ def _comments(place: Path, config: Mapping[str, Any]) -> list[str]:
     lines += [f"base model: {name}" for name in [config.get("base_model_name_or_path")] if name]
     lines += [f"for: {kind}" for kind in [config.get("task_type")] if kind]
     started = config.get("init_lora_weights", True)
-    if started not in (True, False, None, *OF_THE_WEIGHT):
+    if started not in (True, False, None, "mica", *OF_THE_WEIGHT):
         lines.append(f"no counterpart: init_lora_weights={started}, by which it started")
     for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "revision"):
         if config.get(name):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftc.diagnostics.source import Span
-from peftc.files.hf_peft.experts import A, B
+from peftc.files.hf_peft.places.experts import A, B
 from peftc.graph.ir import get_attribute
 from peftc.planning.plan import Binding
 from peftc.protocol.method import LowRank

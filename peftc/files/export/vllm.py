@@ -21,9 +21,10 @@ from peftc.files.errors import BadOutput
 from peftc.files.export.branches import Change, changes_of
 from peftc.files.export.errors import AS_MERGED, NotInVllm
 from peftc.files.folder import replacing
-from peftc.files.hf_peft.experts import A, B
-from peftc.files.hf_peft.modules import PREFIX, unfit
+from peftc.files.hf_peft.modules import PREFIX
 from peftc.files.hf_peft.names import Names, saying
+from peftc.files.hf_peft.places.experts import A, B
+from peftc.files.hf_peft.places.layers import unfit
 from peftc.files.merge import merge
 from peftc.protocol.site import Linear
 from peftc.runtime.module import Runtime

@@ -22,8 +22,9 @@ from peftc.diagnostics.reading import read_file
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.folder import current, steadily, write_folder
 from peftc.files.hf_peft.card import CARD, card, is_ours
-from peftc.files.hf_peft.modules import ModulesReader, modules_folder, unfit
+from peftc.files.hf_peft.modules import ModulesReader, modules_folder
 from peftc.files.hf_peft.norms import NORMS, has_norms, norms_folder, read_norms
+from peftc.files.hf_peft.places.layers import unfit
 from peftc.files.hf_peft.saved import (
     SAVED,
     TYING,

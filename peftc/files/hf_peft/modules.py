@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
 from functools import cached_property
@@ -10,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.files.errors import BadArtifact, CannotExport
 from peftc.files.hf_peft import biases, groups
-from peftc.files.hf_peft import experts as expertfolders
-from peftc.files.hf_peft.experts import WRAPPED
 from peftc.files.hf_peft.kinds import about
 from peftc.files.hf_peft.names import FEEDFORWARD, Names, key_for, pattern_of, saying
+from peftc.files.hf_peft.places import experts as expertfolders
+from peftc.files.hf_peft.places.experts import WRAPPED
+from peftc.files.hf_peft.places.layers import unfit
 from peftc.files.hf_peft.saved import tells_kind
 from peftc.files.hf_peft.spec import OF_THE_WEIGHT, applied, of_kind, trained
-from peftc.graph.ir import get_attribute, module_path
+from peftc.graph.ir import get_attribute
 from peftc.language import Statement
 from peftc.planning.plan import Binding, Plan
 from peftc.protocol.method import Method, methods
@@ -32,8 +30,6 @@ from peftc.runtime.module import Runtime
 PREFIX = "base_model.model."
 ROOT = "base_model."  # of what all modules share
 START = "init_lora_weights"
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CONVOLVING = {layer.forward for layer in CONVOLUTIONS}
 PROJECTIONS = "save_projection"  # whether that is in the folder; else it is drawn again
 
 
@@ -137,57 +133,6 @@ def _check_names(compiled: Runtime, config: dict[str, Any], said: dict[str, dict
                 raise PeftcError(CannotExport(reason=reason, span=binding.span))
 
 
-def unfit(base: nn.Module, site: Projection) -> str | None:
-    """Why HF PEFT, which wraps a layer or a module's parameter where it is called, cannot adapt `site`; or None."""
-    if isinstance(site, Experts):
-        if "." not in site.name:
-            return f"it adapts no parameter of the model itself, as {site.name} is"
-        return expertfolders.misread(base, site)
-    if site.within:
-        return f"it adapts modules where they are called, and what calls {site.name} runs its own code"
-    if any(module_path(use.op) != site.path for use in site.uses):
-        return f"it adapts modules where they are called, and another part of the model reads the weight of {site.name}"
-    module = base.get_submodule(site.path)
-    if isinstance(module, CONVOLUTIONS):
-        own = type(module).forward not in CONVOLVING or module._forward_hooks or module._forward_pre_hooks
-        odd = f"pads with {module.padding_mode}" if module.padding_mode != "zeros" else own and "runs its own code"
-        return f"it convolves as torch's layers do, with zeros around, and {site.name} {odd}" if odd else None
-    if site.name != site.path or not isinstance(module, nn.Linear | Conv1D):
-        return f"it adapts nn.Linear and Conv1D, and {site.name} is a {type(module).__name__}"
-    return None if _is_plain(module) else f"it adapts whole modules, and {site.name} does more than a linear layer"
-
-
-def _is_plain(module: nn.Linear | Conv1D) -> bool:
-    """Whether a linear layer computes x Wᵀ + b and nothing else, as seen from outside, hooks and all."""
-    forward = type(module).forward
-    if forward in (nn.Linear.forward, Conv1D.forward) and not module._forward_hooks and not module._forward_pre_hooks:
-        return True
-    try:
-        return _computes_a_line(_with_numbers(module))
-    except Exception:  # whatever its own code wants of its input, it is more than that
-        return False
-
-
-def _computes_a_line(module: nn.Linear | Conv1D) -> bool:
-    weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[1], generator=generator).to(weight)
-    with torch.no_grad():
-        return torch.allclose(module(x), linear(x, weight, module.bias), rtol=1e-4, atol=1e-5)
-
-
-def _with_numbers(module: nn.Linear | Conv1D) -> nn.Linear | Conv1D:
-    """The module, or, where its weight was left in the checkpoint, one that is like it, of other numbers."""
-    if not module.weight.is_meta:
-        return module
-    twin = copy.deepcopy(module).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return twin
-
-
 class ModulesReader:
     """Reads a method that adapts modules one by one, as HF PEFT would put it onto `model`.
 
@@ -281,7 +226,9 @@ class ModulesReader:
             self._learned[name] = tensor
             return True
         if not torch.equal(base.detach().cpu(), tensor.to(base.dtype)):
-            raise self._refusal(f"its {key} is another than the base model's")
+            rows = f", of {len(tensor)} rows: model.resize_token_embeddings({len(tensor)}) makes room"
+            larger = rows if tensor.shape[1:] == base.shape[1:] and tensor.shape != base.shape else ""
+            raise self._refusal(f"its {key} is another than the base model's{larger}")
         return True
 
     @cached_property
@@ -312,6 +259,8 @@ class ModulesReader:
         said = [f"{name}={given}" for name, given in loud.items() if name in counts]
         said += [f"{START}={started}"] if started else []
         kind = f"{self._kind} with {', '.join(said)}" if said else self._kind
+        if place not in self._base and isinstance(self._model.get_submodule(place), nn.MultiheadAttention):
+            raise self._refusal(f"at {place}, a MultiheadAttention, HF PEFT adds what out_proj learned twice")
         raise self._refusal(f"what it holds at {place} ({', '.join(sorted(own))}) is no {kind} that peftc has")
 
     def _state(self, plan: Plan) -> dict[str, Tensor]:

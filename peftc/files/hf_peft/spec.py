@@ -29,11 +29,15 @@ NAMING = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", 
 OF_THE_WEIGHT = ("pissa", "olora")
 # Of others, what is as good as nothing. The other starts of LoRA that are here leave the base model's weights alone.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", *OF_THE_WEIGHT),
+    "init_lora_weights": (True, "gaussian", "eva", "mica", "orthogonal", *OF_THE_WEIGHT),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "modules_to_save": ([],),
 }
+
+
+# Of further ones the folder is half: A and B stand beside weights that the start changed, by data or by random numbers.
+CHANGED = ("corda", "lora_ga", "loftq", "pissa_niter")
 
 
 def of_kind(kind: Any) -> list[type[Method]]:
@@ -46,7 +50,8 @@ def unknown(config: Mapping[str, Any], read: Iterable[str]) -> str | None:
     known = IDLE | NAMING | {*read}
     for name, given in config.items():
         if name not in known and given not in (None, False, *PLAIN.get(name, ())):
-            return f"{name}={given}"
+            half = name == "init_lora_weights" and str(given).startswith(CHANGED)
+            return f"{name}={given}" + (" (beside weights that this start has changed, and it lacks)" if half else "")
     return None
 
 

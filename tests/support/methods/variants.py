@@ -40,8 +40,9 @@ LIKELY = (
     *(Sublayer(name, "", frozenset({name}), width=24, entry_width=24) for name in ("attn", "mlp")),
 )
 EXPERTS = Experts("experts", "", frozenset({"expert"}), n_out=48, n_in=32, experts=4)
-CONV: Any = next(kind for kind in site_kinds() if kind.__name__ == "Conv")  # of a file under `passes`
-KERNELS = CONV.samples()
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in site_kinds()}  # of files under `passes`
+CONV, EMBEDDING = KINDS["Conv"], KINDS["Embedding"]
+KERNELS, TABLES = CONV.samples(), EMBEDDING.samples()
 # How a call is spelt small where its default is too large for models this small.
 SMALL = {"phm": "(n=2)"}
 # What a method is told of these models' inputs.
@@ -151,6 +152,8 @@ def statement_on(name: str, variant: str) -> str:
     if name == "convolved":
         grouped = any(isinstance(site, CONV) and site.groups > 1 and built(variant).refuses(site) for site in KERNELS)
         return f"apply {variant} to conv" + (" where groups <= 1" if grouped else "")
+    if name == "looking":
+        return f"apply {variant} to embed"
     return f"apply {variant} to {PLACES[Experts]}" if name in MIXTURES else statement(variant)
 
 
