@@ -38,7 +38,7 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) * self.scale
+        return torch.mul(self.layer(x), self.scale)
 
 
 def test_a_single_number_that_learns_is_refused() -> None:
