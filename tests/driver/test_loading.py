@@ -76,8 +76,10 @@ def check_parts(folder: Path, dtype: str | None = None, least: int = 1) -> tuple
     mine, shapes = tensors(model), tensors(skeleton)
     left = [name for name, tensor in mine.items() if tensor.is_meta]
     assert len(left) >= least
+    names = {name: group for group in ties(skeleton) for name in group}
     for name, tensor in tensors(whole).items():
-        read = checkpoint.checkpoint.read(name) if mine[name].is_meta else mine[name]
+        there = next((one for one in names.get(name, ()) if one in checkpoint.checkpoint), name)  # of tied ones one is
+        read = checkpoint.checkpoint.read(there) if mine[name].is_meta else mine[name]
         assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(read, tensor), name
         fake = shapes[name]
