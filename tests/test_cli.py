@@ -256,6 +256,12 @@ def test_mistakes_end_in_a_diagnostic(
     assert "Traceback" not in err
 
 
+def test_a_text_where_a_file_is_expected_is_known(run: Run) -> None:
+    status, _, err = run("check", "apply lora(r=8) to attn.q")
+    assert status == 1
+    assert "a spec is a file here: write its text into one" in err
+
+
 @pytest.mark.parametrize("arguments", [["compile"], ["plan", "a", "b", "--batch", "0"], ["nonsense"], []])
 def test_wrong_usage_ends_with_two(run: Run, arguments: list[str]) -> None:
     status, _, err = run(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ def _column(text: str) -> tuple[str, str]:
     field, equals, column = text.partition("=")
     if not (field and equals and column):
         raise ArgumentTypeError(f"expects FIELD=COLUMN, such as completion=reply, not {text!r}")
+    if re.search(r",\w+=", column):
+        raise ArgumentTypeError(f"has spaces between several: {text.replace(',', ' ')}")
     return field, column
 
 

@@ -275,6 +275,11 @@ class UnreadableFile(Diagnostic):
     def title(self) -> str:
         return f"cannot read '{self.path}': {self.reason}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        is_text = self.span is None and len(self.path.split()) > 1 and not self.path.endswith(".peft")
+        return ("a spec is a file here: write its text into one; in Python text is taken, too",) if is_text else ()
+
 
 class UseEscapes(Diagnostic):
     code = "use-outside"

@@ -172,12 +172,16 @@ def gathered(
         task: what the model is for, where that is said: a text with a label may be learnt as a text alone.
 
     Raises:
-        PeftcError: `bad-data` for every record that is wrong, `unknown-columns`, `no-data`.
+        PeftcError: `bad-data` for every record that is wrong, once for a column that none has, `unknown-columns`,
+            `no-data`.
     """
     problems: list[Diagnostic] = []
+    unnamed: list[Diagnostic] = []  # of records before any has the columns that are named
     records: list[Record] = []
     shape: Shape | None = None
     for record in (each for _, source in sources for each in source):
+        if shape is None and len(unnamed) >= MOST_MISTAKES:
+            break
         if len(problems) >= MOST_MISTAKES:
             problems.append(TooManyMistakes(limit=MOST_MISTAKES))
             break
@@ -186,17 +190,21 @@ def gathered(
             continue
         if lacking := [own for own in columns.values() if own not in record.fields]:
             known = f"there are {', '.join(map(str, record.fields))}"
-            problems.append(record.wrong(f"there is no column {lacking[0]!r}, which --columns names", hint=known))
+            lacks = record.wrong(f"there is no column {lacking[0]!r}, which --columns names", hint=known)
+            (unnamed if shape is None else problems).append(lacks)
             continue
         fields = {**record.fields, **{to: record.fields[own] for to, own in columns.items()}}
         named = Record(record.file, record.line, fields, record.text)
         if shape is None:
             shape = _shape_of(named, columns, task)
+            problems += unnamed
         if (problem := _missing(shape, named) or shape.problem(named)) is not None:
             problems.append(problem)
         else:
             kept = {name: fields[name] for name in (*shape.fields, *shape.optional) if name in fields}
             records.append(Record(record.file, record.line, kept))
+    if shape is None:
+        problems += unnamed[:1]
     if problems:
         raise PeftcError(*problems)
     names = ", ".join(name for name, _ in sources)

@@ -72,6 +72,20 @@ def test_columns_that_say_nothing_are_answered_with_their_own_names(
     assert hint in raised.value.diagnostics[0].notes[-1]
 
 
+@pytest.mark.parametrize(("named", "told"), [((), 1), ((0, 1, 2), 0), ((2,), 2), ((0,), 2)])
+def test_a_column_that_no_record_has_is_one_mistake(named: tuple[int, ...], told: int, tmp_path: Path) -> None:
+    """Where some have it, each other one is told."""
+    file = tmp_path / "data.jsonl"
+    records = [{"ask" if place in named else "asks": "a", "reply": "b"} for place in range(3)]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    if not told:
+        assert len(data(file, prompt="ask", completion="reply").records) == 3
+        return
+    with pytest.raises(PeftcError) as raised:
+        data(file, prompt="ask", completion="reply")
+    assert str(raised.value).count("there is no column 'ask', which --columns names") == told
+
+
 def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
     file = lines(tmp_path / "d.jsonl", {"question": "a", "reply": "b"})
     with pytest.raises(PeftcError, match="--columns prompt=question"):
