@@ -44,9 +44,7 @@ def shard(
     for item in compiled.plan.packed.values():
         for full in item.buffers:
             _as_parameter(compiled, full)
-    if mesh is None:
-        kind = found.type if (found := torch.accelerator.current_accelerator()) is not None else "cpu"
-        mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    mesh = of_all() if mesh is None else mesh
     _as_on_the_first(compiled, mesh)
     numbers = {parameter for parameter in compiled.parameters() if not parameter.ndim}
     given: dict[str, Any] = {"mesh": mesh, "ignored_params": numbers}
@@ -79,6 +77,12 @@ def refuse(plan: Plan) -> None:
             problems.append(NotOnParts(what=held.name, reason=reason, span=plan.trained.get(held.name)))
     if problems:
         raise PeftcError(*problems)
+
+
+def of_all() -> DeviceMesh:
+    """The mesh of all processes, on accelerators where there are some."""
+    found = torch.accelerator.current_accelerator()
+    return init_device_mesh("cpu" if found is None else found.type, (dist.get_world_size(),))
 
 
 def blocks_alone(compiled: CompiledModule) -> list[str]:

@@ -25,7 +25,7 @@ from peftc.capture.inputs import example_inputs
 from peftc.diagnostics.diagnostic import PeftcError
 from peftc.diagnostics.timings import Timings
 from peftc.distributed.errors import NotOnParts
-from peftc.distributed.fsdp import refuse, shard
+from peftc.distributed.fsdp import of_all, refuse, shard
 from peftc.driver.calibration import refuse_without_data
 from peftc.driver.compiled import CompiledModule
 from peftc.driver.loading import leaving
@@ -86,12 +86,13 @@ def compile_sharded(
 
     plan = leaving(reference, checkpoint, intentions, make_example, timings, everything=True)
     refuse(plan)
+    mesh = of_all() if mesh is None else mesh
     compiled = build(plan, timings, fuse=fuse, unread=True)
     _without_numbers(compiled)
     _at_home(compiled, mesh)
     shard(compiled, mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload_policy)
     with timings.stage("load"):
-        _read_parts(compiled)
+        _read_parts(compiled, mesh.device_type)
     return compiled
 
 
@@ -108,18 +109,17 @@ def _without_numbers(compiled: CompiledModule) -> None:
     compiled.settle()
 
 
-def _at_home(compiled: CompiledModule, mesh: DeviceMesh | None) -> None:
+def _at_home(compiled: CompiledModule, mesh: DeviceMesh) -> None:
     """The graphs make their constants where the parts will be."""
-    found = torch.accelerator.current_accelerator() if mesh is None else torch.device(mesh.device_type)
-    if found is None or found.type == "cpu":
+    if mesh.device_type == "cpu":
         return
-    device = torch.device(found.type, torch.accelerator.current_device_index())
+    device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
     for module in list(compiled.modules()):
         if isinstance(module, fx.GraphModule):
             move_constants(module, torch.device("cpu"), device)
 
 
-def _read_parts(compiled: CompiledModule) -> None:
+def _read_parts(compiled: CompiledModule, device: str) -> None:
     """Reads each weight that has no numbers yet, and keeps this process's part."""
     names: dict[int, list[str]] = defaultdict(list)
     parts: dict[str, Tensor] = {}
@@ -127,7 +127,6 @@ def _read_parts(compiled: CompiledModule) -> None:
         names[id(tensor)].append(name)
         if (tensor.to_local() if isinstance(tensor, DTensor) else tensor).is_meta:
             parts[name] = tensor
-    device = next(part.device_mesh.device_type for part in compiled.parameters() if isinstance(part, DTensor))
     for name, whole in _wholes(compiled, parts):
         part = parts[name]
         own = _part(whole, part) if isinstance(part, DTensor) else whole.to(device)

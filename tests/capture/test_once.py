@@ -132,6 +132,11 @@ def test_numbers_are_those_of_the_model(use: Callable[[Block, Tensor], Tensor]) 
 def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
     use: Callable[[Block, Tensor], Tensor], stood: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert standing(Stack(use), monkeypatch) == [stood]
+
+
+def standing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many blocks one node stands, where the model is captured so."""
     seen: list[int] = []
 
     def counting(graph: fx.Graph, own: dict[str, Tensor]) -> Any:
@@ -139,9 +144,29 @@ def test_blocks_run_once_unless_they_look_at_what_tells_them_apart(
         return repeated(graph, own)
 
     monkeypatch.setattr("peftc.capture.capture.repeated", counting)
-    model = Stack(use)
     capture(model, example_inputs(model, torch.randn(3, 5, 6)))
-    assert seen == [stood]
+    return seen
+
+
+class Noted(Block):
+    """The first ones have a part that others have not, and in it a number of their own."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index, equal)
+        if index < 2:
+            self.note = nn.Identity()
+            self.note.number = index  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if hasattr(self, "note") else 3)
+
+
+def test_blocks_of_a_group_may_have_other_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Stack(equal), torch.randn(3, 5, 6)
+    model.blocks = nn.ModuleList(Noted(index) for index in range(5))
+    assert standing(model, monkeypatch) == [3]
+    found = capture(model, example_inputs(model, x))
+    torch.testing.assert_close(found.module(x)[0], model(x), rtol=0, atol=0)
 
 
 class Odd(Block):

@@ -47,13 +47,14 @@ def reading(block: nn.Module, places: frozenset[Place]) -> Iterator[set[Place]]:
         return found[1]
 
     with ExitStack() as stack:
+        modules = dict(block.named_modules(remove_duplicate=False))
         for place in places:
             path, name = place
-            module = block.get_submodule(path)
-            if hasattr(type(module), name) or _own_ways(type(module)) & {"__getattr__", "__getattribute__"}:
+            module = modules.get(path)
+            if module is None or name not in vars(module) or _may_find(module, name):
                 read.add(place)  # for all that can be told
                 continue
-            held = vars(module)
+            held: dict[str, Any] = module.__dict__
             taken[id(held), name] = place, held[name]
             stack.callback(_refill, held, dict(held), name, partial(read.add, place))
             del held[name]
@@ -65,9 +66,11 @@ def _method(looked_up: Any, own: Any) -> Any:
     return lambda module, name: looked_up(own, module, name)
 
 
-def _own_ways(cls: type) -> set[str]:
-    """What a class of modules has for itself."""
-    return {name for one in cls.__mro__[: cls.__mro__.index(nn.Module)] for name in vars(one)}
+def _may_find(module: nn.Module, name: str) -> bool:
+    """Whether an attribute that is taken out may be found elsewhere than where torch looks last."""
+    classes = type(module).__mro__
+    own = {way for cls in classes[: classes.index(nn.Module)] for way in vars(cls)}
+    return hasattr(type(module), name) or not own.isdisjoint(("__getattr__", "__getattribute__"))
 
 
 def _refill(held: dict[str, Any], before: dict[str, Any], name: str, was_set: Callable[[], None]) -> None:
